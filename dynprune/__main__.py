@@ -1,0 +1,3 @@
+from dynprune.cli import main
+
+main()

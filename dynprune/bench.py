@@ -1,0 +1,201 @@
+"""Latency of ONNX files in onnxruntime, measured side by side.
+
+Takes files and batch sizes, runs them in turn in one process (A B A B ...), so that a drift of the machine's speed meets
+all alike, and keeps every raw sample. Reports medians, 95th percentiles and the ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from dynprune import artifact, zoo
+from dynprune.data import Data, Images, load_data
+from dynprune.errors import DynpruneError
+from dynprune.export import Scores, open_session, write_onnx
+from dynprune.runs import Run, environment, write_text
+
+SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; at least MIN_RUNS runs of each
+MIN_RUNS, MAX_RUNS = 20, 2000
+FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One file at one batch size. samples_ms: every run, in order."""
+
+    p50_ms: float
+    p95_ms: float
+    images_per_second: float
+    samples_ms: list[float]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    batch: int
+    dense: Latency
+    compact: Latency
+    speedup_p50: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown."""
+
+    dense_path: str
+    compact_path: str
+    threads: int
+    rows: list[BenchRow]
+    speedup_p50: float
+    dense_p50_ms: float
+    compact_p50_ms: float
+    dense_bytes: int
+    compact_bytes: int
+    dense_macs: int | None
+    compact_macs: int | None
+    dense_params: int | None
+    compact_params: int | None
+    accuracy_onnx: float | None
+    dense_accuracy_onnx: float | None
+    test_data: str | None
+    verdict: str
+    environment: dict
+
+    def without_samples(self) -> dict:
+        """As a dict for --json; the raw samples stay in the run's bench.json."""
+        result = asdict(self)
+        for row in result["rows"]:
+            for side in ("dense", "compact"):
+                row[side]["runs"] = len(row[side].pop("samples_ms"))
+        return result
+
+
+def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None = None, data: Data | None = None,
+              report: Callable[[str], None] = lambda _: None) -> BenchResult:
+    """The run's compact ONNX file against its dense twin, which is exported once and kept in the run directory.
+
+    against: a run of `--policy dense` on the same data; its file is then the dense side, with its accuracy.
+    """
+    if not run.onnx_file.is_file():
+        raise DynpruneError(f"{run.path} has no ONNX file yet. Run: dynprune export {run.path} --onnx")
+    model, facts = artifact.load_with_facts(run.compact_file, trust=True)
+    data = data or load_data(run.config)
+    dense_file = dense_twin(run, facts, data, report) if against is None else against.onnx_file
+    if not dense_file.is_file():
+        raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
+    rows = measure(dense_file, run.onnx_file, batches, threads, report)
+    report("accuracy of the ONNX file on the test data")
+    accuracy = accuracy_of(run.onnx_file, data, data.test)
+    dense_accuracy = accuracy_of(dense_file, data, data.test) if against is not None else None
+    widths = facts.widths
+    odd = [name for name, width in widths.items() if width % 4]
+    dense_macs, dense_params = facts.dense_macs, facts.dense_params
+    if against is not None:
+        other = artifact.load_with_facts(against.compact_file, trust=True)[1]
+        dense_macs, dense_params = other.macs, other.params
+    result = summarise(dense_file, run.onnx_file, rows, threads, (dense_macs, facts.macs), (dense_params, facts.params),
+                       accuracy, dense_accuracy, data.reports, odd)
+    write_text(run.path / "bench.json", json.dumps(asdict(result)))
+    run.record("bench", result.without_samples())
+    return result
+
+
+def bench_files(dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None) -> BenchResult:
+    """Any two ONNX files with one image-like input; the first is called dense, the second compact."""
+    rows = measure(dense, compact, batches, threads, report)
+    return summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [])
+
+
+def summarise(dense: Path, compact: Path, rows: list[BenchRow], threads: int, macs: tuple, params: tuple, accuracy: float | None,
+              dense_accuracy: float | None, test_data: str | None, odd: list[str]) -> BenchResult:
+    first = rows[0]
+    return BenchResult(str(dense), str(compact), threads, rows, first.speedup_p50, first.dense.p50_ms, first.compact.p50_ms,
+                       dense.stat().st_size, compact.stat().st_size, *macs, *params, accuracy, dense_accuracy, test_data,
+                       verdict(first, macs, odd), {**environment(), "threads": threads})
+
+
+def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) -> str:
+    """One honest line for the first batch size: how much faster, or not faster and the likely reason."""
+    times = f"p50 {row.dense.p50_ms:.3g} ms to {row.compact.p50_ms:.3g} ms"
+    if row.speedup_p50 >= FASTER:
+        return f"{row.speedup_p50:.1f}x faster at batch {row.batch} ({times})"
+    if odd:
+        why = f"widths that 4 does not divide leave onnxruntime's blocked layout ({', '.join(odd[:3])})"
+    elif macs[0] and macs[1] and macs[0] > 1.5 * macs[1]:
+        why = "the layers are so small that moving data and starting operators takes the time, not multiplying"
+    else:
+        why = "both files do about the same work"
+    return f"not faster at batch {row.batch} ({times}): {why}"
+
+
+def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[str], None]) -> Path:
+    """The full-width network with random weights, as ONNX: as fast as a trained one."""
+    if not run.dense_onnx_file.is_file():
+        report("exporting the dense twin")
+        model = Scores(zoo.build(facts.config.model, len(facts.classes), 0).eval())
+        partial = run.dense_onnx_file.with_name("dense.onnx.partial")
+        try:
+            write_onnx(model, data.example, partial, None, {"producer": "dynprune", "weights": "random"})
+            partial.replace(run.dense_onnx_file)
+        finally:
+            partial.unlink(missing_ok=True)
+    return run.dense_onnx_file
+
+
+def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> dict[str, np.ndarray]:
+    """Random values for the session's one input; only the first dimension may be left open."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or any(not isinstance(size, int) for size in inputs[0].shape[1:]):
+        raise DynpruneError(f"{path} has inputs {[(i.name, i.type, i.shape) for i in inputs]}. Expected one float input with a fixed image size.")
+    if isinstance(inputs[0].shape[0], int) and inputs[0].shape[0] != batch:
+        raise DynpruneError(f"{path} has a fixed batch of {inputs[0].shape[0]}. Pass --batch {inputs[0].shape[0]}.")
+    values = np.random.default_rng(0).standard_normal((batch, *inputs[0].shape[1:])).astype(np.float32)
+    return {inputs[0].name: values}
+
+
+def measure(dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]) -> list[BenchRow]:
+    """Time both files in turn at every batch size."""
+    for path in (dense, compact):
+        if not path.is_file():
+            raise DynpruneError(f"No file {path}. Expected an ONNX file.")
+    if not batches or min(batches) < 1:
+        raise DynpruneError(f"--batch got {batches}. Expected numbers of images, such as 1 or 1,8,32.")
+    sessions = [open_session(path, threads) for path in (dense, compact)]
+    rows = []
+    for batch in batches:
+        report(f"timing batch {batch}")
+        feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
+        once = sum(run_ms(session, feed) for session, feed in zip(sessions, feeds)) / 1000  # also the warm-up
+        once = min(once, sum(run_ms(session, feed) for session, feed in zip(sessions, feeds)) / 1000)
+        runs = int(np.clip(SECONDS_PER_BATCH_SIZE / once, MIN_RUNS, MAX_RUNS))
+        samples: tuple[list[float], list[float]] = ([], [])
+        for _ in range(runs):
+            for kept, session, feed in zip(samples, sessions, feeds):
+                kept.append(run_ms(session, feed))
+        latencies = [Latency(float(np.percentile(kept, 50)), float(np.percentile(kept, 95)),
+                             1000 * batch / float(np.percentile(kept, 50)), kept) for kept in samples]
+        rows.append(BenchRow(batch, *latencies, latencies[0].p50_ms / latencies[1].p50_ms))
+    return rows
+
+
+def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> float:
+    started = time.perf_counter()
+    session.run(None, feed)
+    return 1000 * (time.perf_counter() - started)
+
+
+def accuracy_of(path: Path, data: Data, images: Images) -> float:
+    """Share of the images whose class the ONNX file predicts right."""
+    session, right = open_session(path), 0
+    folded = session.get_modelmeta().custom_metadata_map.get("mean") == "[0.0, 0.0, 0.0]"
+    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (data.mean, data.std))
+    for batch, labels in data.eval_batches(images, 100):
+        values = batch.numpy() * std + mean if folded else batch.numpy()
+        right += int((session.run(None, {session.get_inputs()[0].name: values})[0].argmax(1) == labels.numpy()).sum())
+    return right / len(images)

@@ -1,0 +1,275 @@
+"""The command line: options to configuration, configuration to calls, results to a report.
+
+Options of `train` and `run` are made from the fields of TrainConfig, so each setting is described once. torch is imported
+inside the commands, so that `--help` is quick. Results go to stdout (one JSON object with `--json`), progress to stderr;
+a DynpruneError is one line on stderr and exit status 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import signal
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+from dynprune.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
+Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
+MinRate = Annotated[float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")]
+BnImages = Annotated[int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")]
+FinetuneEpochs = Annotated[int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")]
+FinetuneLr = Annotated[float, typer.Option("--finetune-lr", help="Learning rate at the start of fine-tuning.")]
+Opset = Annotated[Optional[int], typer.Option("--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False)]
+Fold = Annotated[bool, typer.Option("--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1.")]
+Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
+BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
+
+PANELS = {"model": "Model and data", "policy": "Method", "epochs": "Training recipe", "precision": "Machine"}
+
+
+def with_settings(command: Callable) -> Callable:
+    """Give a command an option per TrainConfig field; it receives the ones that were given as the dict `given`."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    options, panel = [], ""
+    for field in dataclasses.fields(TrainConfig):
+        panel = PANELS.get(field.name, panel)
+        shown = str(field.default) if field.default != "" else False
+        option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
+        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                                         annotation=Annotated[Optional[type(field.default)], option]))
+
+    def wrapper(**values: object) -> None:
+        given = {field.name: values.pop(field.name) for field in dataclasses.fields(TrainConfig)}
+        command(given={name: value for name, value in given.items() if value is not None}, **values)
+
+    wrapper.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    return wrapper
+
+
+def version(shown: bool) -> None:
+    if shown:
+        print(f"dynprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dynprune(_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Compact CNNs by dynamic channel execution.
+
+    In each training step a bandit picks a salient subset of every layer's channels and only those run, so training is cheaper and
+    what comes out is already small. `dynprune run` does everything in one go; or step by step:
+
+    **train** the channels that matter · **compact** them into a file · **export** it to ONNX · **bench** it against the dense network
+    """
+
+
+@app.command()
+@with_settings
+def train(given: dict, out: Out = None, overwrite: Overwrite = False,
+          resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
+          json_output: Json = False) -> None:
+    """Train with dynamic channel execution and leave a run directory.
+
+    Example: `dynprune train --data photos/ --model torchvision:resnet18 --budget 0.25 --epochs 30`
+    """
+    from dynprune import report
+
+    result = do_train(given, out, overwrite, resume)
+    finish(json_output, dataclasses.asdict(result), lambda: [report.train_table(result), f"next: dynprune compact {result.run}"])
+
+
+@app.command()
+def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01,
+            json_output: Json = False) -> None:
+    """Remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
+
+    Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
+    """
+    from dynprune import report
+
+    result = do_compact(run, min_rate, bn_images, finetune_epochs, finetune_lr)
+    finish(json_output, dataclasses.asdict(result), lambda: [report.compact_table(result), f"next: dynprune export {run} --onnx"])
+
+
+@app.command()
+def export(run: RunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
+           out: Annotated[Optional[Path], typer.Option("--out", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
+           opset: Opset = None, fold_normalization: Fold = False, json_output: Json = False) -> None:
+    """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch."""
+    if not onnx:
+        raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
+    from dynprune import report
+
+    result = do_export(run, out, opset, fold_normalization)
+    finish(json_output, dataclasses.asdict(result), lambda: [report.export_table(result), f"next: dynprune bench {run}"])
+
+
+@app.command()
+def bench(targets: Annotated[list[Path], typer.Argument(metavar="RUN | A.onnx B.onnx", help="A run directory, or two ONNX files to compare.")],
+          against: Annotated[Optional[Path], typer.Option("--against", help="Run of a trained dense network to compare with.", show_default=False)] = None,
+          batch: Batch = "1,8,32", bench_threads: BenchThreads = 1, json_output: Json = False) -> None:
+    """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict."""
+    from dynprune import report
+
+    result = do_bench(targets, against, batch, bench_threads)
+    finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
+
+
+@app.command()
+@with_settings
+def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: MinRate = 0.0, bn_images: BnImages = 0,
+        finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01, opset: Opset = None, fold_normalization: Fold = False,
+        batch: Batch = "1,8,32", bench_threads: BenchThreads = 1, json_output: Json = False) -> None:
+    """Train, compact, export and bench in one go, with the same options. Without any: the embedded digits.
+
+    Example: `dynprune run --data photos/ --model resnet56 --budget 0.25`
+    """
+    from dynprune import report
+
+    parse_batches(batch)  # refuse before the long work
+    trained = do_train(given, out, overwrite, False)
+    path = Path(trained.run)
+    compacted = do_compact(path, min_rate, bn_images, finetune_epochs, finetune_lr)
+    exported = do_export(path, None, opset, fold_normalization)
+    measured = do_bench([path], None, batch, bench_threads)
+    results = {"train": dataclasses.asdict(trained), "compact": dataclasses.asdict(compacted), "export": dataclasses.asdict(exported),
+               "bench": measured.without_samples()}
+    finish(json_output, results, lambda: [report.train_table(trained), report.compact_table(compacted), report.export_table(exported),
+                                          report.bench_table(measured), measured.verdict])
+
+
+# -- what the commands share ------------------------------------------------------------------------------------------
+
+
+def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
+    config = TrainConfig(**given).validate()
+    from dynprune.report import Display
+    from dynprune.runs import Run
+    from dynprune.train import Session, load_data, train as run_training
+
+    path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
+    if resume:
+        found = Run.open(path)
+        config = resumed(found.config, given, path)
+    else:
+        Run.refuse_existing(path, overwrite)
+    display = Display()
+    with display.live(), stop_requested() as stop:
+        display.note(f"reading {config.data}")
+        session = Session(config, load_data(config))
+        where = found if resume else Run.create(path, config, overwrite)
+        display.say(f"{config.model} on {config.data}: {len(session.data.train)} images to train, validation is {session.data.chooses}, test is "
+                    f"{session.data.reports}")
+        return run_training(config, where, resume=resume, report=display.step, stop=stop, session=session)
+
+
+def resumed(config: TrainConfig, given: dict, path: Path) -> TrainConfig:
+    """The run's own settings; options given beside --resume must agree with them."""
+    differing = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
+                 if value != getattr(config, name)]
+    if differing:
+        raise DynpruneError(f"--resume goes on with the settings in {path}/config.toml, which differ: {', '.join(differing)}. Drop those options.")
+    return config
+
+
+def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float):
+    from dynprune.compact import compact as make_compact
+    from dynprune.report import Display
+    from dynprune.runs import Run
+
+    display = Display()
+    with display.live():
+        display.note("compacting and proving")
+        return make_compact(Run.open(run), min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr,
+                            report=display.step)
+
+
+def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization: bool):
+    from dynprune.export import export as make_onnx
+    from dynprune.report import Display
+    from dynprune.runs import Run
+
+    display = Display()
+    with display.live():
+        display.note("exporting to ONNX and comparing with torch")
+        return make_onnx(Run.open(run), out=out, opset=opset, fold_normalization=fold_normalization)
+
+
+def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int):
+    from dynprune import bench as benchmark
+    from dynprune.report import Display
+    from dynprune.runs import Run
+
+    batches = parse_batches(batch)
+    display = Display()
+    with display.live():
+        if len(targets) == 2:
+            return benchmark.bench_files(*targets, batches=batches, threads=threads, report=display.note)
+        if len(targets) != 1 or targets[0].suffix == ".onnx":
+            raise DynpruneError(f"bench got {len(targets)} file(s). Expected one run directory, or two ONNX files.")
+        return benchmark.bench_run(Run.open(targets[0]), batches=batches, threads=threads, against=Run.open(against) if against else None,
+                                   report=display.note)
+
+
+def parse_batches(text: str) -> list[int]:
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise DynpruneError(f'--batch got "{text}". Expected numbers of images separated by commas, such as 1,8,32.')
+    return batches
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask the training loop to stop after its step; a second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(_signal: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        print("stopping after this step and saving; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(json_output: bool, result: dict, tables: Callable[[], list]) -> None:
+    from dynprune import report
+
+    if json_output:
+        print(json.dumps(result))
+    else:
+        report.show(*tables())
+
+
+def main() -> None:
+    try:
+        app()
+    except DynpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

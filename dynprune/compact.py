@@ -1,0 +1,171 @@
+"""From a trained run to a compact file: the active model after the last step, written down and proven.
+
+Takes a run directory, keeps the settled selection (or less, with a least rate), and proves on real images that the file,
+read back, computes what was executed: the full-width network in which the removed arms' consumers see zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynprune import artifact, zoo
+from dynprune.channels import ChannelGraph, Selection
+from dynprune.config import TrainConfig
+from dynprune.data import Data, load_data
+from dynprune.errors import DynpruneError
+from dynprune.reservoir import Reservoir
+from dynprune.runs import Run, read_tensors
+from dynprune.surgery import get_tensor
+from dynprune.train import Progress, Session, evaluate, logits, part, reservoir_from, trace_for, train
+
+TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
+
+
+@dataclass(frozen=True)
+class CompactResult:
+    """accuracy: of the compact file on the test images; accuracy_executed: of the model that training executed."""
+
+    path: str
+    macs: int
+    params: int
+    size_bytes: int
+    dense_macs: int
+    dense_params: int
+    dense_size_bytes: int
+    budget: float
+    budget_met: bool
+    accuracy: float
+    accuracy_executed: float
+    val_accuracy: float
+    test_data: str
+    max_rel_diff: float
+    arms_dropped_by_rate: int
+    widths: dict[str, int]
+
+
+def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epochs: int = 0, finetune_lr: float = 0.01,
+            data: Data | None = None, report: Callable[[Progress], None] = lambda _: None) -> CompactResult:
+    """Write RUN/compact.safetensors. Raises DynpruneError, and writes nothing, when the proof fails.
+
+    min_rate: drop arms that ran in less than this share of the steps; each group keeps its most used arm.
+    bn_images: re-estimate BatchNorm statistics on so many training images. finetune_epochs: train on at the final widths.
+    """
+    config = run.config
+    tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+    data = data or load_data(config)
+    if facts.get("classes") != data.classes:
+        raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
+    full = zoo.build(config.model, len(data.classes))
+    graph = trace_for(config, full, data)
+    executed = reservoir_from(tensors, full, graph)
+    selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
+    reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
+    difference = largest_difference(masked(full, graph, selection), reservoir.active, data)
+    if not difference < TOLERANCE:
+        raise DynpruneError(f"The compact model differs from what was executed by {difference:.1e} of the largest output, more than {TOLERANCE:g}. "
+                            "Nothing was written. Please report the model's name.")
+    if finetune_epochs:
+        reservoir = finetune(run, config, data, reservoir, finetune_epochs, finetune_lr, report)
+    model = reservoir.active.cpu()
+    if bn_images:
+        reestimate_batchnorm(model, data, config, bn_images)
+    return write(run, config, data, reservoir, model, executed, difference, dropped)
+
+
+def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, executed: Reservoir,
+          difference: float, dropped: int) -> CompactResult:
+    """Save the file, read it back as a stranger would, and measure that."""
+    graph, widths = reservoir.graph, reservoir.widths
+    accuracy = evaluate(model, data, data.test)
+    kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
+    facts = artifact.Facts(asdict(config), data.classes, data.side, list(data.mean), list(data.std), kept, widths,
+                           graph.macs(widths), graph.params(widths), graph.macs({}), graph.params({}), accuracy)
+    before = run.compact_file.with_name("compact.unproven.safetensors")
+    try:
+        artifact.save(before, model, facts)
+        loaded = artifact.load(before, zoo.build(config.model, len(data.classes)))
+        if not largest_difference(model, loaded, data) < TOLERANCE:
+            raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
+        before.replace(run.compact_file)
+    finally:
+        before.unlink(missing_ok=True)
+    params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
+    result = CompactResult(
+        str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,
+        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), config.budget,
+        config.policy == "dense" or facts.macs <= config.budget * facts.dense_macs, accuracy, evaluate(executed.active, data, data.test),
+        evaluate(loaded, data, data.val), data.reports, difference, dropped, widths)
+    run.record("compact", asdict(result))
+    return result
+
+
+def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, min_rate: float) -> tuple[Selection, int]:
+    """The settled selection without the arms that ran in less than `min_rate` of the steps, and how many those are."""
+    if not 0 <= min_rate < 1:
+        raise DynpruneError(f"--min-rate got {min_rate}. Expected a share in [0, 1).")
+    counts, selection, dropped = part(tensors, "explorer.executed."), {}, 0
+    for name, slots in executed.slots.items():
+        rates = counts[name].numpy()[slots] / max(1, steps)
+        keep = rates >= min_rate
+        keep[rates.argmax()] = True
+        selection[name] = slots[keep]
+        dropped += int((~keep).sum())
+    return (selection if dropped else executed.slots), dropped
+
+
+def masked(full: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
+    """A full-width copy in which the consumers of every arm outside `selection` see zeros."""
+    model = copy.deepcopy(full)
+    with torch.no_grad():
+        for name, kept in selection.items():
+            group = graph.groups[name]
+            gone = np.setdiff1d(np.arange(group.arms), kept)
+            for key in group.reads:
+                get_tensor(model, key[0]).index_fill_(key[1], torch.from_numpy(group.members[key][gone].reshape(-1)), 0)
+    return model
+
+
+@torch.no_grad()
+def largest_difference(a: nn.Module, b: nn.Module, data: Data, images: int = 32) -> float:
+    """Largest difference of two models' outputs over the largest output, on validation images, in float64 and eval mode."""
+    batch = next(iter(data.eval_batches(data.val, images)))[0][:images].double()
+    one, other = (logits(copy.deepcopy(model).cpu().double().eval()(batch)) for model in (a, b))
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
+
+
+def finetune(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, epochs: int, lr: float,
+             report: Callable[[Progress], None]) -> Reservoir:
+    """Train the compact widths on, in RUN/finetune, with the run's recipe from a lower learning rate without warm-up."""
+    settings = dataclasses.replace(config, epochs=epochs, lr=lr, warmup=0.0, policy="static")
+    session = Session(settings, data)
+    session.widths = reservoir.widths
+    reservoir.full.to(session.device)
+    session.install(Reservoir(reservoir.full, reservoir.graph, reservoir.slots, reservoir.template))
+    train(settings, Run.create(run.path / "finetune", settings, overwrite=True), report=report, session=session)
+    return session.reservoir
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, data: Data, config: TrainConfig, images: int) -> None:
+    """Replace running statistics by their average over training batches that together hold about `images` images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+        model.train()
+        for batch, _ in islice(data.train_batches(config.batch_size, config.seed, 0), max(1, images // config.batch_size)):
+            model(batch)
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum

@@ -1,0 +1,110 @@
+"""Every setting once: its type, default, check and meaning.
+
+`TrainConfig` is what the Python API takes. The command line builds its options from the same fields (`cli.py`), and a run
+directory keeps the resolved values as `config.toml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import tomli_w
+
+from dynprune.errors import DynpruneError
+
+POLICIES = ("cucb", "random", "static", "dense")
+
+
+def setting(default: object, meaning: str, *, choices: tuple[str, ...] = (), check: Callable[[object], bool] | None = None,
+            expected: str = "") -> object:
+    """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in words)."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices, "check": check,
+                                                        "expected": expected})
+
+
+def positive(value: object) -> bool:
+    return value > 0
+
+
+def fraction(value: object) -> bool:
+    return 0 <= value < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. `validate()` raises DynpruneError for the first value that does not fit."""
+
+    model: str = setting("vgg16", "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), torchvision:NAME, "
+                                  "timm:NAME, or package.module:factory for your own code.")
+    weights: str = setting("", "Start from this checkpoint: safetensors, or a state dict that torch.load accepts with weights_only.")
+    data: str = setting("digits", "digits (embedded), a folder of photos (train/ + val/ and/or test/, or one folder per class), cifar10, "
+                                  "cifar100, svhn, or fashion-mnist.")
+    data_root: str = setting("data", "Where torchvision's datasets are kept; downloaded there only if absent.")
+    image_size: int = setting(0, "Side of the square images in pixels; 0 picks it from the data (32 for small images, 224 for photos).",
+                              check=lambda v: v >= 0, expected="0 or a number of pixels")
+    val_fraction: float = setting(0.1, "Share of the training images held back for validation where the data has no val/ split of its own.",
+                                  check=lambda v: 0 < v < 1, expected="a number between 0 and 1")
+    augment: str = setting("auto", "Random changes of training images: crop, crop+flip, none; auto flips except for digits.",
+                           choices=("auto", "none", "crop", "crop+flip"))
+    workers: int = setting(-1, "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
+                           check=lambda v: v >= -1, expected="-1 or more")
+    policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
+                                  "network from scratch), dense (everything).", choices=POLICIES)
+    budget: float = setting(0.25, "Share of the dense network's multiply-accumulates (MACs) that may be executed.",
+                            check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
+    align: int = setting(0, "Widths are multiples of this; 0 takes 16, or 8 or 4 where a layer is narrow, which onnxruntime runs fastest.",
+                         check=lambda v: v >= 0, expected="0 or more")
+    explore: float = setting(0.1, "Share of the steps in which the bandit explores before it settles.",
+                             check=fraction, expected="a share in [0, 1)")
+    hold: int = setting(20, "Steps for which a selection is held while exploring; shortened when the run is short.",
+                        check=positive, expected="at least 1")
+    bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
+                           check=lambda v: v >= 0, expected="0 or more")
+    epochs: int = setting(30, "Passes over the training images.", check=positive, expected="at least 1")
+    batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
+    optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
+    lr: float = setting(0.1, "Peak learning rate.", check=positive, expected="more than 0")
+    momentum: float = setting(0.9, "Momentum of sgd.", check=fraction, expected="a number in [0, 1)")
+    weight_decay: float = setting(5e-4, "Weight decay.", check=lambda v: v >= 0, expected="0 or more")
+    schedule: str = setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
+    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises linearly to its peak.",
+                            check=fraction, expected="a share in [0, 1)")
+    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)")
+    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it.",
+                             choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
+    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: v >= 0, expected="0 or more")
+    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: v >= 0,
+                        expected="0 or more")
+
+    def validate(self) -> TrainConfig:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            flag = "--" + field.name.replace("_", "-")
+            if meta["choices"] and value not in meta["choices"]:
+                raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
+            if meta["check"] and not meta["check"](value):
+                raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
+        return self
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> TrainConfig:
+        """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in fields:
+                raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
+            wanted = type(fields[name].default)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+                raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
+        return cls(**values).validate()

@@ -1,0 +1,370 @@
+"""Images with labels: the embedded digits, a folder of photos, or a torchvision dataset.
+
+Takes the data settings, returns `Data` with three splits that are kept apart: `train` is learned from, `val` is what a
+choice may look at, `test` is only reported. Small images live in memory as one uint8 tensor and are augmented a whole
+batch at a time; photos are decoded by worker processes. All randomness is a function of (seed, epoch, step), so a
+resumed run sees what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+
+IN_MEMORY_SIDE = 96  # images up to this size are decoded once and kept; 50,000 of 96x96 take 1.4 GB
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
+NO_FLIP = {"digits", "svhn"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class ImagesInMemory:
+    """Small images. pixels: uint8, shape (images, 3, side, side); labels: int64, shape (images,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> ImagesInMemory:
+        return ImagesInMemory(self.pixels[indices], self.labels[indices])
+
+
+@dataclass
+class ImageFiles:
+    """Photos on disk: paths and class numbers, decoded when needed."""
+
+    paths: list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> ImageFiles:
+        return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices])
+
+
+Images = ImagesInMemory | ImageFiles
+
+
+@dataclass
+class Data:
+    """Three splits and how to turn them into normalised batches.
+
+    mean, std: per colour channel, of pixels in 0..1. chooses, reports: which images validation and test are, in words.
+    """
+
+    name: str
+    classes: list[str]
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Images
+    val: Images
+    test: Images
+    chooses: str
+    reports: str
+    augment: str
+    workers: int
+
+    @property
+    def example(self) -> Tensor:
+        """An input of the right shape for tracing, (1, 3, side, side)."""
+        return torch.zeros(1, 3, self.side, self.side)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches only, so that every step has the same shape; at least one."""
+        return max(1, len(self.train) // batch_size)
+
+    def train_batches(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch."""
+        order = torch.randperm(len(self.train), generator=generator(seed, epoch))
+        steps = self.steps_per_epoch(batch_size)
+        if isinstance(self.train, ImagesInMemory):
+            for step in range(start, steps):
+                batch = self.train.take(order[step * batch_size:(step + 1) * batch_size])
+                images = augment_batch(batch.pixels, self.augment, generator(seed, epoch, step))
+                yield self.normalise(images), batch.labels
+            return
+        chosen = self.train.take(order[start * batch_size:steps * batch_size])
+        dataset = PhotoDataset(chosen, self.side, self.augment, seed * 1_000_003 + epoch)
+        for pixels, labels in loader(dataset, batch_size, self.workers):
+            yield self.normalise(pixels), labels
+
+    def eval_batches(self, images: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised (images, labels) of a split, in order, without augmentation."""
+        if isinstance(images, ImagesInMemory):
+            for start in range(0, len(images), batch_size):
+                part = images.take(torch.arange(start, min(start + batch_size, len(images))))
+                yield self.normalise(part.pixels), part.labels
+            return
+        for pixels, labels in loader(PhotoDataset(images, self.side, "none", 0), min(batch_size, 64), self.workers):
+            yield self.normalise(pixels), labels
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, 3, h, w) to float32 with mean 0 and standard deviation 1 per colour."""
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A random generator that is a function of the given numbers."""
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(mixed)
+
+
+def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its side (zeros come in) and mirror half of them: one draw per image.
+
+    Crops by `unfold` and one index for the whole batch; torchvision's transforms would draw one crop for all.
+    """
+    if augment == "none":
+        return pixels
+    n, _, height, width = pixels.shape
+    pad = max(1, height // 8)
+    windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=rng)
+    pixels = windows[torch.arange(n), :, top, left]
+    if augment == "crop+flip":
+        mirrored = torch.rand(n, generator=rng) < 0.5
+        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    return pixels
+
+
+class PhotoDataset(torch.utils.data.Dataset):
+    """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
+
+    def __init__(self, files: ImageFiles, side: int, augment: str, seed: int):
+        from torchvision.transforms import v2  # 1 s to import: only photos need it
+
+        self.files, self.seed = files, seed
+        if augment == "none":
+            self.transform = v2.Compose([v2.Resize(round(side * 8 / 7)), v2.CenterCrop(side)])
+        else:
+            flips = [v2.RandomHorizontalFlip()] if augment == "crop+flip" else []
+            self.transform = v2.Compose([v2.RandomResizedCrop(side, scale=(0.25, 1.0)), *flips])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = open_image(self.files.paths[index])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(self.seed, index).initial_seed())
+            image = self.transform(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.files.labels[index])
+
+
+def loader(dataset: PhotoDataset, batch_size: int, workers: int) -> Iterator:
+    batches = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
+    try:
+        yield from batches
+    except DynpruneError as error:  # a worker re-raises with its traceback as text: the last line is our message
+        raise DynpruneError(str(error).strip().splitlines()[-1].partition("DynpruneError: ")[2] or str(error)) from None
+
+
+def open_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
+
+
+# -- sources ------------------------------------------------------------------------------------------------------------
+
+
+def load_data(config: TrainConfig) -> Data:
+    """The data that `config.data` names, split and ready. Raises DynpruneError for anything that cannot be learned from."""
+    if config.data == "digits":
+        return load_digits(config)
+    if config.data in TORCHVISION:
+        return load_torchvision(config)
+    path = Path(config.data)
+    if path.is_dir():
+        return load_folder(config, path)
+    kind = "is a file" if path.exists() else "does not exist"
+    raise DynpruneError(f'--data got "{config.data}", which {kind}. Expected digits, {", ".join(TORCHVISION)}, or a folder of photos.')
+
+
+def finish(config: TrainConfig, name: str, classes: list[str], side: int, train: Images, val: Images | None,
+           test: Images, chooses: str, reports: str) -> Data:
+    """Split validation off if there is none, measure mean and standard deviation, and settle the defaults."""
+    if val is None:
+        kept, held = split_indices(train.labels, config.val_fraction, config.seed)
+        train, val = train.take(kept), train.take(held)
+    if isinstance(train, ImagesInMemory):
+        sample = train.pixels[:: max(1, len(train) // 5000)].float() / 255
+        mean = tuple(round(v, 4) for v in sample.mean((0, 2, 3)).tolist())
+        std = tuple(max(0.01, round(v, 4)) for v in sample.std((0, 2, 3)).tolist())
+    else:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    augment = config.augment
+    if augment == "auto":
+        augment = "crop" if name in NO_FLIP else "crop+flip"
+    workers = os.cpu_count() or 1 if config.workers < 0 else config.workers
+    if len(train) < config.batch_size:
+        raise DynpruneError(f"--batch-size {config.batch_size} is more than the {len(train)} training images. Choose a smaller one.")
+    return Data(name, classes, side, mean, std, train, val, test, chooses, reports, augment, workers)
+
+
+def split_indices(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two disjoint sets of indices, the second with about `share` of each class."""
+    indices = np.arange(len(labels))
+    try:
+        kept, held = train_test_split(indices, test_size=share, stratify=labels.numpy(), random_state=seed)
+    except ValueError as error:
+        raise DynpruneError(f"{len(labels)} images in {len(labels.unique())} classes cannot be split with {share:.0%} held back: every class "
+                            "needs images on both sides. Add images or change --val-fraction.") from error
+    return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def load_digits(config: TrainConfig) -> Data:
+    """1,797 handwritten digits, 8x8 grey (UCI, CC BY 4.0; shipped with scikit-learn), enlarged; a fifth is the test split."""
+    from sklearn.datasets import load_digits as read_digits
+
+    raw = read_digits()
+    side = config.image_size or 32
+    grey = torch.from_numpy(raw.images).float()[:, None] * (255 / 16)
+    pixels = F.interpolate(grey, size=(side, side), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    images = ImagesInMemory(pixels.contiguous(), torch.from_numpy(raw.target).long())
+    rest, held = split_indices(images.labels, 0.2, 0)
+    return finish(config, "digits", [str(i) for i in range(10)], side, images.take(rest), None, images.take(held),
+                  f"{percent(config.val_fraction)} of the training images", "test split, a fifth of all digits")
+
+
+def load_torchvision(config: TrainConfig) -> Data:
+    import torchvision
+
+    cls, root = getattr(torchvision.datasets, TORCHVISION[config.data]), config.data_root
+    side = config.image_size or 32
+    splits = []
+    for train in (True, False):
+        options = {"split": "train" if train else "test"} if config.data == "svhn" else {"train": train}
+        try:
+            found = cls(root, download=False, **options)
+        except RuntimeError:
+            try:
+                found = cls(root, download=True, **options)
+            except Exception as error:
+                raise DynpruneError(f'{config.data} is not under --data-root "{root}" and could not be downloaded '
+                                    f"({type(error).__name__}: {str(error).splitlines()[0]}). Put it there by hand or check the connection.") from error
+        pixels = torch.as_tensor(np.asarray(found.data))
+        if pixels.ndim == 3:
+            pixels = pixels[:, None].expand(-1, 3, -1, -1)
+        elif pixels.shape[-1] == 3:
+            pixels = pixels.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(np.asarray(found.labels if config.data == "svhn" else found.targets)).long()
+        splits.append(ImagesInMemory(fit(pixels, side), labels))
+    classes = list(getattr(found, "classes", None) or map(str, range(10)))
+    return finish(config, config.data, classes, side, splits[0], None, splits[1],
+                  f"{percent(config.val_fraction)} of the training images", f"{config.data}'s test split")
+
+
+def fit(pixels: Tensor, side: int) -> Tensor:
+    """Bring square uint8 images to `side`: smaller ones by up to a quarter get a border of zeros, others are resized."""
+    missing = side - pixels.shape[-1]
+    if 0 <= missing <= side // 4:
+        before, after = missing // 2, missing - missing // 2
+        return F.pad(pixels, [before, after, before, after]).contiguous()
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).contiguous()
+
+
+def load_folder(config: TrainConfig, path: Path) -> Data:
+    """`train/` with `val/` and/or `test/`, or one folder per class that is split here.
+
+    With only one held-out folder, that one is reported and validation comes out of train/.
+    """
+    chooses = f"{percent(config.val_fraction)} of train/"
+    if (path / "train").is_dir():
+        train, classes = scan(path / "train", None)
+        held = {name: scan(path / name, classes)[0] for name in ("val", "test") if (path / name).is_dir()}
+        if not held:
+            raise DynpruneError(f"{path} has train/ but neither val/ nor test/. Add one, or pass a folder with one folder per class.")
+        if len(held) == 2:
+            val, test, chooses, reports = held["val"], held["test"], "val/", "test/"
+        else:
+            name, test = next(iter(held.items()))
+            val, reports = None, f"{name}/"
+    else:
+        everything, classes = scan(path, None)
+        rest, kept = split_indices(everything.labels, config.val_fraction, config.seed)
+        train, test, val = everything.take(rest), everything.take(kept), None
+        chooses = f"{percent(config.val_fraction)} of what is left for training"
+        reports = f"{percent(config.val_fraction)} of all images, split by --seed"
+    side = config.image_size or guess_side(train)
+    if side <= IN_MEMORY_SIDE:
+        train, test = decode(train, side), decode(test, side)
+        val = decode(val, side) if val is not None else None
+    return finish(config, path.name, classes, side, train, val, test, chooses, reports)
+
+
+def scan(folder: Path, classes: list[str] | None) -> tuple[ImageFiles, list[str]]:
+    """Image files of one folder per class. `classes`: those of train/, which a held-out folder must not exceed."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        raise DynpruneError(f"{folder} has no class folders. Expected one folder of images per class inside it.")
+    if classes is None and len(found) < 2:
+        raise DynpruneError(f'{folder} has a single class, "{found[0]}". Expected at least two class folders.')
+    unknown = [name for name in found if classes is not None and name not in classes]
+    if unknown:
+        raise DynpruneError(f'{folder} has a class "{unknown[0]}" that train/ lacks. Classes in train/: {", ".join(classes[:10])}.')
+    names = found if classes is None else classes
+    paths, labels = [], []
+    for number, name in enumerate(names):
+        if not (folder / name).is_dir():
+            continue
+        files = sorted(str(file) for file in (folder / name).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+        if not files and classes is None:
+            raise DynpruneError(f"{folder / name} has no images. Expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+        paths += files
+        labels += [number] * len(files)
+    if not paths:
+        raise DynpruneError(f"{folder} has no images. Expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+    return ImageFiles(paths, torch.tensor(labels)), names
+
+
+def guess_side(files: ImageFiles) -> int:
+    """32 up to 40 pixels, 64 up to 80, else 224; judged by the median of up to 100 images' longer sides."""
+    sample = files.paths[:: max(1, len(files) // 100)][:100]
+    longest = float(np.median([max(open_image(path).size) for path in sample]))
+    return 32 if longest <= 40 else 64 if longest <= 80 else 224
+
+
+def decode(files: ImageFiles, side: int) -> ImagesInMemory:
+    """All photos in memory: the shorter side is resized to `side`, the centre is kept."""
+    pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        image = open_image(files.paths[index])
+        if image.size != (side, side):
+            scale = side / min(image.size)
+            image = image.resize([max(side, round(v * scale)) for v in image.size], Image.Resampling.BILINEAR)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        pixels[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(read, range(len(files)), chunksize=256):
+            pass
+    return ImagesInMemory(pixels, files.labels)

@@ -1,0 +1,97 @@
+"""When arms are chosen: explore slowly at the start, settle, then train what was chosen.
+
+Takes the policy and the number of steps, and is asked at each step whether the selection changes. While it explores, a
+selection is held for some steps (a *round*), the rewards of its arms are averaged and given to the bandit of each group.
+After the exploring steps the best arms stay for good: at every step a new selection would destroy training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynprune import bandit
+from dynprune.bandit import Bandit
+from dynprune.channels import ChannelGraph
+from dynprune.config import TrainConfig
+from dynprune.data import generator
+from dynprune.saliency import normalise, taylor
+
+ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be played about this often
+
+
+class Explorer:
+    """The policy of one run. widths: of every group. Nothing is explored when every arm runs, or by a static network."""
+
+    def __init__(self, config: TrainConfig, graph: ChannelGraph, widths: Mapping[str, int], steps: int):
+        self.policy, self.bonus, self.seed = config.policy, config.bonus, config.seed
+        self.widths = dict(widths)
+        self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
+        explores = config.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
+        rounds_needed = max((math.ceil(g.arms / widths[g.name]) for g in graph), default=1)
+        exploring = round(config.explore * steps) if explores else 0
+        self.hold = max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
+        self.rounds = exploring // self.hold
+        self.steps = self.rounds * self.hold
+        self.sums = {name: torch.zeros(width) for name, width in self.widths.items()}
+        self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
+
+    def first(self) -> dict[str, np.ndarray]:
+        """The selection to start with."""
+        return self.select(0) if self.rounds else {name: np.arange(width) for name, width in self.widths.items()}
+
+    def changes_at(self, step: int) -> bool:
+        return 0 < step <= self.steps and step % self.hold == 0
+
+    def explores_at(self, step: int) -> bool:
+        return step < self.steps
+
+    def select(self, step: int) -> dict[str, np.ndarray]:
+        """The selection that runs from `step` on. Sorted arms per group, shape (width,)."""
+        selection = {}
+        for number, (name, width) in enumerate(self.widths.items()):
+            state = self.bandits[name]
+            if self.policy == "random":
+                arms = bandit.select_random(len(state.counts), width, generator(self.seed, step, number))
+            elif self.explores_at(step):
+                arms = bandit.play(state, width, self.bonus)
+            else:
+                arms = bandit.settle(state, width)
+            selection[name] = arms.numpy()
+        return selection
+
+    def reward(self, parameters: Mapping[str, Tensor], places: Mapping[str, Mapping]) -> None:
+        """Add this step's rewards, after `backward`. They stay on the device until the round ends."""
+        for name, axes in places.items():
+            self.sums[name] = self.sums[name].to(next(iter(parameters.values())).device) + normalise(taylor(parameters, axes))
+
+    def end_round(self, slots: Mapping[str, np.ndarray]) -> None:
+        """Give the bandits the mean rewards of the round that just ended; slots: the arms it executed, in slot order."""
+        for name, total in self.sums.items():
+            bandit.update(self.bandits[name], torch.from_numpy(slots[name]), total.cpu() / self.hold)
+            total.zero_()
+
+    def count(self, slots: Mapping[str, np.ndarray], steps: int) -> None:
+        """Note that the arms in `slots` were executed for `steps` more steps."""
+        for name, arms in slots.items():
+            self.executed[name][torch.from_numpy(arms)] += steps
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes, as named tensors."""
+        tensors = {}
+        for name, state in self.bandits.items():
+            tensors[f"counts.{name}"], tensors[f"means.{name}"] = state.counts, state.means
+            tensors[f"rounds.{name}"] = torch.tensor(state.rounds)
+            tensors[f"executed.{name}"] = self.executed[name]
+            tensors[f"sums.{name}"] = self.sums[name].cpu()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, state in self.bandits.items():
+            state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
+            state.rounds = int(tensors[f"rounds.{name}"])
+            self.executed[name], self.sums[name] = tensors[f"executed.{name}"].clone(), tensors[f"sums.{name}"].clone()

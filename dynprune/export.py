@@ -1,0 +1,170 @@
+"""ONNX, and the proof that it computes the same.
+
+Takes a compact file and real validation images, writes one `.onnx` file with a dynamic batch, runs it in onnxruntime and
+compares with torch. A file that disagrees is not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from dynprune import artifact
+from dynprune.data import Data, load_data
+from dynprune.errors import DynpruneError
+from dynprune.runs import Run
+from dynprune.train import logits
+from dynprune.version import __version__
+
+TOLERANCE = 1e-4  # of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more
+PARITY_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """max_abs_diff, max_rel_diff: between torch and onnxruntime on `images` validation images; top1_agreement: their share
+    with the same class first."""
+
+    path: str
+    opset: int
+    size_bytes: int
+    max_abs_diff: float
+    max_rel_diff: float
+    top1_agreement: float
+    images: int
+    fold_normalization: bool
+
+
+class Normalised(nn.Module):
+    """Takes pixels in 0..1 and normalises them inside the graph."""
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits(self.model((x - self.mean) / self.std))
+
+
+class Scores(nn.Module):
+    """The class scores alone, of a model that may return more."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits(self.model(x))
+
+
+def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_normalization: bool = False,
+           data: Data | None = None) -> ExportResult:
+    """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
+    if not run.compact_file.is_file():
+        raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
+    model, facts = artifact.load_with_facts(run.compact_file, trust=True)
+    data = data or load_data(run.config)
+    path = out or run.onnx_file
+    wrapped = Normalised(model, facts.mean, facts.std) if fold_normalization else Scores(model)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_onnx(wrapped.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
+        difference, largest, agreement, count = parity(wrapped, partial, data, facts, fold_normalization)
+        if not difference <= TOLERANCE * largest or agreement < 1:
+            raise DynpruneError(f"onnxruntime differs from torch by {difference:.1e} (largest output {largest:.1e}) with {agreement:.1%} equal classes on "
+                                f"{count} images. No file was written. Try another --opset, and please report the model's name.")
+        partial.replace(path)
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    result = ExportResult(str(path), read_opset(path), path.stat().st_size, difference, difference / max(largest, 1e-30), agreement, count,
+                          fold_normalization)
+    run.record("export", asdict(result))
+    return result
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
+    """One checked file with a dynamic batch; weights inside, `facts` as metadata."""
+    batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
+    with quiet():
+        program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+        proto = program.model_proto
+    for key, value in facts.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save_model(proto, path)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter reports its steps on stdout and warns of its own internals; neither belongs into our output."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
+    """What a user of the file must know: class names and how pixels become inputs."""
+    return {"producer": f"dynprune {__version__}", "model": facts.config.model, "classes": json.dumps(facts.classes),
+            "input_size": f"3x{facts.side}x{facts.side}", "input_range": "RGB pixels in 0..1" if folded else "RGB pixels in 0..1, then (x - mean) / std",
+            "mean": json.dumps([0.0] * 3 if folded else facts.mean), "std": json.dumps([1.0] * 3 if folded else facts.std)}
+
+
+def read_opset(path: Path) -> int:
+    """The opset that was written: a requested one that cannot be converted to is silently replaced."""
+    imports = onnx.load(path, load_external_data=False).opset_import
+    return next(entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
+
+
+def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU. threads: for one operator; 0 leaves onnxruntime's choice."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise DynpruneError(f"{path} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
+
+
+@torch.no_grad()
+def parity(model: nn.Module, path: Path, data: Data, facts: artifact.Facts, folded: bool) -> tuple[float, float, float, int]:
+    """Largest difference, largest output, share of equal classes, and number of images."""
+    session = open_session(path)
+    difference = largest = 0.0
+    equal = count = 0
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
+    for batch, _ in data.eval_batches(data.val, 32):
+        batch = (batch * std + mean if folded else batch)[: PARITY_IMAGES - count]
+        ours = model(batch).numpy()
+        theirs = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+        difference = max(difference, float(np.abs(ours - theirs).max()))
+        largest = max(largest, float(np.abs(ours).max()))
+        equal += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        count += len(batch)
+        if count >= PARITY_IMAGES:
+            break
+    return difference, largest, equal / count, count

@@ -1,0 +1,146 @@
+"""How results look: tables on stdout, progress on stderr.
+
+Takes the result dataclasses of the other modules and a rich Console; computes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, SpinnerColumn, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:  # these import torch
+    from dynprune.bench import BenchResult
+    from dynprune.compact import CompactResult
+    from dynprune.export import ExportResult
+    from dynprune.train import Progress, TrainResult
+
+
+def million(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e6:,.2f} M"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Display:
+    """Progress on stderr: a live line in a terminal, one line per epoch or step elsewhere."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.bar = Bar(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                       console=self.console, transient=True)
+        self.task = self.bar.add_task("", total=None)
+        self.val_accuracy: float | None = None
+
+    @contextmanager
+    def live(self) -> Iterator[Display]:
+        if self.console.is_terminal:
+            with self.bar:
+                yield self
+        else:
+            yield self
+
+    def step(self, event: Progress) -> None:
+        """Show a training step; each finished epoch leaves a line."""
+        if event.epoch_ended:
+            self.val_accuracy = event.val_accuracy
+            self.say(f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}")
+        elif self.console.is_terminal:
+            self.bar.update(self.task, description=f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}",
+                            completed=event.step, total=event.steps)
+
+    def describe(self, event: Progress) -> str:
+        accuracy = f"  val {percent(self.val_accuracy)}" if self.val_accuracy is not None else ""
+        return f"loss {event.loss:.3f}{accuracy}  {percent(event.macs_share)} of MACs  {event.phase}  {duration(event.seconds_left)} left"
+
+    def note(self, text: str) -> None:
+        """What is being done now: shown live, or as a line where there is no terminal."""
+        if self.console.is_terminal:
+            self.bar.update(self.task, description=text, completed=0, total=None)
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def train_table(result: TrainResult) -> Table:
+    return pairs("train", [
+        ("policy", result.policy),
+        ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
+        ("validation accuracy", f"{percent(result.val_accuracy)} ({result.val_data})"),
+        ("MACs executed per image", f"{million(result.macs)} of {million(result.dense_macs)} ({percent(result.macs_executed_share)})"),
+        ("time", f"{duration(result.seconds)} for {result.steps} steps, {result.images_per_second:,.0f} images/s, {result.precision}"),
+        ("waiting for data", percent(result.data_wait_share)),
+        ("run", result.run),
+    ])
+
+
+def compact_table(result: CompactResult) -> Table:
+    table = Table("", "dense", "compact", "ratio", title="compact", title_justify="left", title_style="bold")
+    table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
+    table.add_row("parameters", million(result.dense_params), million(result.params), f"{result.dense_params / result.params:.2f}x")
+    table.add_row("size", mebibytes(result.dense_size_bytes), mebibytes(result.size_bytes), f"{result.dense_size_bytes / result.size_bytes:.2f}x")
+    table.add_section()
+    table.add_row("test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training")
+    table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference from what was executed")
+    table.add_row("budget", f"{result.budget:g}", f"{result.macs / result.dense_macs:.4f}", "met" if result.budget_met else "MISSED")
+    table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
+    return table
+
+
+def export_table(result: ExportResult) -> Table:
+    return pairs("export", [
+        ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset})"),
+        ("parity with torch", f"largest difference {result.max_abs_diff:.1e}, same class on {percent(result.top1_agreement)} of {result.images} images"),
+    ])
+
+
+def bench_table(result: BenchResult) -> Table:
+    table = Table("batch", "dense p50", "p95", "images/s", "compact p50", "p95", "images/s", "speed-up", "runs",
+                  title=f"bench: onnxruntime, {result.threads or 'default'} thread(s)", title_justify="left", title_style="bold")
+    for row in result.rows:
+        cells = [cell for side in (row.dense, row.compact)
+                 for cell in (f"{side.p50_ms:.3g} ms", f"{side.p95_ms:.3g} ms", f"{side.images_per_second:,.0f}")]
+        table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x", str(len(row.dense.samples_ms)))
+    facts = [f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
+             f"parameters {million(result.dense_params)} to {million(result.compact_params)}",
+             f"files {mebibytes(result.dense_bytes)} to {mebibytes(result.compact_bytes)}"]
+    if result.accuracy_onnx is not None:
+        dense = f", dense {percent(result.dense_accuracy_onnx)}" if result.dense_accuracy_onnx is not None else ""
+        facts.append(f"accuracy {percent(result.accuracy_onnx)} on {result.test_data}{dense}")
+    environment = result.environment
+    facts.append(f"{environment['processor']}, onnxruntime {environment['onnxruntime']}")
+    table.caption, table.caption_justify = "; ".join(facts), "left"
+    return table
+
+
+def show(*items: object) -> None:
+    """Print results on stdout; piped output is as wide as a table needs."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for item in items:
+        console.print(item, highlight=False)

@@ -1,0 +1,148 @@
+"""The run directory: what a training run leaves behind and how it is read again.
+
+    config.toml           the resolved settings         env.json         versions, processor, threads
+    metrics.jsonl         one line per epoch            result.json      the outcome of each command
+    checkpoint.safetensors  full-width tensors, optimizer, bandits, slots; all that is needed to go on
+    selections.json       how often each arm ran, and which arms were chosen
+
+Files are written beside their place and renamed, so that none is ever half there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+
+SCHEMA = 1
+
+
+@dataclass
+class Run:
+    """Paths of one run directory."""
+
+    path: Path
+
+    config_file = property(lambda self: self.path / "config.toml")
+    checkpoint_file = property(lambda self: self.path / "checkpoint.safetensors")
+    compact_file = property(lambda self: self.path / "compact.safetensors")
+    onnx_file = property(lambda self: self.path / "compact.onnx")
+    dense_onnx_file = property(lambda self: self.path / "dense.onnx")
+
+    @classmethod
+    def refuse_existing(cls, path: Path, overwrite: bool) -> None:
+        """An existing directory is only replaced with `overwrite`, and only if it is a run."""
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            if not overwrite:
+                raise DynpruneError(f"{path} exists. Pass --overwrite to replace it, --resume to go on, or --out for another place.")
+            if not (path / "config.toml").is_file():
+                raise DynpruneError(f"{path} exists and is not a run directory (no config.toml), so it is not overwritten. Choose another --out.")
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, overwrite: bool) -> Run:
+        """A new, empty run directory, with the settings and the environment written down."""
+        cls.refuse_existing(path, overwrite)
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DynpruneError(f"Cannot create {path} ({error.strerror}). Choose another --out.") from error
+        run = cls(path)
+        write_text(run.config_file, config.to_toml())
+        write_text(path / "env.json", json.dumps(environment(), indent=2))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        run = cls(path)
+        if not run.config_file.is_file():
+            what = "has no config.toml" if path.is_dir() else "is not a directory"
+            raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune train wrote.")
+        return run
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig.from_toml(self.config_file)
+
+    def add_metrics(self, line: Mapping) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def record(self, command: str, result: Mapping) -> None:
+        """Keep a command's outcome in result.json, beside those of the others."""
+        file = self.path / "result.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_text(file, json.dumps({**known, command: result}, indent=2))
+
+
+def environment() -> dict[str, object]:
+    """Versions and hardware that a result depends on."""
+    import onnxruntime
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__,
+            "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def processor() -> str:
+    """The processor's name, as the operating system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: beside its place, flushed to disk, then renamed."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}). The file that was there before is unchanged.") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
+    """A safetensors file with `facts` as one JSON string in its header. Tensors are made contiguous and unshared."""
+    own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    write_bytes(path, save(own, metadata={"dynprune": json.dumps({"schema": SCHEMA, **facts})}))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and facts of a file that `write_tensors` wrote with `facts["kind"] == kind`."""
+    wanted = f"Expected a {kind} file written by dynprune"
+    if not path.is_file():
+        raise DynpruneError(f"No file {path}. {wanted}.")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("dynprune")
+            facts = json.loads(text) if text else None
+            if not isinstance(facts, dict) or facts.get("kind") != kind:
+                raise DynpruneError(f"{path} is not one of ours, or of another kind. {wanted}.")
+            if facts.get("schema") != SCHEMA:
+                raise DynpruneError(f"{path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}. Write it again with this version.")
+            return {name: file.get_tensor(name) for name in file.keys()}, facts
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise DynpruneError(f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0]}). {wanted}.") from error

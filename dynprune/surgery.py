@@ -1,0 +1,72 @@
+"""Slices to a smaller module, on a copy.
+
+Takes a module and, per tensor dimension, the positions to keep; returns a deep copy of the module whose tensors are
+indexed and whose own numbers (`in_channels`, `num_features`, ...) are repaired. Names, class, hooks and training flags
+stay, the input is untouched, and the copy can be traced again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynprune.channels import AxisKey
+
+
+def narrow(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:
+    """The tensor with only the kept positions along each given dimension, contiguous, in the same memory format."""
+    for dim, positions in kept.items():
+        tensor = tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
+    return tensor
+
+
+def slim(model: nn.Module, kept: Mapping[AxisKey, np.ndarray]) -> nn.Module:
+    """A copy of `model` that holds only the kept positions. Shared tensors stay shared."""
+    memo: dict[int, object] = {}
+    by_tensor: dict[str, dict[int, np.ndarray]] = {}
+    for (name, dim), positions in kept.items():
+        by_tensor.setdefault(name, {})[dim] = positions
+    for name, dims in by_tensor.items():  # narrow tensors enter deepcopy's memo, so the full ones are never copied
+        old = get_tensor(model, name)
+        new = narrow(old.detach(), dims)
+        memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    small = copy.deepcopy(model, memo)
+    for (_, original), (_, module) in zip(model.named_modules(), small.named_modules()):
+        repair_numbers(original, module)
+    return small
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def repair_numbers(original: nn.Module, module: nn.Module) -> None:
+    """Make the sizes that a layer remembers agree with its narrowed tensors."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape == original.weight.shape:
+        return
+    if isinstance(module, nn.modules.conv._ConvNd):
+        depthwise = original.groups > 1 and original.groups == original.in_channels
+        into, out = (0, 1) if module.transposed else (1, 0)
+        if depthwise:
+            multiplier = original.out_channels // original.groups
+            module.groups = weight.shape[0] if module.transposed else weight.shape[0] // multiplier
+            module.in_channels, module.out_channels = module.groups, module.groups * multiplier
+        else:
+            module.in_channels = weight.shape[into] * (1 if module.transposed else module.groups)
+            module.out_channels = weight.shape[out] * (module.groups if module.transposed else 1)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        module.num_features = weight.shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = weight.shape[0]

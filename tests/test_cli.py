@@ -1,0 +1,261 @@
+"""Whole journeys through the command line on tiny networks and folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64"]
+
+
+def dynprune(*args, cwd=ROOT, check=True):
+    done = subprocess.run([sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*args, cwd=ROOT):
+    """The one line on stderr of a command that must fail with exit status 1."""
+    done = dynprune(*args, cwd=cwd, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def write_folder(root, classes=("cat", "dog"), images=12, splits=("train", "val"), side=16, seed=0):
+    """Photos whose brightness tells the class."""
+    rng = np.random.default_rng(seed)
+    for split in splits:
+        for number, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                pixels = rng.integers(0, 120, (side, side, 3)) + 120 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """`dynprune run` on the digits with a tiny network, and its JSON."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    done = dynprune("run", *TINY, "--epochs", 20, "--budget", 0.5, "--out", path, "--batch", "1,4", "--json")
+    return path, json.loads(done.stdout)
+
+
+def test_run_does_the_whole_journey(finished):
+    path, result = finished
+    assert result["train"]["policy"] == "cucb" and result["train"]["macs_executed_share"] <= 0.5
+    assert result["train"]["accuracy"] > 0.6 and "test split" in result["train"]["test_data"]
+    compact = result["compact"]
+    assert compact["macs"] <= 0.5 * compact["dense_macs"] and compact["params"] < compact["dense_params"]
+    assert compact["max_rel_diff"] < 1e-5 and compact["size_bytes"] == (path / "compact.safetensors").stat().st_size
+    assert result["export"]["max_abs_diff"] < 1e-4 and result["export"]["top1_agreement"] == 1.0 and result["export"]["opset"] >= 17
+    assert result["bench"]["accuracy_onnx"] == pytest.approx(compact["accuracy"], abs=0.01)
+    assert result["bench"]["speedup_p50"] == pytest.approx(result["bench"]["dense_p50_ms"] / result["bench"]["compact_p50_ms"])
+    assert sorted(file.name for file in path.iterdir()) == [
+        "bench.json", "checkpoint.safetensors", "compact.onnx", "compact.safetensors", "config.toml", "dense.onnx", "env.json", "metrics.jsonl",
+        "result.json", "selections.json"]
+    samples = json.loads((path / "bench.json").read_text())["rows"][0]["dense"]["samples_ms"]
+    assert len(samples) >= 20 and np.percentile(samples, 50) == pytest.approx(result["bench"]["dense_p50_ms"])
+
+
+def test_selections_tell_how_often_each_arm_ran(finished):
+    path, result = finished
+    selections = json.loads((path / "selections.json").read_text())
+    for group in selections["groups"].values():
+        assert sum(group["steps_executed"]) == selections["steps"] * group["width"]
+        assert len(group["chosen"]) == group["width"] and min(group["steps_executed"]) > 0
+
+
+def test_the_compact_file_loads_in_a_fresh_process(finished, tmp_path):
+    """The outputs of a fresh process equal those of the executed model in the checkpoint."""
+    from safetensors.torch import load_file
+
+    from dynprune.artifact import load_with_facts
+    path, _ = finished
+    code = (f"import torch, dynprune, tests.models as m; net = dynprune.load('{path}/compact.safetensors', m.tiny()); assert type(net) is m.Tiny;"
+            f"torch.manual_seed(0); torch.save(net(torch.randn(5, 3, 8, 8)), '{tmp_path}/out.pt')")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    net, facts = load_with_facts(path / "compact.safetensors", trust=True)
+    full = {k.removeprefix("full."): v for k, v in load_file(path / "checkpoint.safetensors").items() if k.startswith("full.")}
+    executed = full["conv1.weight"][facts.kept["conv1.weight:0"]][:, facts.kept["conv1.weight:1"]]
+    assert torch.equal(net.conv1.weight, executed)
+    torch.manual_seed(0)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), net(torch.randn(5, 3, 8, 8)))
+
+
+def test_a_file_that_names_code_does_not_run_it(finished):
+    import dynprune
+    from dynprune.errors import DynpruneError
+    with pytest.raises(DynpruneError, match="asks to run the code"):
+        dynprune.load(finished[0] / "compact.safetensors")
+
+
+def test_onnx_file_describes_itself_and_takes_any_batch(finished):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(finished[0] / "compact.onnx"))
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == [str(i) for i in range(10)] and len(json.loads(facts["mean"])) == 3
+    for batch in (1, 7):
+        assert session.run(None, {"input": np.zeros((batch, 3, 8, 8), np.float32)})[0].shape == (batch, 10)
+
+
+def test_folded_normalisation_agrees(finished, tmp_path):
+    done = dynprune("export", finished[0], "--onnx", "--fold-normalization", "--out", tmp_path / "folded.onnx", "--json")
+    assert json.loads(done.stdout)["top1_agreement"] == 1.0
+
+
+def test_a_folder_of_photos_with_compaction_options(tmp_path):
+    photos = write_folder(tmp_path / "photos", images=20)
+    out = tmp_path / "run"
+    done = dynprune("train", "--data", photos, *TINY[:2], "--batch-size", 8, "--epochs", 2, "--policy", "random", "--out", out)
+    assert "validation is 10 % of train/, test is val/" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("epoch ")]) == 2
+    done = dynprune("compact", out, "--min-rate", 0.9, "--bn-images", 16, "--finetune-epochs", 1, "--json")
+    result = json.loads(done.stdout)
+    assert result["max_rel_diff"] < 1e-5 and (out / "finetune" / "metrics.jsonl").is_file()
+
+
+def test_photos_larger_than_memory_are_decoded_by_workers(tmp_path):
+    photos = write_folder(tmp_path / "photos", images=10, side=120, splits=("train", "val", "test"))
+    done = dynprune("train", "--data", photos, *TINY[:2], "--image-size", 100, "--batch-size", 4, "--epochs", 1, "--workers", 2,
+                    "--out", tmp_path / "run")
+    assert "validation is val/, test is test/" in done.stderr
+
+
+def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_path):
+    options = [*TINY, "--epochs", "12", "--precision", "float32"]
+    process = subprocess.Popen([sys.executable, "-m", "dynprune", "train", *options, "--out", str(tmp_path / "stopped")], cwd=ROOT,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("epoch 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "The state is saved" in errors and "--resume" in errors
+    assert "--epochs 99" in refused("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 99)
+    dynprune("train", "--resume", "--out", tmp_path / "stopped")
+    dynprune("train", *options, "--out", tmp_path / "whole")
+    from safetensors.torch import load_file
+    one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("stopped", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model", "vgg17"], 'No model "vgg17". Did you mean vgg1'),
+    (["--model", "torchvision:resnet19"], "Close to it: resnet"),
+    (["--model", "no_such_module:net"], 'Cannot import "no_such_module"'),
+    (["--data", "mnist"], "which does not exist. Expected digits, cifar10"),
+    (["--policy", "best"], "Choose one of: cucb, random, static, dense"),
+    (["--budget", "0"], "--budget got 0.0. Expected a share in (0, 1]"),
+    (["--budget", "1.5"], "--budget got 1.5"),
+    (["--budget", "0.0001", *TINY], "Choose at least 0."),
+    (["--weights", "absent.safetensors"], "No weights file absent.safetensors"),
+    (["--device", "cuda:9"], "Try --device cpu"),
+    (["--batch-size", "5000"], "more than the 1293 training images"),
+])
+def test_bad_options_are_refused_in_one_line(options, message, tmp_path):
+    line = refused("train", *options, "--out", tmp_path / "run")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_folders_are_refused_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no class folders" in refused("train", "--data", tmp_path / "empty")
+    assert "a single class" in refused("train", "--data", write_folder(tmp_path / "one", classes=("cat",)))
+    lacking = write_folder(tmp_path / "lacking")
+    (lacking / "val" / "owl").mkdir()
+    assert 'a class "owl" that train/ lacks' in refused("train", "--data", lacking)
+    broken = write_folder(tmp_path / "broken")
+    (broken / "train" / "cat" / "3.jpg").write_bytes(b"not a jpeg")
+    assert "train/cat/3.jpg" in refused("train", "--data", broken)
+    assert "neither val/ nor test/" in refused("train", "--data", write_folder(tmp_path / "alone", splits=("train",)))
+
+
+def test_weights_that_do_not_fit_name_the_tensors(tmp_path):
+    from safetensors.torch import save_file
+
+    from tests.models import Tiny
+    state = Tiny(10).state_dict()
+    state["conv1.weight"] = torch.zeros(3, 3)
+    del state["head.bias"]
+    save_file(state, tmp_path / "w.safetensors")
+    line = refused("train", *TINY, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "run")
+    assert "missing 1: head.bias" in line and "conv1.weight is [3, 3], the model has [24, 16, 3, 3]" in line
+
+
+def test_training_starts_from_the_users_checkpoint(tmp_path):
+    from safetensors.torch import load_file
+
+    from tests.models import Tiny
+    torch.manual_seed(5)
+    state = Tiny(10).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    dynprune("train", *TINY, "--epochs", 1, "--lr", "1e-12", "--weight-decay", 0, "--weights", tmp_path / "w.pt", "--out", tmp_path / "run")
+    after = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    torch.testing.assert_close(after["full.conv1.weight"], state["conv1.weight"])
+
+
+def test_existing_directories_are_safe(finished, tmp_path):
+    path, _ = finished
+    assert "Pass --overwrite" in refused("train", *TINY, "--out", path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert "not a run directory" in refused("train", *TINY, "--out", tmp_path / "mine", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_truncated_and_foreign_files_are_refused(finished, tmp_path):
+    import shutil
+    path, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    whole = (path / "checkpoint.safetensors").read_bytes()
+    (copy / "checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refused("compact", copy)
+    (copy / "checkpoint.safetensors").write_bytes((path / "compact.safetensors").read_bytes())
+    assert "not one of ours, or of another kind" in refused("compact", copy)
+    (copy / "compact.safetensors").write_bytes(b"\x80\x04pickle")
+    assert "damaged" in refused("export", copy, "--onnx")
+    (copy / "compact.onnx").write_bytes(b"not onnx")
+    assert "cannot be opened by onnxruntime" in refused("bench", copy / "compact.onnx", path / "compact.onnx")
+    assert "no config.toml" in refused("compact", tmp_path)
+    assert "Pass --onnx" in refused("export", path)
+
+
+def test_nan_loss_names_the_step(tmp_path):
+    line = refused("train", *TINY, "--lr", "1e30", "--momentum", 0, "--out", tmp_path / "run")
+    assert "The loss became" in line and "at step" in line and "lower --lr" in line
+
+
+def test_two_onnx_files_can_be_compared(finished):
+    path, _ = finished
+    done = dynprune("bench", path / "dense.onnx", path / "compact.onnx", "--batch", "2", "--json")
+    result = json.loads(done.stdout)
+    assert result["rows"][0]["batch"] == 2 and "at batch 2" in result["verdict"]
+
+
+def test_help_is_quick_and_complete():
+    started = time.perf_counter()
+    done = dynprune("train", "--help")
+    from dataclasses import fields
+
+    from dynprune.config import TrainConfig
+    for field in fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in done.stdout.replace("\n", "")
+    assert time.perf_counter() - started < 20  # generous: it must not import torch on the way, which the next line checks
+    code = "import sys, dynprune.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0
