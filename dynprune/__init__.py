@@ -10,6 +10,6 @@ def __getattr__(name: str) -> object:  # torch takes seconds to import: `dynprun
         from dynprune.artifact import load
         return load
     if name == "trace":
-        from dynprune.channels import trace
+        from dynprune.tracing import trace
         return trace
     raise AttributeError(f"module 'dynprune' has no attribute {name!r}")

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from dynprune import zoo
-from dynprune.channels import AxisKey
+from dynprune.labels import AxisKey
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
 from dynprune.runs import read_tensors, write_tensors

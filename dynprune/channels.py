@@ -1,7 +1,7 @@
 """The channel structure of a network: groups of arms, and where each arm's slices lie.
 
-Takes a module and example inputs (`trace`), runs them once on labels (`labels.py`), and returns a `ChannelGraph`: a table
-of (tensor, dimension, positions) per group of arms. Execution, surgery, cost and reports all read this table; no
+Takes the record of one forward pass on labels (`labels.py`), and returns a `ChannelGraph`: a table of (tensor, dimension,
+positions) per group of arms. `tracing.trace` makes one from a module and example inputs. Execution, surgery, cost and reports all read this table; no
 architecture has code of its own.
 
 An *arm* is the smallest set of slices that must live or die together: one filter of a convolution, its BatchNorm entries,
@@ -14,18 +14,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
+from torch import nn
 
 from dynprune.errors import DynpruneError
-from dynprune.labels import Cut, LabelTracer, Op, Pin, distinct, tensors_in, varies
+from dynprune.labels import AxisKey, Cut, LabelTracer, Op
+from dynprune.numbers import Source
 
-AxisKey = tuple[str, int]  # (tensor name, dimension)
 Selection = Mapping[str, np.ndarray]  # group name -> arm numbers in slot order; a group that is absent keeps all its arms
 
 
@@ -47,7 +47,7 @@ class Group:
     @property
     def layers(self) -> list[str]:
         """Names of the layers whose tensors the arms touch, in order of execution."""
-        return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.members))
+        return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.members if not tensor.startswith("#")))
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class ChannelGraph:
     """Groups of arms of one network, iterable; `print(graph)` lists them.
 
     shapes: every parameter and buffer of the traced model. ops: every use of a weight with its output positions.
+    cuts: functions whose sizes depend on channel counts. An integer attribute that counts channels is an axis too, named by
+    `number_name`: its length is what the module remembers.
     """
 
     groups: dict[str, Group]
@@ -85,7 +87,8 @@ class ChannelGraph:
     parameters: frozenset[str]
     ops: list[Op]
     pinned: list[PinnedLayer]
-    fixed_numbers: dict = field(default_factory=dict)
+    cuts: list[Cut]
+    group_of_label: np.ndarray
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups.values())
@@ -106,6 +109,12 @@ class ChannelGraph:
     @property
     def full_widths(self) -> dict[str, int]:
         return {group.name: group.arms for group in self}
+
+    def groups_of(self, labels: np.ndarray) -> set[str]:
+        """Names of the groups that hold any of these labels."""
+        numbers = np.unique(self.group_of_label[labels])
+        names = list(self.groups)
+        return {names[number] for number in numbers if number >= 0}
 
     def group(self, name: str) -> Group:
         if name not in self.groups:
@@ -197,46 +206,6 @@ class ChannelGraph:
         return self.__dict__["numbers"]
 
 
-def trace(model: nn.Module, example_inputs: Tensor | tuple) -> ChannelGraph:
-    """Find the channel structure of `model` by running it once on `example_inputs` (a tensor or a tuple of arguments).
-
-    The model is run in eval mode without gradients and handed back as it was. Raises DynpruneError when it fails on
-    the inputs, naming the layer.
-    """
-    tracer = run_on_labels(model, example_inputs)
-    return build_graph(model, tracer)
-
-
-def run_on_labels(model: nn.Module, example_inputs: Tensor | tuple) -> LabelTracer:
-    """One forward pass under the label tracer. The model's training flags are restored."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DynpruneError("The model is a TorchScript module, which hides its functions. Pass the original nn.Module.")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    tracer = LabelTracer(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), tracer.watching():
-            for value in tensors_in(inputs):
-                tracer.set(value, tracer.pinned_like(value))
-            output = model(*inputs)
-    except Exception as error:
-        shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(inputs))
-        raise DynpruneError(
-            f'The model fails on an example input of shape {shapes} in layer "{tracer.layer}" '
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
-            "Check the input size it expects (--input CxHxW).") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    for value in tensors_in(output):
-        if value in tracer.labels:
-            labels = torch.unique(distinct(tracer.labels[value]))
-            tracer.stack = []
-            tracer.pins.append(Pin("output", "(output)", labels[labels != 0]))
-    return tracer
-
-
 def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     """Merge tied labels into arms, and arms with the same slices into groups."""
     component = components(tracer)
@@ -254,7 +223,10 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     for (name, _), roots in axes.items():
         if name in tracer.opaque:
             pinned[roots] = True
-    shapes = {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
+    for (source, formula), labels in tracer.numbers.items():
+        axes[number_name(source, formula), 0] = component[labels.numpy()]
+    shapes = {name: (len(roots),) for (name, _), roots in axes.items() if name.startswith("#")}
+    shapes |= {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
     parameters = frozenset(name for name, _ in model.named_parameters())
     groups = group_arms(axes, pinned, parameters, tracer.reads)
     table = {key: Axis(np.full(len(roots), -1), np.zeros(len(roots), dtype=np.int64), np.zeros(len(roots), dtype=np.int64))
@@ -265,7 +237,21 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
             table[key].arm[positions] = np.arange(group.arms)[:, None]
             table[key].occurrence[positions] = np.arange(positions.shape[1])[None]
     table = {key: axis for key, axis in table.items() if (axis.group >= 0).any()}
-    return ChannelGraph(groups, table, shapes, parameters, tracer.ops, pinned_layers(tracer, component))
+    of_component = np.full(component.max() + 1, -1)
+    for key, roots in axes.items():
+        if key in table:
+            of_component[roots] = table[key].group
+    return ChannelGraph(groups, table, shapes, parameters, tracer.ops, pinned_layers(tracer, component), tracer.cuts, of_component[component])
+
+
+def number_name(source: Source, formula: tuple[int, int, int]) -> str:
+    """How a remembered number is named among the tensors: "#module:attribute:index:multiplier:divisor:offset"."""
+    return "#" + ":".join(map(str, (*source, *formula)))
+
+
+def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
+    module, attribute, index, *formula = name[1:].split(":")
+    return Source(module, attribute, int(index)), tuple(map(int, formula))
 
 
 def components(tracer: LabelTracer) -> np.ndarray:

@@ -8,7 +8,7 @@ a DynpruneError is one line on stderr and exit status 1.
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import inspect as python_inspect
 import json
 import signal
 import sys
@@ -46,20 +46,20 @@ PANELS = {"model": "Model and data", "policy": "Method", "epochs": "Training rec
 def with_settings(command: Callable) -> Callable:
     """Give a command an option per TrainConfig field; it receives the ones that were given as the dict `given`."""
     hints = typing.get_type_hints(command, include_extras=True)
-    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in python_inspect.signature(command).parameters.values() if p.name != "given"]
     options, panel = [], ""
     for field in dataclasses.fields(TrainConfig):
         panel = PANELS.get(field.name, panel)
         shown = str(field.default) if field.default != "" else False
         option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
-        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+        options.append(python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None,
                                          annotation=Annotated[Optional[type(field.default)], option]))
 
     def wrapper(**values: object) -> None:
         given = {field.name: values.pop(field.name) for field in dataclasses.fields(TrainConfig)}
         command(given={name: value for name, value in given.items() if value is not None}, **values)
 
-    wrapper.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
 
@@ -154,6 +154,28 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
                "bench": measured.without_samples()}
     finish(json_output, results, lambda: [report.train_table(trained), report.compact_table(compacted), report.export_table(exported),
                                           report.bench_table(measured), measured.verdict])
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
+            input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224. [default: what the source is used to]",
+                                                     show_default=False)] = "",
+            classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm, else 10.")] = 0,
+            check: Annotated[bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")] = False,
+            fraction: Annotated[float, typer.Option("--fraction", help="Share of each group's channels that --check removes.")] = 0.5,
+            seed: Annotated[int, typer.Option("--seed", help="Which channels --check removes.")] = 0,
+            json_output: Json = False) -> None:
+    """Show which channels of a network can be removed, which cannot and why; with --check, prove it.
+
+    Example: `dynprune inspect --model torchvision:shufflenet_v2_x1_0 --check`
+    """
+    from dynprune import report
+    from dynprune.inspect import inspect as look
+
+    result = look(model, shape=input_shape, classes=classes, check=check, fraction=fraction, seed=seed)
+    finish(json_output, dataclasses.asdict(result), lambda: report.inspect_tables(result))
+    if result.check is not None and not result.check.ok:
+        raise typer.Exit(1)
 
 
 # -- what the commands share ------------------------------------------------------------------------------------------

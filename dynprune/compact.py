@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import artifact, zoo
-from dynprune.channels import ChannelGraph, Selection
+from dynprune.channels import Selection
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.reservoir import Reservoir
 from dynprune.runs import Run, read_tensors
-from dynprune.surgery import get_tensor
-from dynprune.train import Progress, Session, evaluate, logits, part, reservoir_from, trace_for, train
+from dynprune.tracing import masked, trace
+from dynprune.train import Progress, Session, evaluate, logits, part, reservoir_from, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
 
@@ -64,7 +64,7 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     if facts.get("classes") != data.classes:
         raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
     full = zoo.build(config.model, len(data.classes))
-    graph = trace_for(config, full, data)
+    graph = trace(full, data.example)
     executed = reservoir_from(tensors, full, graph)
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
@@ -119,18 +119,6 @@ def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, mi
         selection[name] = slots[keep]
         dropped += int((~keep).sum())
     return (selection if dropped else executed.slots), dropped
-
-
-def masked(full: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
-    """A full-width copy in which the consumers of every arm outside `selection` see zeros."""
-    model = copy.deepcopy(full)
-    with torch.no_grad():
-        for name, kept in selection.items():
-            group = graph.groups[name]
-            gone = np.setdiff1d(np.arange(group.arms), kept)
-            for key in group.reads:
-                get_tensor(model, key[0]).index_fill_(key[1], torch.from_numpy(group.members[key][gone].reshape(-1)), 0)
-    return model
 
 
 @torch.no_grad()

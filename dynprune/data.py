@@ -84,7 +84,7 @@ class Data:
     @property
     def example(self) -> Tensor:
         """An input of the right shape for tracing, (1, 3, side, side)."""
-        return torch.zeros(1, 3, self.side, self.side)
+        return torch.randn(1, 3, self.side, self.side, generator=generator(0))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches only, so that every step has the same shape; at least one."""

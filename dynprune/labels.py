@@ -21,9 +21,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dynprune.numbers import Number, Source, remembered
+
+AxisKey = tuple[str, int]  # (tensor name, dimension)
 PINNED = 0
 
 
@@ -97,7 +101,8 @@ class LabelTracer(TorchFunctionMode):
                 full = f"{path}.{name}" if path else name
                 self.names.setdefault(id(tensor), full)
                 # A filter's first dimension makes the channels; any other tensor may carry them along any dimension.
-                if not (tensor.ndim >= 2 and name.startswith(("weight", "original")) and hasattr(module, "weight")):
+                filters = name.startswith("weight") and hasattr(module, "weight") or isinstance(module, ParametrizationList)
+                if tensor.ndim < 2 or not filters:
                     self.elementwise_weights.add(full)
         self.labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.next_label = 1
@@ -111,12 +116,20 @@ class LabelTracer(TorchFunctionMode):
         self.opaque: dict[str, tuple[str, str]] = {}
         self.used: set[str] = set()
         self.stack: list[str] = []
+        self.numbers: dict[tuple[Source, tuple[int, int, int]], Tensor] = {}
+        self.model = model
         self.module_names = {id(module): name for name, module in model.named_modules()}
 
     # -- context ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[LabelTracer]:
+        """Record labels, with the model's sizes remembered."""
+        with self.watching_layers(), remembered(self.model), self:
+            yield self
+
+    @contextmanager
+    def watching_layers(self) -> Iterator[LabelTracer]:
         """Follow which module runs, so that pins and failures name the layer. The stack stays where a failure left it."""
         def enter(module: nn.Module, _inputs: object) -> None:
             self.stack.append(self.module_names.get(id(module), type(module).__name__))
@@ -128,8 +141,7 @@ class LabelTracer(TorchFunctionMode):
         handles = [nn.modules.module.register_module_forward_pre_hook(enter),
                    nn.modules.module.register_module_forward_hook(leave)]
         try:
-            with self:
-                yield self
+            yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -171,6 +183,24 @@ class LabelTracer(TorchFunctionMode):
         found = torch.unique(distinct(labels))
         self.cuts.append(Cut(op, self.layer, found[found != PINNED]))
 
+    def sized_by(self, number: object, labels: Tensor) -> bool:
+        """Note that `number`, if it is a remembered one, must shrink with these labels (1-D). Returns whether it is."""
+        if not isinstance(number, Number) or labels.numel() != int(number):
+            return False
+        key = (number.source, (number.multiplier, number.divisor, number.offset))
+        for (source, _), known in self.numbers.items():
+            if source == number.source:
+                if known.numel() == labels.numel():  # one attribute used twice: what it counts must shrink alike
+                    self.tie(known, labels)
+                elif known.numel() % labels.numel() == 0:
+                    self.tie(known.view(-1, labels.numel()), labels.expand(known.numel() // labels.numel(), -1))
+                elif labels.numel() % known.numel() == 0:
+                    self.tie(labels.view(-1, known.numel()), known.expand(labels.numel() // known.numel(), -1))
+                else:
+                    return False
+        self.numbers.setdefault(key, labels.clone())
+        return True
+
     def of(self, value: object) -> Tensor | None:
         """Labels of a value: None for anything that carries no channels (numbers, constants)."""
         if not isinstance(value, Tensor):
@@ -205,6 +235,8 @@ class LabelTracer(TorchFunctionMode):
             derived = self.labels.get(tensor)
             if derived is None:
                 self.pin(labels, "constant operand")
+            elif tensor.size(dim) > 1 and derived.stride(dim) == 0:  # one filter stretched over all channels serves any number
+                self.pin(derived, "stretched operand")
             else:
                 shape = [1] * tensor.ndim
                 shape[dim] = -1
@@ -224,6 +256,16 @@ class LabelTracer(TorchFunctionMode):
         if any(varies(labels, d) for d in range(labels.ndim) if d != dim):
             return None
         return labels.movedim(dim, 0).reshape(labels.size(dim), -1)[:, 0]
+
+    def input_labels(self, value: Tensor, op: str) -> Tensor:
+        """Labels of what a layer reads. A value without any was made out of sight (scripted code, a custom kernel) from
+        activations unknown, so everything that was seen so far is pinned."""
+        labels = self.of(value)
+        if labels is None:
+            if self.next_label > 1:
+                self.pins.append(Pin(f"a function out of sight before {op}", self.layer, torch.arange(1, self.next_label)))
+            labels = self.pinned_like(value)
+        return labels
 
     def pinned_like(self, value: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64).expand(value.shape)
@@ -385,8 +427,29 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
     if func in RESHAPES:
         tie_parts_of_view(tracer, args[0].shape, output, args, getattr(func, "__name__", "view"))
     elif func in SLICES and outputs[0].numel() < parts[0].numel() and changes_channels(labels[0], outputs):
-        tracer.cut(labels[0], getattr(func, "__name__", "slice"))
+        if not (func is Tensor.__getitem__ and sliced_by_numbers(tracer, labels[0], args[1])):
+            tracer.cut(labels[0], getattr(func, "__name__", "slice"))
     return output
+
+
+def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: object) -> bool:
+    """True when every bound that cuts a channel dimension is a remembered size: it then shrinks with what it counts."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if any(not isinstance(entry, slice) for entry in entries if entry is not Ellipsis):
+        return False
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at:at + 1] = [slice(None)] * (labels.ndim - len(entries) + 1)
+    for dim, entry in enumerate(entries):
+        if not varies(labels, dim):
+            continue
+        along = tracer.vector(labels, dim)
+        for bound in (entry.start, entry.stop):
+            if bound in (None, 0) or bound == labels.size(dim):
+                continue
+            if along is None or entry.step not in (None, 1) or not tracer.sized_by(bound, along[:bound]):
+                return False
+    return True
 
 
 SHAPED = set(named("expand_as view_as reshape_as"))
@@ -419,6 +482,8 @@ def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, a
         for d in wide:
             if d != shrinks:
                 labels = tracer.tie_along(labels, d).expand(labels.shape)
+        if len(sizes) == output.ndim and isinstance(sizes[shrinks], Number) and (along := tracer.vector(labels, shrinks)) is not None:
+            tracer.sized_by(sizes[shrinks], along)
     tracer.set(output, labels)
 
 
@@ -454,10 +519,18 @@ def split(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     parts = func(labels, *args[1:], **kwargs)
     dim = argument(args, kwargs, 2, "dim", 0) % labels.ndim
     if varies(labels, dim) and len(parts) > 1:
-        tracer.cut(labels, getattr(func, "__name__", "split"))
-        if len({part.size(dim) for part in parts}) == 1:
-            for part in parts[1:]:
-                tracer.tie(part, parts[0])
+        sizes = argument(args, kwargs, 1, "split_size_or_sections", argument(args, kwargs, 1, "split_size"))
+        if isinstance(sizes, (list, tuple)) and all(isinstance(size, Number) for size in sizes):
+            vectors = [tracer.vector(part, dim) for part in parts]
+            known = all(v is not None and tracer.sized_by(size, v) for size, v in zip(sizes, vectors))
+        else:
+            if len({part.size(dim) for part in parts}) == 1:
+                for part in parts[1:]:
+                    tracer.tie(part, parts[0])
+            first = tracer.vector(parts[0], dim)
+            known = first is not None and tracer.sized_by(sizes, first)
+        if not known:
+            tracer.cut(labels, getattr(func, "__name__", "split"))
     for part, part_labels in zip(output, parts):
         tracer.set(part, part_labels)
     return output
@@ -634,8 +707,7 @@ def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weigh
     """
     spatial_dims = weight.ndim - 2
     channel = value.ndim - spatial_dims - 1
-    labels = tracer.of(value)
-    labels = tracer.pinned_like(value) if labels is None else labels
+    labels = tracer.input_labels(value, func.__name__)
     channels = tracer.vector(labels, channel)
     if channels is None:
         tracer.pin(labels, f"{func.__name__} over a dimension that mixes channels")
@@ -680,9 +752,8 @@ def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weigh
 def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     value = args[0] if args else kwargs["input"]
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    labels = tracer.of(value)
+    labels = tracer.input_labels(value, "linear")
     output = func(*args, **kwargs)
-    labels = tracer.pinned_like(value) if labels is None else labels
     positions = max(1, math.prod(value.shape[1:-1])) if value.ndim > 1 else 1
     tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions))
     others = [d for d in range(labels.ndim - 1) if varies(labels, d)]

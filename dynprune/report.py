@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.bench import BenchResult
     from dynprune.compact import CompactResult
     from dynprune.export import ExportResult
+    from dynprune.inspect import Inspection
     from dynprune.train import Progress, TrainResult
 
 
@@ -137,6 +138,27 @@ def bench_table(result: BenchResult) -> Table:
     facts.append(f"{environment['processor']}, onnxruntime {environment['onnxruntime']}")
     table.caption, table.caption_justify = "; ".join(facts), "left"
     return table
+
+
+def inspect_tables(result: Inspection) -> list:
+    """Groups, pins and the outcome of the check."""
+    table = Table("group", "arms", "layers", "MACs", "parameters", title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
+                  title_justify="left", title_style="bold")
+    for line in result.lines:
+        layers = ", ".join(line.layers[:3]) + (f" and {len(line.layers) - 3} more" if len(line.layers) > 3 else "")
+        table.add_row(line.name, str(line.arms), layers, percent(line.macs_share), percent(line.params_share))
+    table.caption, table.caption_justify = (f"{million(result.macs)} MACs, {million(result.params)} parameters; {percent(result.prunable_params_share)} of the "
+                                            "parameters lie in an arm that can be removed. An arm's share counts all layers that it touches."), "left"
+    pins = Table("pinned by", "in layer", "channels", title="cannot be removed", title_justify="left", title_style="bold")
+    for pin in result.pinned:
+        pins.add_row(pin.op, pin.layer, str(pin.channels))
+    items: list = [table, pins]
+    if result.check is not None:
+        check = result.check
+        verdict = "exact" if check.ok else f"FAILED {check.failure}"
+        items.append(f"check: {verdict}, largest difference {check.max_rel_diff:.1e} of the largest output with {percent(check.fraction)} of the arms removed, "
+                     f"{percent(check.params_kept_share)} of the parameters kept, traced in {check.trace_seconds:.2f} s")
+    return items
 
 
 def show(*items: object) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.channels import AxisKey, ChannelGraph, Selection
+from dynprune.channels import ChannelGraph, Selection
+from dynprune.labels import AxisKey
 from dynprune.surgery import slim
 
 

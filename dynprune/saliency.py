@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dynprune.channels import AxisKey
+from dynprune.labels import AxisKey
 
 
 def taylor(parameters: Mapping[str, Tensor], places: Mapping[AxisKey, Tensor]) -> Tensor:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.channels import AxisKey
+from dynprune.channels import parse_number
+from dynprune.labels import AxisKey
+from dynprune.numbers import attribute_for, set_number
 
 
 def narrow(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:
@@ -29,12 +31,21 @@ def slim(model: nn.Module, kept: Mapping[AxisKey, np.ndarray]) -> nn.Module:
     memo: dict[int, object] = {}
     by_tensor: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), positions in kept.items():
-        by_tensor.setdefault(name, {})[dim] = positions
+        if not name.startswith("#"):
+            by_tensor.setdefault(name, {})[dim] = positions
     for name, dims in by_tensor.items():  # narrow tensors enter deepcopy's memo, so the full ones are never copied
         old = get_tensor(model, name)
         new = narrow(old.detach(), dims)
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in model.modules():  # old-style weight_norm leaves computed tensors, which deepcopy refuses
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     small = copy.deepcopy(model, memo)
+    for (name, _), positions in kept.items():
+        if name.startswith("#"):
+            source, formula = parse_number(name)
+            set_number(small, source, attribute_for(formula, len(positions)))
     for (_, original), (_, module) in zip(model.named_modules(), small.named_modules()):
         repair_numbers(original, module)
     return small

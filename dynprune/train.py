@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.budget import uniform_widths
-from dynprune.channels import ChannelGraph, trace
+from dynprune.channels import ChannelGraph
 from dynprune.config import TrainConfig
 from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
 from dynprune.explore import Explorer
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
+from dynprune.tracing import trace
 from dynprune.runs import Run, read_tensors, write_text, write_tensors
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
@@ -80,7 +81,7 @@ class Session:
         if config.weights:
             from pathlib import Path
             zoo.load_weights(full, Path(config.weights))
-        self.graph = trace_for(config, full, data)
+        self.graph = trace(full, data.example)
         self.widths = self.graph.full_widths if config.policy == "dense" else uniform_widths(self.graph, config.budget, config.align)
         if not config.weights:
             scale_for_narrow_fan_in(full, self.graph, self.widths)
@@ -300,10 +301,6 @@ def logits(output: object) -> Tensor:
 
 
 # -- settings to objects ------------------------------------------------------------------------------------------------
-
-
-def trace_for(config: TrainConfig, model: nn.Module, data: Data) -> ChannelGraph:
-    return trace(model, data.example)
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,19 +6,14 @@ import torch
 from torch import nn
 
 from dynprune import trace, zoo
-from dynprune.compact import masked
 from dynprune.errors import DynpruneError
 from dynprune.surgery import slim
+from dynprune.tracing import masked, random_selection
 from tests import models
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 # float64 sums in another order differ by about 1e-15 of the output
 EXACT = 1e-10
-
-
-def random_selection(graph, fraction, seed):
-    rng = np.random.default_rng(seed)
-    return {g.name: np.sort(rng.permutation(g.arms)[:max(1, round(g.arms * (1 - fraction)))]) for g in graph}
 
 
 def relative_difference(a, b, x):

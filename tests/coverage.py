@@ -1,0 +1,68 @@
+"""Coverage over whole catalogues, one JSON line per network: `python -m tests.coverage torchvision|timm [--sample N] [--out FILE]`.
+
+Every network is traced, loses a random half of every group's arms, and is compared with the masked original. Not a test of
+its own: it takes an hour. `--max-params` leaves out networks that do not fit in memory; what was left out is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+import warnings
+
+from dynprune.inspect import inspect
+
+# timm's files of transformers, mixers and hybrids; everything else is taken as a CNN
+NOT_CNN = set("""beit cait coat convit crossvit davit deit dinov2 edgenext efficientformer efficientformer_v2 efficientvit_msra eva fastvit
+    flexivit focalnet gcvit hiera hieradet_sam2 levit maxxvit mlp_mixer mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 rdnet repvit
+    samvit sequencer shvit starnet swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins vision_transformer
+    vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam visformer vitamin volo xcit metaformer mambaout poolformer
+    csatv2 cpubone deepseek_vit efficientvim efficientvit_mit gemma4_vit iformer lowformer mobilenetv5 qwen3_vit efficientformer""".split())
+
+
+def torchvision_names() -> list[str]:
+    import torchvision
+    return [f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+
+
+def timm_names() -> list[str]:
+    import timm
+    from timm.models import _registry
+    return [f"timm:{name}" for name in timm.list_models() if _registry._model_to_module[name] not in NOT_CNN]
+
+
+def measure(name: str) -> dict:
+    started = time.perf_counter()
+    try:
+        found = inspect(name, check=True)
+        line = {"ok": found.check.ok, "diff": found.check.max_rel_diff, "kept": found.check.params_kept_share, "trace_s": found.check.trace_seconds,
+                "prunable": found.prunable_params_share, "params": found.params, "pins": sorted({pin.op for pin in found.pinned}),
+                "failure": found.check.failure}
+    except Exception as error:
+        line = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+    gc.collect()
+    return {"model": name, **line, "seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("catalogue", choices=("torchvision", "timm"))
+    parser.add_argument("--sample", type=int, default=0, help="a random sample of so many names (seed 0)")
+    parser.add_argument("--max-params", type=float, default=1e9)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    names = torchvision_names() if options.catalogue == "torchvision" else timm_names()
+    if options.sample:
+        names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
+    out = open(options.out, "a") if options.out else sys.stdout
+    for name in names:
+        print(json.dumps(measure(name)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
