@@ -200,7 +200,7 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
         where = found if resume else Run.create(path, config, overwrite)
         display.say(f"{config.model} on {config.data}: {len(session.data.train)} images to train, validation is {session.data.chooses}, test is "
                     f"{session.data.reports}")
-        return run_training(config, where, resume=resume, report=display.step, stop=stop, session=session)
+        return run_training(config, where, resume=resume, report=display.step, note=display.note, stop=stop, session=session)
 
 
 def resumed(config: TrainConfig, given: dict, path: Path) -> TrainConfig:

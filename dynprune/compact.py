@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from dynprune.errors import DynpruneError
 from dynprune.reservoir import Reservoir
 from dynprune.runs import Run, read_tensors
 from dynprune.tracing import masked, trace
-from dynprune.train import Progress, Session, evaluate, logits, part, reservoir_from, train
+from dynprune.train import Progress, Session, evaluate, logits, part, slots_in, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
 
@@ -65,7 +64,8 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
         raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
     full = zoo.build(config.model, len(data.classes))
     graph = trace(full, data.example)
-    executed = reservoir_from(tensors, full, graph)
+    slots, template = slots_in(tensors, full, graph)
+    executed = Reservoir(copy.deepcopy(full), graph, slots, template)
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
     difference = largest_difference(masked(full, graph, selection), reservoir.active, data)
@@ -134,9 +134,7 @@ def finetune(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, ep
     """Train the compact widths on, in RUN/finetune, with the run's recipe from a lower learning rate without warm-up."""
     settings = dataclasses.replace(config, epochs=epochs, lr=lr, warmup=0.0, policy="static")
     session = Session(settings, data)
-    session.widths = reservoir.widths
-    reservoir.full.to(session.device)
-    session.install(Reservoir(reservoir.full, reservoir.graph, reservoir.slots, reservoir.template))
+    session.install(session.new_reservoir(reservoir.full, reservoir.slots, reservoir.template))
     train(settings, Run.create(run.path / "finetune", settings, overwrite=True), report=report, session=session)
     return session.reservoir
 

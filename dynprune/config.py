@@ -76,6 +76,9 @@ class TrainConfig:
     precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it.",
                              choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
+    reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
+                             choices=("device", "cpu"))
+    compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
     threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: v >= 0, expected="0 or more")
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: v >= 0,
                         expected="0 or more")
@@ -105,6 +108,6 @@ class TrainConfig:
             if name not in fields:
                 raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
             wanted = type(fields[name].default)
-            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
         return cls(**values).validate()

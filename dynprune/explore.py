@@ -19,7 +19,7 @@ from dynprune.bandit import Bandit
 from dynprune.channels import ChannelGraph
 from dynprune.config import TrainConfig
 from dynprune.data import generator
-from dynprune.saliency import normalise, taylor
+from dynprune.saliency import Ledger, normalise, taylor
 
 ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be played about this often
 
@@ -37,7 +37,8 @@ class Explorer:
         self.hold = max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold
-        self.sums = {name: torch.zeros(width) for name, width in self.widths.items()}
+        self.sums = torch.zeros(sum(self.widths.values()))
+        self.uncounted = 0
         self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
 
     def first(self) -> dict[str, np.ndarray]:
@@ -64,21 +65,25 @@ class Explorer:
             selection[name] = arms.numpy()
         return selection
 
-    def reward(self, parameters: Mapping[str, Tensor], places: Mapping[str, Mapping]) -> None:
+    def reward(self, parameters: Mapping[str, Tensor], ledger: Ledger) -> None:
         """Add this step's rewards, after `backward`. They stay on the device until the round ends."""
-        for name, axes in places.items():
-            self.sums[name] = self.sums[name].to(next(iter(parameters.values())).device) + normalise(taylor(parameters, axes))
+        rewards = normalise(taylor(parameters, ledger), ledger)
+        self.sums = self.sums.to(rewards.device) + rewards
 
     def end_round(self, slots: Mapping[str, np.ndarray]) -> None:
         """Give the bandits the mean rewards of the round that just ended; slots: the arms it executed, in slot order."""
-        for name, total in self.sums.items():
-            bandit.update(self.bandits[name], torch.from_numpy(slots[name]), total.cpu() / self.hold)
-            total.zero_()
-
-    def count(self, slots: Mapping[str, np.ndarray], steps: int) -> None:
-        """Note that the arms in `slots` were executed for `steps` more steps."""
+        first = 0
+        means = self.sums.cpu() / self.hold
         for name, arms in slots.items():
-            self.executed[name][torch.from_numpy(arms)] += steps
+            bandit.update(self.bandits[name], torch.from_numpy(arms), means[first:first + len(arms)])
+            first += len(arms)
+        self.sums.zero_()
+
+    def count(self, slots: Mapping[str, np.ndarray]) -> None:
+        """Note that the arms in `slots` were executed in the steps since the last count."""
+        for name, arms in slots.items():
+            self.executed[name][torch.from_numpy(arms)] += self.uncounted
+        self.uncounted = 0
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes, as named tensors."""
@@ -87,11 +92,11 @@ class Explorer:
             tensors[f"counts.{name}"], tensors[f"means.{name}"] = state.counts, state.means
             tensors[f"rounds.{name}"] = torch.tensor(state.rounds)
             tensors[f"executed.{name}"] = self.executed[name]
-            tensors[f"sums.{name}"] = self.sums[name].cpu()
-        return tensors
+        return {**tensors, "sums": self.sums.cpu()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.sums = tensors["sums"].clone()
         for name, state in self.bandits.items():
             state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
             state.rounds = int(tensors[f"rounds.{name}"])
-            self.executed[name], self.sums[name] = tensors[f"executed.{name}"].clone(), tensors[f"sums.{name}"].clone()
+            self.executed[name] = tensors[f"executed.{name}"].clone()

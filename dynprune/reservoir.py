@@ -2,14 +2,18 @@
 
 Takes a full-width module, its ChannelGraph and one selection per group. `active` is an ordinary dense module at the
 selected widths: the only thing that runs forward and backward, with static shapes. `full` is never run: it keeps the
-parameters and BatchNorm statistics of every arm. When a selection changes, `swap` writes the tensors of the slots that
-changed back to `full` and loads the newcomers, in place.
+parameters and BatchNorm statistics of every arm. When a selection changes, `swap` exchanges only the slots that changed.
+
+Both sides are flat: every narrowed tensor of the active model is a view into one buffer, every full one into another, so a
+swap is one gather and one scatter each way, however many layers it touches. Which element of the active buffer belongs to
+which of the full one is kept on the host, so a GPU is never waited for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,68 +23,158 @@ from dynprune.channels import ChannelGraph, Selection
 from dynprune.labels import AxisKey
 from dynprune.surgery import slim
 
+OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+
+
+@dataclass
+class Span:
+    """One narrowed tensor. start, strides: of its elements in the active buffer; source: the element of the full buffer that
+    each of them holds now, int64 of the narrow shape; full_strides: how far one step along a dimension goes there."""
+
+    start: int
+    strides: tuple[int, ...]
+    source: np.ndarray
+    full_strides: tuple[int, ...]
+
 
 class Reservoir:
     """Full-width tensors and the active model over them.
 
     slots: per group, the arm in each slot, int64 of shape (width,). Slots keep their places for the life of the object.
+    device: where the active model runs; store_device: where the full tensors rest (host memory is pinned for a GPU).
     """
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, selection: Selection, template: Selection | None = None):
+    def __init__(self, full: nn.Module, graph: ChannelGraph, selection: Selection, template: Selection | None = None, *,
+                 device: torch.device | str = "cpu", store_device: torch.device | str | None = None):
         self.full, self.graph = full, graph
         self.slots = {name: np.array(arms) for name, arms in selection.items()}
         self.template = {name: np.sort(arms) for name, arms in (template or selection).items()}
         self.places = graph.slot_places(self.template)
-        self.active = slim(full, graph.kept(self.slots, self.template))
-        self._store = dict(full.named_parameters()) | dict(full.named_buffers())
-        self._live = dict(self.active.named_parameters()) | dict(self.active.named_buffers())
+        kept = graph.kept(self.slots, self.template)
+        self.active = slim(full, kept).to(device)
+        self._flatten(by_tensor(kept), torch.device(device), torch.device(store_device or device))
+        self.states: list[Tensor] = []
 
     @property
     def widths(self) -> dict[str, int]:
         return {name: len(arms) for name, arms in self.slots.items()}
 
     @torch.no_grad()
-    def write_back(self, names: set[str] | None = None) -> None:
-        """Copy the active tensors (or only those named) into their places in the full ones."""
-        kept = by_tensor(self.graph.kept(self.slots, self.template))
-        for name in self._store if names is None else names:
-            scatter(self._store[name], kept.get(name, {}), self._live[name])
+    def _flatten(self, kept: Mapping[str, Mapping[int, Tensor]], device: torch.device, store_device: torch.device) -> None:
+        """Move narrowed tensors into two flat buffers; what is not narrowed is one tensor that both sides share."""
+        full, live = named_tensors(self.full), named_tensors(self.active)
+        self.spans: dict[str, Span] = {}
+        names = [name for name in kept if not name.startswith("#")]
+        pin = device.type == "cuda" and store_device.type == "cpu"
+        self.store = torch.empty(sum(full[name].numel() for name in names), device=store_device, pin_memory=pin)
+        self.live = torch.empty(sum(live[name].numel() for name in names), device=device)
+        start = full_start = 0
+        for name in names:
+            old = full[name]
+            assert old.dtype == torch.float32, f"{name} is {old.dtype}"
+            view = self.store[full_start:full_start + old.numel()].view(old.shape)
+            view.copy_(old)
+            set_tensor(self.full, name, view)
+            small = live[name]
+            place = view_like(self.live[start:start + small.numel()], small.shape)
+            place.copy_(small)
+            set_tensor(self.active, name, place)
+            strides = tuple(math.prod(old.shape[d + 1:]) for d in range(old.ndim))
+            index = [kept[name].get(d, torch.arange(size)).numpy() for d, size in enumerate(old.shape)]
+            self.spans[name] = Span(start, place.stride(), full_start + positions(index, strides), strides)
+            start, full_start = start + small.numel(), full_start + old.numel()
+        for name, tensor in live.items():
+            if name not in kept:
+                set_tensor(self.full, name, tensor)
 
     @torch.no_grad()
-    def swap(self, selection: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None = None) -> int:
+    def write_back(self) -> None:
+        """Copy every active tensor into its place in the full one."""
+        for span in self.spans.values():
+            here = torch.from_numpy(span.start + positions([np.arange(n) for n in span.source.shape], span.strides).reshape(-1))
+            self.store[torch.from_numpy(span.source.reshape(-1)).to(self.store.device)] = self.live[here.to(self.live.device)].to(self.store.device)
+
+    @torch.no_grad()
+    def swap(self, selection: Mapping[str, np.ndarray]) -> int:
         """Make the active model execute `selection`; returns the number of arms exchanged.
 
         Arms that stay keep their slots. A newcomer brings its parameters and statistics from the reservoir, and its
         momentum starts at zero: what it was when the arm left no longer fits (measured: worth a point of accuracy).
         """
-        changed: dict[str, np.ndarray] = {}
-        updated = dict(self.slots)
+        moves: list[tuple[Span, int, np.ndarray, np.ndarray]] = []  # span, dimension, places there, full positions gained
+        exchanged = 0
         for name, arms in selection.items():
-            leaving = np.flatnonzero(~np.isin(self.slots[name], arms))
-            if len(leaving):
-                changed[name] = leaving
-                updated[name] = self.slots[name].copy()
-                updated[name][leaving] = np.setdiff1d(arms, self.slots[name])
-        if not changed:
-            return 0
-        touched = {tensor for name in changed for tensor, _ in self.graph.groups[name].members}
-        self.write_back(touched)
-        self.slots = updated
-        kept = by_tensor(self.graph.kept(self.slots, self.template))
-        for name in touched:
-            self._live[name].copy_(gather(self._store[name], kept[name]))
-        if optimizer is not None:
-            self._forget_momentum(changed, optimizer)
-        return sum(len(slots) for slots in changed.values())
-
-    def _forget_momentum(self, changed: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer) -> None:
-        for name, slots in changed.items():
+            slots = np.flatnonzero(~np.isin(self.slots[name], arms))
+            if not len(slots):
+                continue
+            before, after = self.slots[name][slots], np.setdiff1d(arms, self.slots[name])
+            self.slots[name][slots] = after
+            exchanged += len(slots)
             for (tensor, dim), places in self.places[name].items():
-                live = self._live[tensor]
-                where = torch.from_numpy(places[slots].reshape(-1)).to(live.device)
-                for value in optimizer.state.get(live, {}).values():
-                    if isinstance(value, Tensor) and value.shape == live.shape:
-                        value.index_fill_(dim, where, 0)
+                if tensor in self.spans:
+                    members = self.graph.groups[name].members[tensor, dim]
+                    moves.append((self.spans[tensor], dim, places[slots].reshape(-1), (members[after] - members[before]).reshape(-1)))
+        if not moves:
+            return exchanged
+        here = self._indices([span.start + positions([at if d == dim else np.arange(n) for d, n in enumerate(span.source.shape)], span.strides)
+                              for span, dim, at, _ in moves], self.live.device)
+        sources = [span.source.take(at, axis=dim) for span, dim, at, _ in moves]
+        self.store[self._indices(sources, self.store.device)] = self.live[here].to(self.store.device)
+        for span, dim, at, gained in moves:
+            shape = [-1 if d == dim else 1 for d in range(span.source.ndim)]
+            span.source[(slice(None),) * dim + (at,)] += (gained * span.full_strides[dim]).reshape(shape)
+        sources = [span.source.take(at, axis=dim) for span, dim, at, _ in moves]
+        self.live[here] = self.store[self._indices(sources, self.store.device)].to(self.live.device, non_blocking=True)
+        for state in self.states:
+            state[here] = 0
+        return exchanged
+
+    @staticmethod
+    def _indices(parts: list[np.ndarray], device: torch.device) -> Tensor:
+        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device, non_blocking=True)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer's momenta flat buffers too, so that a swap forgets those of newcomers in one write."""
+        keys = OPTIMIZER_STATE.get(type(optimizer), ())
+        self.states = [torch.zeros_like(self.live) for _ in keys]
+        parameters = dict(self.active.named_parameters())
+        for name, parameter in parameters.items():
+            span = self.spans.get(name)
+            for key, flat in zip(keys, self.states):
+                optimizer.state[parameter][key] = (torch.zeros_like(parameter) if span is None else
+                                                   flat.as_strided(parameter.shape, span.strides, span.start))
+            if "exp_avg" in keys:
+                optimizer.state[parameter]["step"] = torch.zeros(())
+
+
+def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
+    """Flat positions of the grid that `index` spans, for the given strides: int64, of shape [len(i) for i in index]."""
+    total = np.zeros((1,) * len(index), dtype=np.int64)
+    for dim, (along, stride) in enumerate(zip(index, strides)):
+        total = total + (along.astype(np.int64) * stride).reshape([-1 if d == dim else 1 for d in range(len(index))])
+    return total
+
+
+def view_like(flat: Tensor, shape: torch.Size) -> Tensor:
+    """A view of `flat` with this shape; four dimensions in channels_last order, in which convolutions run fastest."""
+    if len(shape) != 4:
+        return flat.view(shape)
+    out, into, height, width = shape
+    return flat.view(out, height, width, into).permute(0, 3, 1, 2)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Let a parameter or buffer use the memory of `value`."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf].data = value.data
+    else:
+        module._buffers[leaf] = value
 
 
 def by_tensor(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, dict[int, Tensor]]:
@@ -88,25 +182,6 @@ def by_tensor(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, dict[int, Tensor]
     for (name, dim), positions in kept.items():
         result.setdefault(name, {})[dim] = torch.from_numpy(positions)
     return result
-
-
-def gather(full: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """The kept positions of `full` along each given dimension."""
-    for dim, positions in kept.items():
-        full = full.index_select(dim, positions.to(full.device))
-    return full
-
-
-def scatter(full: Tensor, kept: Mapping[int, Tensor], values: Tensor) -> None:
-    """The inverse of `gather`, in place: write `values` to the kept positions of `full`."""
-    if not kept:
-        full.copy_(values)
-        return
-    index = []
-    for dim in range(full.ndim):
-        positions = kept.get(dim, torch.arange(full.shape[dim]))
-        index.append(positions.to(full.device).view([-1 if d == dim else 1 for d in range(full.ndim)]))
-    full.index_put_(tuple(index), values.to(full.device))
 
 
 @torch.no_grad()

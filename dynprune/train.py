@@ -7,19 +7,21 @@ Takes a TrainConfig and a run directory, trains the narrow model that the policy
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.budget import uniform_widths
-from dynprune.channels import ChannelGraph
+from dynprune.channels import ChannelGraph, Selection
+from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
 from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
@@ -27,6 +29,7 @@ from dynprune.explore import Explorer
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
 from dynprune.tracing import trace
 from dynprune.runs import Run, read_tensors, write_text, write_tensors
+from dynprune.saliency import prepare
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
 
@@ -65,6 +68,7 @@ class TrainResult:
     macs_executed_share: float
     data_wait_share: float
     precision: str
+    compiled: dict | None
 
 
 class Session:
@@ -79,22 +83,27 @@ class Session:
         self.step = 0
         full = zoo.build(config.model, len(data.classes), config.seed)
         if config.weights:
-            from pathlib import Path
             zoo.load_weights(full, Path(config.weights))
         self.graph = trace(full, data.example)
         self.widths = self.graph.full_widths if config.policy == "dense" else uniform_widths(self.graph, config.budget, config.align)
         if not config.weights:
             scale_for_narrow_fan_in(full, self.graph, self.widths)
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)
-        self.install(Reservoir(full.to(self.device), self.graph, self.explorer.first()))
+        self.install(self.new_reservoir(full, self.explorer.first()))
+
+    def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
+        store_device = "cpu" if self.config.reservoir == "cpu" else self.device
+        return Reservoir(full, self.graph, selection, template, device=self.device, store_device=store_device)
 
     def install(self, reservoir: Reservoir) -> None:
-        self.reservoir = reservoir
-        self.model = reservoir.active.to(memory_format=torch.channels_last) if self.data.example.ndim == 4 else reservoir.active
+        self.reservoir, self.widths = reservoir, reservoir.widths
+        self.model = self.forward = reservoir.active
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = make_optimizer(self.config, self.model)
-        self.places = {name: {key: torch.from_numpy(where).to(self.device) for key, where in axes.items()
-                              if key in self.graph.groups[name].made} for name, axes in reservoir.places.items()}
+        self.optimizer = make_optimizer(self.config, self.model, self.device)
+        reservoir.attach(self.optimizer)
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        places = {name: reservoir.places[name] for name in self.widths}
+        self.ledger = prepare(shapes, places, {name: self.graph.groups[name].made for name in places}, self.device)
 
     @property
     def macs(self) -> int:
@@ -108,19 +117,20 @@ class Session:
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device."""
         if self.explorer.changes_at(self.step):
+            self.explorer.count(self.reservoir.slots)
             self.explorer.end_round(self.reservoir.slots)
-            self.reservoir.swap(self.explorer.select(self.step), self.optimizer)
+            self.reservoir.swap(self.explorer.select(self.step))
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with self.autocast():
-            output = self.model(images)
+            output = self.forward(images)
         loss = F.cross_entropy(logits(output).float(), labels.to(self.device), label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.explorer.explores_at(self.step):
-            self.explorer.reward(self.parameters, self.places)
+            self.explorer.reward(self.parameters, self.ledger)
         self.optimizer.step()
-        self.explorer.count(self.reservoir.slots, 1)
+        self.explorer.uncounted += 1
         self.step += 1
         return loss.detach()
 
@@ -128,6 +138,7 @@ class Session:
 
     def save(self, run: Run) -> None:
         """Write everything that is needed to go on, and how often each arm was picked."""
+        self.explorer.count(self.reservoir.slots)
         self.reservoir.write_back()
         tensors = {f"full.{name}": value for name, value in self.reservoir.full.state_dict().items()}
         tensors |= {f"explorer.{name}": value for name, value in self.explorer.state().items()}
@@ -142,7 +153,7 @@ class Session:
         write_tensors(run.checkpoint_file, tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
                  for name, counts in self.explorer.executed.items()}
-        write_text(run.path / "selections.json", json_line({"steps": self.step, "groups": picks}))
+        write_text(run.path / "selections.json", json.dumps({"steps": self.step, "groups": picks}))
 
     def restore(self, run: Run) -> None:
         tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
@@ -150,43 +161,34 @@ class Session:
             raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
         self.step = facts["step"]
-        reservoir = reservoir_from(tensors, self.reservoir.full, self.graph)
+        slots, template = slots_in(tensors, self.reservoir.full, self.graph)
         self.explorer.load_state(part(tensors, "explorer."))
-        self.install(reservoir)
+        self.install(self.new_reservoir(self.reservoir.full, slots, template))
         for name, parameter in self.parameters.items():
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
-                     if f"optimizer.{key}.{name}" in tensors}
-            if state:
-                self.optimizer.state[parameter] = {
-                    key: value.to(self.device).clone(memory_format=torch.preserve_format) if value.shape != parameter.shape
-                    else torch.empty_like(parameter.detach()).copy_(value) for key, value in state.items()}
+            for key, value in self.optimizer.state[parameter].items():
+                value.copy_(tensors[f"optimizer.{key}.{name}"])
 
 
-def reservoir_from(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> Reservoir:
-    """The reservoir that a checkpoint holds, with its slots."""
+def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
+    """Fill `full` from a checkpoint's tensors; returns its slots and their template."""
     try:
         full.load_state_dict(part(tensors, "full."))
         slots = {name: tensors[f"slots.{name}"].numpy() for name in graph.groups}
         template = {name: tensors[f"template.{name}"].numpy() for name in graph.groups}
     except (RuntimeError, KeyError) as error:
         raise DynpruneError(f"The checkpoint does not belong to this model ({str(error).splitlines()[0]}). Use the run's own settings.") from error
-    return Reservoir(full, graph, slots, template)
+    return slots, template
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def json_line(value: object) -> str:
-    import json
-    return json.dumps(value)
-
-
 # -- the run ------------------------------------------------------------------------------------------------------------
 
 
 def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callable[[Progress], None] = lambda _: None,
-          stop: Callable[[], bool] = lambda: False, session: Session | None = None) -> TrainResult:
+          note: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False, session: Session | None = None) -> TrainResult:
     """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so, the
     state is saved and DynpruneError tells how to go on."""
     session = session or Session(config, load_data(config))
@@ -194,6 +196,7 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callab
         session.restore(run)
     with torch.random.fork_rng(), threads(config.threads):
         started, waited, first_step = time.perf_counter(), 0.0, session.step
+        compiled = try_compiling(session, note) if config.compile else None
         while session.step < session.steps:
             epoch, start = divmod(session.step, session.steps_per_epoch)
             meter = EpochMeter(session)
@@ -222,7 +225,7 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callab
     result = TrainResult(
         str(run.path), config.policy, accuracy, val_accuracy, session.data.reports, session.data.chooses, seconds,
         (session.steps - first_step) * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
-        waited / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32")
+        waited / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled)
     run.record("train", asdict(result))
     return result
 
@@ -321,10 +324,13 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the recipe, in its fused form: one kernel for all parameters."""
+    fused = device.type in ("cpu", "cuda")
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+                           fused=fused)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -1,7 +1,16 @@
+import numpy as np
 import torch
 from torch import nn
 
-from dynprune.saliency import normalise, taylor
+from dynprune.saliency import normalise, prepare, taylor
+
+
+def ledger_for(module, axes, multiplicity=1):
+    """One group whose slots lie one after the other along the given axes."""
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    width = shapes[axes[0][0]][axes[0][1]] // multiplicity
+    places = {key: np.arange(width * multiplicity).reshape(multiplicity, width).T for key in axes}
+    return prepare(shapes, {"group": places}, {"group": tuple(axes)}, "cpu")
 
 
 def test_batchnorm_identity_holds():
@@ -13,8 +22,7 @@ def test_batchnorm_identity_holds():
     activation.retain_grad()
     (activation.sin() * torch.randn(4, 5, 3, 3)).sum().backward()
     expected = (activation * activation.grad).sum((0, 2, 3)).abs()
-    where = torch.arange(5)[:, None]
-    found = taylor(dict(norm.named_parameters()), {("weight", 0): where, ("bias", 0): where})
+    found = taylor(dict(norm.named_parameters()), ledger_for(norm, [("weight", 0), ("bias", 0)]))
     torch.testing.assert_close(found, expected.detach())
 
 
@@ -24,17 +32,30 @@ def test_convolution_identity_holds():
     activation = conv(torch.randn(2, 3, 6, 6))
     activation.retain_grad()
     activation.pow(3).mean().backward()
-    where = torch.arange(4)[:, None]
-    found = taylor(dict(conv.named_parameters()), {("weight", 0): where, ("bias", 0): where})
+    found = taylor(dict(conv.named_parameters()), ledger_for(conv, [("weight", 0), ("bias", 0)]))
     torch.testing.assert_close(found, (activation * activation.grad).sum((0, 2, 3)).abs().detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_before_a_norm_a_filters_own_sum_is_zero_so_it_is_left_out():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    (block(torch.randn(8, 3, 6, 6)).tanh() * torch.randn(8, 4, 4, 4)).sum().backward()
+    weight = block[0].weight
+    sums = (weight * weight.grad).sum((1, 2, 3)).abs()
+    ledger = ledger_for(block, [("0.weight", 0), ("1.weight", 0), ("1.bias", 0)])
+    found = taylor(dict(block.named_parameters()), ledger)
+    assert not ledger.filters and bool((sums < 1e-3 * found.min()).all())
+
+
 def test_several_places_of_one_slot_add_up():
-    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    weight.grad = torch.tensor([1.0, -1.0, 2.0, 0.5])
-    assert taylor({"w": weight}, {("w", 0): torch.tensor([[0, 2], [1, 3]])}).tolist() == [7.0, 0.0]
+    module = nn.Module()
+    module.bias = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    module.bias.grad = torch.tensor([1.0, -1.0, 2.0, 0.5])
+    assert taylor({"bias": module.bias}, ledger_for(module, [("bias", 0)], 2)).tolist() == [7.0, 0.0]
 
 
-def test_rewards_lie_between_0_and_1():
-    assert normalise(torch.tensor([0.5, 2.0, 0.0])).tolist() == [0.25, 1.0, 0.0]
-    assert normalise(torch.zeros(3)).tolist() == [0, 0, 0]
+def test_rewards_lie_between_0_and_1_in_each_group():
+    shapes = {"a": torch.Size([3]), "b": torch.Size([2])}
+    places = {"one": {("a", 0): np.arange(3)[:, None]}, "two": {("b", 0): np.arange(2)[:, None]}}
+    ledger = prepare(shapes, places, {"one": (("a", 0),), "two": (("b", 0),)}, "cpu")
+    assert normalise(torch.tensor([0.5, 2.0, 0.0, 0.0, 0.0]), ledger).tolist() == [0.25, 1.0, 0.0, 0.0, 0.0]
