@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Group:
     members: per axis (tensor, dimension), the positions of each arm along it, int64 of shape (arms, multiplicity).
     made: the axes along which parameters produce or scale the arms, used for their saliency.
     reads: the axes along which parameters multiply what the arms carry; zeros there hide an arm from its consumers.
+    mixed_by: functions that take a statistic over these channels (LayerNorm, ...). A narrow copy works, but removing an arm
+    changes what the others see, so it does not equal the masked original. Empty for groups whose removal is exact.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Group:
     members: dict[AxisKey, np.ndarray]
     made: tuple[AxisKey, ...]
     reads: tuple[AxisKey, ...]
+    mixed_by: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[str]:
@@ -98,7 +101,8 @@ class ChannelGraph:
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {self.arms} arms"]
-        lines += [f"  {group.name}: {group.arms} arms in {', '.join(group.layers)}" for group in self]
+        lines += [f"  {group.name}: {group.arms} arms in {', '.join(group.layers)}"
+                  + (f" (mixed by {', '.join(group.mixed_by)})" if group.mixed_by else "") for group in self]
         lines += [f"  pinned by {pin.op} in {pin.layer}: {pin.channels} channels" for pin in self.pinned]
         return "\n".join(lines)
 
@@ -237,11 +241,29 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
             table[key].arm[positions] = np.arange(group.arms)[:, None]
             table[key].occurrence[positions] = np.arange(positions.shape[1])[None]
     table = {key: axis for key, axis in table.items() if (axis.group >= 0).any()}
+    groups = mark_mixed(groups, table, tracer, component)
     of_component = np.full(component.max() + 1, -1)
     for key, roots in axes.items():
         if key in table:
             of_component[roots] = table[key].group
     return ChannelGraph(groups, table, shapes, parameters, tracer.ops, pinned_layers(tracer, component), tracer.cuts, of_component[component])
+
+
+def mark_mixed(groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: LabelTracer, component: np.ndarray) -> dict[str, Group]:
+    """The groups, each with the functions that mix its channels."""
+    mixers: dict[int, set[str]] = {}
+    for mixed in tracer.mixed:
+        for root in np.unique(component[mixed.labels.numpy()]).tolist():
+            mixers.setdefault(root, set()).add(mixed.op)
+    found: dict[str, set[str]] = {name: set() for name in groups}
+    names = list(groups)
+    for key, axis in table.items():
+        labels = tracer.numbers[parse_number(key[0])] if key[0].startswith("#") else tracer.axes.get(key)
+        if labels is not None:
+            for number, root in set(zip(axis.group.tolist(), component[labels.numpy()].tolist())):
+                if number >= 0:
+                    found[names[number]] |= mixers.get(root, set())
+    return {name: replace(group, mixed_by=tuple(sorted(found[name]))) for name, group in groups.items()}
 
 
 def number_name(source: Source, formula: tuple[int, int, int]) -> str:

@@ -123,13 +123,30 @@ def export(run: RunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Writ
 
 
 @app.command()
-def bench(targets: Annotated[list[Path], typer.Argument(metavar="RUN | A.onnx B.onnx", help="A run directory, or two ONNX files to compare.")],
+@with_settings
+def bench(given: dict,
+          targets: Annotated[Optional[list[Path]], typer.Argument(metavar="[RUN | A.onnx B.onnx]", help="A run directory, or two ONNX files to compare.")] = None,
           against: Annotated[Optional[Path], typer.Option("--against", help="Run of a trained dense network to compare with.", show_default=False)] = None,
-          batch: Batch = "1,8,32", bench_threads: BenchThreads = 1, json_output: Json = False) -> None:
-    """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict."""
+          batch: Batch = "1,8,32", bench_threads: BenchThreads = 1,
+          training: Annotated[bool, typer.Option("--training", help="Time training steps instead: dense, static and dynamic, side by side, with the training "
+                                                                    "settings below. Answers what a run would save before it starts.")] = False,
+          steps: Annotated[int, typer.Option("--steps", help="Steps of each kind that --training times.")] = 40,
+          swap_share: Annotated[float, typer.Option("--swap-share", help="Share of the arms that --training also swaps at every step, as a stress.")] = 0.05,
+          memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Let --training measure peak memory too, each in its own process.")] = True,
+          json_output: Json = False) -> None:
+    """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict.
+
+    Examples: `dynprune bench runs/mine`, `dynprune bench a.onnx b.onnx`, `dynprune bench --training --model resnet56 --budget 0.25`
+    """
     from dynprune import report
 
-    result = do_bench(targets, against, batch, bench_threads)
+    if training:
+        measured = do_bench_training(given, targets, steps, swap_share, memory)
+        finish(json_output, dataclasses.asdict(measured), lambda: [report.training_table(measured)])
+        return
+    if given:
+        raise DynpruneError(f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured with the settings it was trained with.")
+    result = do_bench(targets or [], against, batch, bench_threads)
     finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
 
 
@@ -249,6 +266,20 @@ def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int
             raise DynpruneError(f"bench got {len(targets)} file(s). Expected one run directory, or two ONNX files.")
         return benchmark.bench_run(Run.open(targets[0]), batches=batches, threads=threads, against=Run.open(against) if against else None,
                                    report=display.note)
+
+
+def do_bench_training(given: dict, targets: list[Path] | None, steps: int, swap_share: float, memory: bool):
+    if targets:
+        raise DynpruneError(f"bench --training got {targets[0]}. It takes no run: name the network with --model.")
+    if not 0 <= swap_share <= 1:
+        raise DynpruneError(f"--swap-share got {swap_share}. Expected a share in [0, 1].")
+    config = TrainConfig(**given).validate()
+    from dynprune.bench_training import bench_training
+    from dynprune.report import Display
+
+    display = Display()
+    with display.live():
+        return bench_training(config, steps=steps, swap_share=swap_share, memory=memory, report=display.live_note)
 
 
 def parse_batches(text: str) -> list[int]:

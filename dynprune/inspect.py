@@ -17,23 +17,26 @@ from dynprune import zoo
 from dynprune.channels import ChannelGraph, PinnedLayer
 from dynprune.errors import DynpruneError
 from dynprune.surgery import slim
-from dynprune.tracing import EXACT, Failure, difference, random_selection, run_compact, trace
+from dynprune.tracing import EXACT, difference, exact_part, random_selection, run_compact, trace
 
 
 @dataclass(frozen=True)
 class GroupLine:
-    """One group; shares are those of the network's MACs and parameters that lie in its arms."""
+    """One group; shares are those of the network's MACs and parameters that lie in its arms. mixed_by: see Group."""
 
     name: str
     arms: int
     layers: list[str]
     macs_share: float
     params_share: float
+    mixed_by: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Check:
-    """max_rel_diff: largest difference over largest output; params_kept_share: what is left after the removal."""
+    """max_rel_diff: largest difference over largest output, with arms removed from the groups that no norm mixes.
+    params_kept_share: what is left when arms are removed from all groups; that copy must run. mixed: the groups that were
+    checked for running only."""
 
     ok: bool
     max_rel_diff: float
@@ -41,6 +44,7 @@ class Check:
     trace_seconds: float
     fraction: float
     seed: int
+    mixed: list[str]
     failure: str
 
 
@@ -91,7 +95,7 @@ def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False
     graph = trace(model, x)
     seconds = time.perf_counter() - started
     macs, params = graph.macs({}), graph.params({})
-    lines = [GroupLine(g.name, g.arms, g.layers, 1 - graph.macs({g.name: 0}) / max(1, macs), 1 - graph.params({g.name: 0}) / max(1, params))
+    lines = [GroupLine(g.name, g.arms, g.layers, 1 - graph.macs({g.name: 0}) / max(1, macs), 1 - graph.params({g.name: 0}) / max(1, params), g.mixed_by)
              for g in graph]
     return Inspection(name, "x".join(map(str, size)), len(graph), graph.arms, macs, params, prunable_share(graph), graph.pinned, lines,
                       check_exactness(model, graph, x, fraction, seed, seconds) if check else None)
@@ -112,8 +116,9 @@ def check_exactness(model: nn.Module, graph: ChannelGraph, x: torch.Tensor, frac
     """Remove a random `fraction` of every group's arms and compare."""
     selection = random_selection(graph, fraction, seed)
     failure = run_compact(model, graph, selection, (x,))
-    if isinstance(failure, Failure):
-        return Check(False, math.inf, 1.0, seconds, fraction, seed, f"{failure.layer}: {failure.message}")
-    found = difference(model, graph, selection, (x,))
+    mixed = [group.name for group in graph if group.mixed_by]
+    if failure is not None:
+        return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, f"{failure.layer}: {failure.message}")
+    found = difference(model, graph, exact_part(graph, selection), (x,))
     kept = sum(p.numel() for p in slim(model, graph.kept(selection)).parameters()) / max(1, graph.params({}))
-    return Check(found < EXACT, found, kept, seconds, fraction, seed, "")
+    return Check(found < EXACT, found, kept, seconds, fraction, seed, mixed, "")

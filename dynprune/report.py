@@ -16,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # these import torch
     from dynprune.bench import BenchResult
+    from dynprune.bench_training import TrainingBench
     from dynprune.compact import CompactResult
     from dynprune.export import ExportResult
     from dynprune.inspect import Inspection
@@ -77,6 +78,11 @@ class Display:
             self.bar.update(self.task, description=text, completed=0, total=None)
         else:
             self.say(text)
+
+    def live_note(self, text: str) -> None:
+        """Like `note`, for things too small for a line of their own."""
+        if self.console.is_terminal:
+            self.note(text)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -140,13 +146,33 @@ def bench_table(result: BenchResult) -> Table:
     return table
 
 
+def training_table(result: TrainingBench) -> Table:
+    table = Table("", "ms per step", "against static", "peak memory", title=f"training {result.model}, batch {result.batch_size}, "
+                  f"{result.image_size}x{result.image_size}, budget {result.budget:g}, {result.precision}", title_justify="left", title_style="bold")
+
+    def peak(mib: float | None) -> str:
+        return "-" if mib is None else f"{mib:,.0f} MiB"
+
+    table.add_row("dense", f"{result.dense_ms:.1f}", f"{result.dense_ms / result.static_ms:.2f}x", peak(result.dense_peak_mib))
+    table.add_row("static, same widths", f"{result.static_ms:.1f}", "1.00x", peak(result.static_peak_mib))
+    table.add_row("dynamic, exploring", f"{result.dynamic_ms:.1f}", f"{result.dynamic_over_static:.2f}x", peak(result.dynamic_peak_mib))
+    table.add_row(f"dynamic, {100 * result.swap_share:g} % swapped every step", f"{result.swapping_ms:.1f}", f"{result.swapping_over_static:.2f}x", "")
+    costs = ", ".join(f"{name.removesuffix('_ms')} {value:.2f}" for name, value in result.overhead.items())
+    environment = result.environment
+    table.caption = (f"{result.speedup_over_dense:.2f}x the dense speed at {percent(result.macs_ratio)} of the MACs; reservoir {result.reservoir_mib:,.1f} MiB; "
+                     f"ms per step: {costs}; medians of {len(result.samples_ms['dense'])} interleaved steps; {environment['gpu'] or environment['processor']}, "
+                     f"{environment['threads']} threads, torch {environment['torch']}")
+    table.caption_justify = "left"
+    return table
+
+
 def inspect_tables(result: Inspection) -> list:
     """Groups, pins and the outcome of the check."""
-    table = Table("group", "arms", "layers", "MACs", "parameters", title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
+    table = Table("group", "arms", "layers", "MACs", "parameters", "removal", title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
                   title_justify="left", title_style="bold")
     for line in result.lines:
         layers = ", ".join(line.layers[:3]) + (f" and {len(line.layers) - 3} more" if len(line.layers) > 3 else "")
-        table.add_row(line.name, str(line.arms), layers, percent(line.macs_share), percent(line.params_share))
+        table.add_row(line.name, str(line.arms), layers, percent(line.macs_share), percent(line.params_share), ", ".join(line.mixed_by) or "exact")
     table.caption, table.caption_justify = (f"{million(result.macs)} MACs, {million(result.params)} parameters; {percent(result.prunable_params_share)} of the "
                                             "parameters lie in an arm that can be removed. An arm's share counts all layers that it touches."), "left"
     pins = Table("pinned by", "in layer", "channels", title="cannot be removed", title_justify="left", title_style="bold")
@@ -158,6 +184,8 @@ def inspect_tables(result: Inspection) -> list:
         verdict = "exact" if check.ok else f"FAILED {check.failure}"
         items.append(f"check: {verdict}, largest difference {check.max_rel_diff:.1e} of the largest output with {percent(check.fraction)} of the arms removed, "
                      f"{percent(check.params_kept_share)} of the parameters kept, traced in {check.trace_seconds:.2f} s")
+        if check.mixed:
+            items.append(f"{len(check.mixed)} groups are mixed by a norm: a copy without their channels was run, but cannot equal the masked original")
     return items
 
 

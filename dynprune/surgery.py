@@ -21,9 +21,13 @@ from dynprune.numbers import attribute_for, set_number
 
 def narrow(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:
     """The tensor with only the kept positions along each given dimension, contiguous, in the same memory format."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = layouts.get(tensor.ndim, torch.contiguous_format)
+    if not tensor.is_contiguous(memory_format=layout) or tensor.is_contiguous():
+        layout = torch.contiguous_format
     for dim, positions in kept.items():
         tensor = tensor.index_select(dim, torch.as_tensor(positions, device=tensor.device))
-    return tensor
+    return tensor.contiguous(memory_format=layout)
 
 
 def slim(model: nn.Module, kept: Mapping[AxisKey, np.ndarray]) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dynprune.channels import ChannelGraph, Selection, build_graph
 from dynprune.errors import DynpruneError
 from dynprune.labels import Cut, LabelTracer, Pin, distinct, tensors_in
+from dynprune.rules import LAYERS, RULES
 from dynprune.surgery import get_tensor, slim
 
 EXACT = 1e-4  # of the largest output, in float32: sums in another order differ by 1e-6 or so of it
@@ -34,7 +35,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     tracer = run_on_labels(model, inputs)
     graph = build_graph(model, tracer)
     tried: set[tuple[str, str]] = set()
-    while graph.groups and (suspects := find_suspects(model, graph, inputs, tried)):
+    while graph.groups and (suspects := find_suspects(model, graph, tracer, inputs, tried)):
         for cut in suspects:
             tracer.pins.append(Pin(f"{cut.op} that cannot be narrowed", cut.layer, cut.labels))
             tried.add(kind(model, cut))
@@ -46,7 +47,7 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
     """A forward pass under the label tracer, and a second one in training mode if the first left parameters unused."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise DynpruneError("The model contains TorchScript modules, which hide their functions. Pass the original nn.Module.")
-    tracer = LabelTracer(model)
+    tracer = LabelTracer(model, RULES, LAYERS)
     with evaluating(model), torch.no_grad():
         try:
             with tracer.watching():
@@ -123,7 +124,7 @@ def kind(model: nn.Module, cut: Cut) -> tuple[str, str]:
     return cut.op, type(model.get_submodule(layer)).__qualname__
 
 
-def find_suspects(model: nn.Module, graph: ChannelGraph, inputs: tuple, tried: set[tuple[str, str]]) -> list[Cut]:
+def find_suspects(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, inputs: tuple, tried: set[tuple[str, str]]) -> list[Cut]:
     """Cuts to pin: those nearest to where a compact copy failed, or those whose arms change what it computes.
 
     Empty when the copy with half of the arms runs, and (where there are cuts) agrees with the masked original.
@@ -132,18 +133,32 @@ def find_suspects(model: nn.Module, graph: ChannelGraph, inputs: tuple, tried: s
     open_cuts = [cut for cut in graph.cuts if kind(model, cut) not in tried and len(cut.labels)]
     failure = run_compact(model, graph, selection, inputs)
     if failure is None:
+        selection = exact_part(graph, selection)
         if not open_cuts or agrees(model, graph, selection, inputs):
             return []
         for cut_kind in dict.fromkeys(kind(model, cut) for cut in open_cuts):
             alike = [cut for cut in open_cuts if kind(model, cut) == cut_kind]
             if not agrees(model, graph, only(graph, selection, alike), inputs):
                 return alike
-        return open_cuts
+        return open_cuts or [last_resort(tracer, Failure("", ""), tried)]
     if not open_cuts:
-        raise DynpruneError(f'A narrower copy of this model fails in layer "{failure.layer}" ({failure.message}), and no function that could be the cause '
-                            "was seen. Please report the model.")
+        return [last_resort(tracer, failure, tried)]
     nearest = max(open_cuts, key=lambda cut: shared_path(cut.layer, failure.layer))
     return [cut for cut in open_cuts if kind(model, cut) == kind(model, nearest)]
+
+
+def last_resort(tracer: LabelTracer, failure: Failure, tried: set[tuple[str, str]]) -> Cut:
+    """No function is left to suspect: pin the layer that failed with all that it reads and makes, and then everything."""
+    held = [labels for (name, _), labels in tracer.axes.items() if failure.layer and name.startswith(failure.layer + ".")]
+    op = f"layer {failure.layer}"
+    if held and not any(tried_op == op for tried_op, _ in tried):
+        return Cut(op, failure.layer, torch.cat(held))
+    return Cut("(model)", "(model)", torch.arange(1, tracer.next_label))
+
+
+def exact_part(graph: ChannelGraph, selection: Selection) -> dict[str, np.ndarray]:
+    """The part of a selection whose groups no norm mixes: there the compact copy must equal the masked original."""
+    return {name: arms for name, arms in selection.items() if not graph.groups[name].mixed_by}
 
 
 def shared_path(a: str, b: str) -> int:
@@ -156,7 +171,7 @@ def shared_path(a: str, b: str) -> int:
     return count
 
 
-def only(graph: ChannelGraph, selection: Selection, cuts: list[Cut]) -> Selection:
+def only(graph: ChannelGraph, selection: Selection, cuts: list[Cut]) -> dict[str, np.ndarray]:
     """The part of a selection that concerns groups whose arms pass through the cuts."""
     touched = graph.groups_of(np.concatenate([cut.labels.numpy() for cut in cuts]))
     return {name: arms for name, arms in selection.items() if name in touched}

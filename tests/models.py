@@ -72,18 +72,17 @@ class Shared(nn.Module):
         return self.head(self.twice(F.relu(self.twice(x))).amax((2, 3)))
 
 
-class Mixing(nn.Module):
-    """LayerNorm and an operation without a rule: their channels must be pinned, the inner layer stays free."""
+class Sorting(nn.Module):
+    """An operation without a rule: the channels it reads must be pinned, the inner layer stays free."""
 
     def __init__(self, num_classes: int = 4):
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm(8)
-        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.stem, self.up, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 32), nn.Linear(32, 8)
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).permute(0, 2, 3, 1)
-        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        x = x + self.down(F.gelu(self.up(x)))
         return self.head(x.mean((1, 2)).sort(-1).values)
 
 

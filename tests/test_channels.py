@@ -22,7 +22,7 @@ def relative_difference(a, b, x):
     return float((one - other).abs().max() / one.abs().max())
 
 
-@pytest.mark.parametrize("factory", [models.Tiny, models.Grouped, models.Shared, models.Mixing])
+@pytest.mark.parametrize("factory", [models.Tiny, models.Grouped, models.Shared])
 @pytest.mark.parametrize("seed", range(3))
 def test_masked_original_and_compact_copy_agree(factory, seed):
     model = models.perturb(factory())
@@ -82,10 +82,10 @@ def test_slot_places_say_where_each_arm_lies():
 
 
 def test_pins_are_named():
-    graph = trace(models.Mixing(), X[:1])
+    graph = trace(models.Sorting(), X[:1])
     assert {group.name: group.arms for group in graph} == {"up": 32}
-    assert {("layer_norm", "norm"), ("sort", "(model)")} - {(pin.op, pin.layer) for pin in graph.pinned} <= {("sort", "(model)")}
-    assert "layer_norm" in str(graph)
+    assert ("sort", "(model)") in {(pin.op, pin.layer) for pin in graph.pinned}
+    assert "pinned by sort in (model): 8 channels" in str(graph)
 
 
 def test_a_model_that_fails_on_the_input_is_named_with_its_layer():

@@ -1,0 +1,27 @@
+import dataclasses
+
+import pytest
+
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+
+
+def test_settings_survive_toml(tmp_path):
+    config = TrainConfig(model="resnet20", lr=0.05, compile=True, epochs=7)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert TrainConfig.from_toml(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize("line, message", [("epochs = 'many'", "epochs is 'many'. Expected int"), ("speed = 9", 'unknown setting "speed"'), ("=", "cannot be read as TOML"),
+                                           ("epochs = true", "Expected int"), ("epochs = 0", "--epochs got 0"), ("policy = 'best'", "Choose one of: cucb")])
+def test_foreign_settings_are_refused(tmp_path, line, message):
+    (tmp_path / "config.toml").write_text(line)
+    with pytest.raises(DynpruneError, match=message):
+        TrainConfig.from_toml(tmp_path / "config.toml")
+
+
+def test_every_setting_explains_itself():
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"].endswith(".") and len(field.metadata["help"]) > 10
+        assert field.metadata["check"] is None or field.metadata["expected"]
+    assert TrainConfig().validate()

@@ -1,0 +1,167 @@
+"""The loop as a whole: what it computes, whatever way the swaps are carried out; and that it can be repeated."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynprune.config import TrainConfig
+from dynprune.data import load_data
+from dynprune.reservoir import by_tensor
+from dynprune.surgery import slim
+from dynprune.train import Session, learning_rate, make_optimizer, set_learning_rate
+from tests.test_reservoir import gather_back
+
+CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, explore=0.5, hold=2, budget=0.3, precision="float32", bonus=0.3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(CONFIG)
+
+
+def run(session, steps):
+    """Selections after every step."""
+    chosen = []
+    batches = [batch for epoch in range(CONFIG.epochs) for batch in session.data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    session.model.train()
+    for images, labels in batches[:steps]:
+        session.train_step(images, labels)
+        chosen.append({name: arms.copy() for name, arms in session.reservoir.slots.items()})
+    return chosen
+
+
+class Plain:
+    """The same training with everything gathered anew at every change: new narrow model, new optimizer, momenta carried over."""
+
+    def __init__(self, session):
+        self.session, self.full = session, copy.deepcopy(session.reservoir.full)
+        self.slots = {name: arms.copy() for name, arms in session.reservoir.slots.items()}
+        self.momenta = {}
+        self.rebuild()
+
+    def rebuild(self):
+        graph, template = self.session.graph, self.session.reservoir.template
+        self.kept = graph.kept(self.slots, template)
+        self.model = slim(self.full, self.kept).train()
+        self.optimizer = make_optimizer(CONFIG, self.model, torch.device("cpu"))
+        for name, parameter in self.model.named_parameters():
+            if name in self.momenta:
+                self.optimizer.state[parameter]["momentum_buffer"] = self.momenta[name]
+
+    def change(self, selection):
+        gather_back(self.full, self.model, self.session.graph, dataclasses.make_dataclass("R", ["slots", "template"])(self.slots, self.session.reservoir.template))
+        self.momenta = {name: self.optimizer.state[p]["momentum_buffer"].clone() for name, p in self.model.named_parameters()}
+        for name, arms in selection.items():
+            leaving = np.flatnonzero(~np.isin(self.slots[name], arms))
+            self.slots[name][leaving] = np.setdiff1d(arms, self.slots[name])
+            for (tensor, dim), places in self.session.reservoir.places[name].items():
+                if tensor in self.momenta:
+                    self.momenta[tensor].index_fill_(dim, torch.from_numpy(places[leaving].reshape(-1)), 0)
+        self.rebuild()
+
+    def step(self, images, labels, rate):
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(images.contiguous(memory_format=torch.channels_last)), labels)
+        loss.backward()
+        self.optimizer.step()
+
+
+def test_swapped_slots_train_like_gathering_everything_at_each_change(data):
+    session = Session(CONFIG, data)
+    assert session.explorer.steps >= 10 and session.explorer.hold == 2
+    plain = Plain(session)
+    session.model.train()
+    changes = 0
+    for epoch in range(CONFIG.epochs):
+        for images, labels in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch):
+            step = session.step
+            session.train_step(images, labels)
+            if any((session.reservoir.slots[name] != arms).any() for name, arms in plain.slots.items()):
+                plain.change({name: np.sort(arms) for name, arms in session.reservoir.slots.items()})
+                changes += 1
+            assert all((session.reservoir.slots[name] == arms).all() for name, arms in plain.slots.items())
+            plain.step(images, labels, learning_rate(CONFIG, step, session.steps))
+    assert changes >= 5
+    for name, value in session.model.state_dict().items():  # float32 sums in other orders over some 60 steps
+        torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_equal_seeds_give_equal_selections_and_others_differ(data):
+    one, same = (run(Session(CONFIG, data), 30) for _ in range(2))
+    assert all((a[name] == b[name]).all() for a, b in zip(one, same) for name in a)
+    other = run(Session(dataclasses.replace(CONFIG, seed=1), data), 30)
+    assert any(set(a[name]) != set(b[name]) for a, b in zip(one, other) for name in a)
+
+
+def test_every_arm_is_executed_before_exploration_ends(data):
+    session = Session(CONFIG, data)
+    chosen = run(session, session.explorer.steps)
+    for group in session.graph:
+        assert set(np.concatenate([selection[group.name] for selection in chosen])) == set(range(group.arms))
+
+
+def test_the_selection_stays_once_settled(data):
+    session = Session(CONFIG, data)
+    chosen = run(session, session.steps)
+    settled = chosen[session.explorer.steps:]
+    assert len(settled) > 10 and all((settled[0][name] == later[name]).all() for later in settled for name in later)
+
+
+@pytest.mark.parametrize("policy", ["static", "dense", "random"])
+def test_rivals_run_through_the_same_loop(data, policy):
+    session = Session(dataclasses.replace(CONFIG, policy=policy), data)
+    chosen = run(session, 12)
+    widths = {name: len(arms) for name, arms in chosen[0].items()}
+    if policy == "dense":
+        assert widths == session.graph.full_widths
+    else:
+        assert session.macs <= CONFIG.budget * session.graph.macs({})
+    moved = any((chosen[0][name] != chosen[-1][name]).any() for name in widths)
+    assert moved == (policy == "random")
+
+
+def test_the_global_random_state_is_left_alone(data):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    run(Session(CONFIG, data), 4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_momentum_buffers_follow_the_flat_layout(data, optimizer):
+    session = Session(dataclasses.replace(CONFIG, optimizer=optimizer, lr=0.01), data)
+    run(session, 3)
+    key = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+    for name, parameter in session.parameters.items():
+        state = session.optimizer.state[parameter][key]
+        assert state.shape == parameter.shape and state.abs().sum() > 0
+        if name in session.reservoir.spans:
+            assert state.untyped_storage().data_ptr() == session.reservoir.states[0].untyped_storage().data_ptr()
+            assert parameter.untyped_storage().data_ptr() == session.reservoir.live.untyped_storage().data_ptr()
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainConfig(lr=0.1, warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(0.1) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 0.001 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_kept_slices_are_one_table(data):
+    """The graph's table, the narrow tensors and the slots agree after swaps."""
+    session = Session(CONFIG, data)
+    run(session, 9)
+    session.reservoir.write_back()
+    kept = by_tensor(session.graph.kept(session.reservoir.slots, session.reservoir.template))
+    full, live = session.reservoir.full.state_dict(), session.model.state_dict()
+    for name, value in live.items():
+        expected = full[name]
+        for dim, where in kept.get(name, {}).items():
+            expected = expected.index_select(dim, where)
+        assert torch.equal(value, expected)
