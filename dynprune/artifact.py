@@ -42,7 +42,8 @@ class Facts:
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig(**self.settings).validate()
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()}
+        return TrainConfig(**settings).validate()
 
 
 def save(path: Path, model: nn.Module, facts: Facts) -> None:

@@ -44,7 +44,7 @@ class TrainingBench:
     model: str
     batch_size: int
     image_size: int
-    budget: float
+    budget: str
     precision: str
     hold: int
     dense_ms: float
@@ -99,7 +99,7 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
     del sessions, session
     peaks = {name: peak_mib(config, name, report) if memory else None for name in ("dense", "static", "dynamic")}
     return TrainingBench(
-        config.model, config.batch_size, data.side, config.budget, "bfloat16" if bfloat16 else "float32", hold, medians["dense"],
+        config.model, config.batch_size, data.side, " ".join(config.budget), "bfloat16" if bfloat16 else "float32", hold, medians["dense"],
         medians["static"], dynamic_ms, medians["swapping"], dynamic_ms / medians["static"], medians["swapping"] / medians["static"], swap_share,
         medians["dense"] / dynamic_ms, macs, peaks["dense"], peaks["static"], peaks["dynamic"], reservoir_mib, overhead, samples,
         {**environment(), "threads": threads})

@@ -1,13 +1,82 @@
-"""From a budget to widths.
+"""From budgets to widths.
 
-Takes a ChannelGraph and the share of the dense MACs that may be executed, returns the width of every group. The cost of
-any widths is exact: it is read off the graph's table (`ChannelGraph.macs`).
+Takes a ChannelGraph and what the user allows (shares or numbers of MACs and parameters), returns the width of every group.
+The cost of any widths is exact: it is read off the graph's table, once compiled into arrays (`CostModel`), so that an
+allocation can ask for it thousands of times.
+
+Two allocations. *uniform* keeps the same share of every group. *balanced* solves, greedily, for the widths that maximise
+the sum of log(width / arms) under all limits at once. The logarithm is what keeps it from making bottlenecks: MACs are
+products of neighbouring widths, and an objective that is linear in them alternates wide and narrow layers.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
 from dynprune.channels import ChannelGraph
+from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.limits import Limit, parse_limit
+
+class CostModel:
+    """Exact MACs and parameters of any widths, in a few array operations.
+
+    The size of a tensor is a product over its dimensions, each of them affine in the widths.
+    """
+
+    def __init__(self, graph: ChannelGraph):
+        self.names = list(graph.groups)
+        self.arms = np.array([group.arms for group in graph], dtype=np.int64)
+        rows: dict[tuple[str, int], int] = {}
+        coefficients, constants = [np.zeros(len(self.names), dtype=np.int64)], [1]  # row 0: a dimension of size 1
+        tensors, fixed = [], []
+        positions = dict.fromkeys(graph.shapes, 0)
+        for op in graph.ops:
+            if op.weight in positions:
+                positions[op.weight] += op.positions
+        self.macs_weight, self.params_weight = [], []
+        for name, shape in graph.shapes.items():
+            if name.startswith("#"):
+                continue
+            moving = []
+            for dim in range(len(shape)):
+                if (name, dim) not in graph.axes:
+                    continue
+                counts = np.bincount(graph.axes[name, dim].group + 1, minlength=len(self.names) + 1)
+                rows[name, dim] = len(constants)
+                coefficients.append(np.array([graph.groups[g].members[name, dim].shape[1] if (name, dim) in graph.groups[g].members else 0
+                                              for g in self.names]) if counts[1:].any() else np.zeros(len(self.names), dtype=np.int64))
+                constants.append(int(counts[0]))
+                moving.append(dim)
+            tensors.append(([rows[name, dim] for dim in moving] + [0] * 3)[:3])
+            assert len(moving) <= 3, f"{name} has {len(moving)} dimensions with arms"
+            fixed.append(math.prod(size for dim, size in enumerate(shape) if dim not in moving))
+            self.macs_weight.append(positions[name])
+            self.params_weight.append(name in graph.parameters)
+        self.coefficients, self.constants = np.array(coefficients), np.array(constants)
+        self.tensors, self.fixed = np.array(tensors), np.array(fixed, dtype=np.int64)
+        self.weights = {"macs": np.array(self.macs_weight, dtype=np.int64), "params": np.array(self.params_weight, dtype=np.int64)}
+
+    def sizes(self, widths: np.ndarray) -> np.ndarray:
+        """Sizes of every tensor's moving dimensions, (tensors, 3)."""
+        return (self.coefficients @ widths + self.constants)[self.tensors]
+
+    def cost(self, quantity: str, widths: np.ndarray) -> int:
+        return int((self.sizes(widths).prod(1) * self.fixed) @ self.weights[quantity])
+
+    def slopes(self, quantity: str, widths: np.ndarray) -> np.ndarray:
+        """Change in cost per arm of each group, (groups,)."""
+        sizes = self.sizes(widths)
+        total = np.zeros(len(self.names))
+        for dim in range(3):
+            others = np.delete(sizes, dim, axis=1).prod(1) * self.fixed * self.weights[quantity]
+            total += others @ self.coefficients[self.tensors[:, dim]]
+        return total
 
 
 def alignment(arms: int, align: int) -> int:
@@ -22,42 +91,123 @@ def alignment(arms: int, align: int) -> int:
     return next((step for step in (16, 8, 4) if arms >= 4 * step or step == 4 and arms >= 8), 1)
 
 
-def smallest_widths(graph: ChannelGraph, align: int) -> dict[str, int]:
-    return {group.name: alignment(group.arms, align) for group in graph}
+@dataclass(frozen=True)
+class Constraints:
+    """What widths are allowed. steps: multiples; smallest, largest: bounds. All int64 of shape (groups,)."""
+
+    steps: np.ndarray
+    smallest: np.ndarray
+    largest: np.ndarray
 
 
-def uniform_widths(graph: ChannelGraph, budget: float, align: int = 0) -> dict[str, int]:
-    """The same share of every group, as large as the budget and the alignment allow.
+def constraints(graph: ChannelGraph, *, align: int = 0, min_width: int = 1, max_width_share: float = 1.0, keep: Sequence[str] = ()) -> Constraints:
+    """The user's wishes per group. keep: names or patterns (`layer1.*`) of groups or layers that are never narrowed."""
+    steps = np.array([alignment(group.arms, align) for group in graph], dtype=np.int64)
+    arms = np.array([group.arms for group in graph], dtype=np.int64)
+    smallest = np.minimum(arms, np.maximum(steps, -(-min_width // steps) * steps))
+    largest = np.where(max_width_share < 1, np.maximum(smallest, (max_width_share * arms).astype(np.int64) // steps * steps), arms)
+    for pattern in keep:
+        held = [any(fnmatch.fnmatchcase(name, pattern) for name in (group.name, *group.layers)) for group in graph]
+        if not any(held):
+            known = ", ".join(list(graph.groups)[:12]) + (", ..." if len(graph) > 12 else "")
+            raise DynpruneError(f'--keep got "{pattern}", which matches no layer with removable channels. Groups: {known}.')
+        smallest, largest = np.where(held, arms, smallest), np.where(held, arms, largest)
+    return Constraints(steps, smallest, largest)
 
-    The share is found by bisection with widths rounded down; what is left of the budget then goes, one step at a time, to
-    the group that is furthest below the share. Raises DynpruneError when even the smallest widths cost more.
-    """
-    dense = graph.macs({})
-    limit = budget * dense
-    if budget >= 1:
+
+def allocate(graph: ChannelGraph, budget: Sequence[str], allocation: str = "uniform", allowed: Constraints | None = None) -> dict[str, int]:
+    """Widths per group that meet every budget. Raises DynpruneError, naming what is reachable, when even the narrowest network costs more."""
+    limits = [parse_limit(text) for text in budget]
+    model = CostModel(graph)
+    bounds = [(limit, limit.value(model.cost(limit.quantity, model.arms))) for limit in limits]
+    allowed = allowed or constraints(graph)
+    if all(model.cost(limit.quantity, allowed.largest) <= bound for limit, bound in bounds):
+        return dict(zip(model.names, allowed.largest.tolist()))
+    refuse_unreachable(model, bounds, allowed)
+    widths = uniform(model, bounds, allowed) if allocation == "uniform" else balanced(model, bounds, allowed)
+    return dict(zip(model.names, fill(model, bounds, allowed, widths).tolist()))
+
+
+def widths_for(graph: ChannelGraph, config: TrainConfig) -> dict[str, int]:
+    """The widths that a run's settings ask for."""
+    if config.policy == "dense":
         return graph.full_widths
-    if not graph.groups:
-        raise DynpruneError("No channel of this network can be removed, so no budget below 1 can be met. See what pins them: dynprune inspect.")
-    steps = smallest_widths(graph, align)
-    smallest = graph.macs(steps) / dense
-    if smallest > budget:
-        raise DynpruneError(f"--budget {budget:g} is below what this network can reach: its narrowest form executes {smallest:.4f} of the "
-                            f"dense MACs. Choose at least {smallest + 5e-5:.4f}" + (", or a smaller --align." if max(steps.values()) > 1 else "."))
+    allowed = constraints(graph, align=config.align, min_width=config.min_width, max_width_share=config.max_width_share, keep=config.keep)
+    return allocate(graph, config.budget, config.allocation, allowed)
 
-    def at(share: float) -> dict[str, int]:
-        return {g.name: min(g.arms, max(steps[g.name], int(share * g.arms) // steps[g.name] * steps[g.name])) for g in graph}
+
+def refuse_unreachable(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> None:
+    if not model.names:
+        raise DynpruneError("No channel of this network can be removed, so no budget below 1 can be met. See what pins them: dynprune inspect.")
+    for limit, bound in bounds:
+        least, dense = model.cost(limit.quantity, allowed.smallest), model.cost(limit.quantity, model.arms)
+        if least > bound:
+            reachable = f"{least}" if limit.absolute else f"{math.ceil(least / dense * 1e4) / 1e4:.4f}"
+            ease = ", or a smaller --align" if allowed.steps.max() > 1 else ""
+            raise DynpruneError(f"--budget {limit} is below what this network can reach: its narrowest form has {least} {limit.quantity}, "
+                                f"{least / dense:.4f} of {dense}. Choose at least {reachable}{ease}.")
+
+
+def meets(model: CostModel, bounds: list[tuple[Limit, float]], widths: np.ndarray) -> bool:
+    return all(model.cost(limit.quantity, widths) <= bound for limit, bound in bounds)
+
+
+def uniform(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> np.ndarray:
+    """The largest share, found by bisection, at which every group's width (rounded down) meets the budgets."""
+    def at(share: float) -> np.ndarray:
+        return np.clip((share * model.arms).astype(np.int64) // allowed.steps * allowed.steps, allowed.smallest, allowed.largest)
 
     low, high = 0.0, 1.0
-    for _ in range(30):
+    for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if graph.macs(at(middle)) <= limit else (low, middle)
-    widths = at(low)
-    blocked: set[str] = set()
-    while len(blocked) < len(graph):
-        name = max((n for n in widths if n not in blocked), key=lambda n: low - widths[n] / graph.groups[n].arms)
-        wider = {**widths, name: min(graph.groups[name].arms, widths[name] + steps[name])}
-        if wider[name] == widths[name] or graph.macs(wider) > limit:
-            blocked.add(name)
-        else:
+        low, high = (middle, high) if meets(model, bounds, at(middle)) else (low, middle)
+    return at(low)
+
+
+def balanced(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> np.ndarray:
+    """Narrow one group by one step at a time: the one that loses least of sum(log(width)) per saved cost, until all hold.
+
+    Saved cost is summed over the limits that do not hold yet, each as a share of its bound. Exact for one linear limit; with
+    products of widths it is the usual greedy approximation.
+    """
+    widths = allowed.largest.copy()
+    while not meets(model, bounds, widths):
+        saving = np.zeros(len(widths))
+        for limit, bound in bounds:
+            if model.cost(limit.quantity, widths) > bound:
+                saving += model.slopes(limit.quantity, widths) * allowed.steps / bound
+        narrower = widths - allowed.steps
+        free = (narrower >= allowed.smallest) & (saving > 0)
+        if not free.any():
+            break
+        loss = np.log(widths) - np.log(np.maximum(narrower, 1))
+        price = np.where(free, loss / np.maximum(saving, 1e-30), np.inf)
+        widths[int(price.argmin())] -= allowed.steps[int(price.argmin())]
+    return widths if meets(model, bounds, widths) else allowed.smallest.copy()
+
+
+def fill(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, widths: np.ndarray) -> np.ndarray:
+    """Spend what is left: widen one step at a time the group that is relatively narrowest, as long as every budget holds."""
+    widths, open_groups = widths.copy(), allowed.largest > widths
+    while open_groups.any():
+        candidate = int(np.where(open_groups, widths / model.arms, np.inf).argmin())
+        wider = widths.copy()
+        wider[candidate] = min(allowed.largest[candidate], widths[candidate] + allowed.steps[candidate])
+        if meets(model, bounds, wider):
             widths = wider
+        else:
+            open_groups[candidate] = False
+        open_groups &= widths < allowed.largest
     return widths
+
+
+def budgets_met(graph: ChannelGraph, budget: Sequence[str], widths: Mapping[str, int]) -> list[dict[str, object]]:
+    """Per budget: its text, the bound, the cost of these widths, and whether it holds."""
+    model = CostModel(graph)
+    own = np.array([widths.get(name, arms) for name, arms in zip(model.names, model.arms.tolist())], dtype=np.int64)
+    lines = []
+    for text in budget:
+        limit = parse_limit(text)
+        bound, cost = limit.value(model.cost(limit.quantity, model.arms)), model.cost(limit.quantity, own)
+        lines.append({"budget": str(limit), "limit": bound, "actual": cost, "met": cost <= bound})
+    return lines

@@ -75,7 +75,7 @@ class Axis:
         return len(self.group)
 
 
-@dataclass
+@dataclass(repr=False)
 class ChannelGraph:
     """Groups of arms of one network, iterable; `print(graph)` lists them.
 
@@ -98,6 +98,9 @@ class ChannelGraph:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def __repr__(self) -> str:
+        return f"<ChannelGraph: {len(self.groups)} groups, {self.arms} arms>"
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {self.arms} arms"]

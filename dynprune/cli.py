@@ -50,14 +50,15 @@ def with_settings(command: Callable) -> Callable:
     options, panel = [], ""
     for field in dataclasses.fields(TrainConfig):
         panel = PANELS.get(field.name, panel)
-        shown = str(field.default) if field.default != "" else False
+        several = isinstance(field.default, tuple)
+        shown = (" ".join(field.default) if several else str(field.default)) or False
         option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
         options.append(python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None,
-                                         annotation=Annotated[Optional[type(field.default)], option]))
+                                         annotation=Annotated[Optional[list[str] if several else type(field.default)], option]))
 
     def wrapper(**values: object) -> None:
         given = {field.name: values.pop(field.name) for field in dataclasses.fields(TrainConfig)}
-        command(given={name: value for name, value in given.items() if value is not None}, **values)
+        command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
 
     wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
@@ -193,6 +194,32 @@ def inspect(model: Annotated[str, typer.Option("--model", help="Network, named a
     finish(json_output, dataclasses.asdict(result), lambda: report.inspect_tables(result))
     if result.check is not None and not result.check.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
+         budget: Annotated[list[str], typer.Option("--budget", help="As for `train`; several hold at once.")] = ["0.25"],  # noqa: B006 (Typer reads it)
+         allocation: Annotated[str, typer.Option("--allocation", help="uniform or balanced.")] = "uniform",
+         align: Annotated[int, typer.Option("--align", help="Widths are multiples of this; 0: 16, or 8 or 4 where a layer is narrow.")] = 0,
+         min_width: Annotated[int, typer.Option("--min-width", help="No layer gets narrower than this.")] = 1,
+         max_width_share: Annotated[float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")] = 1.0,
+         keep: Annotated[Optional[list[str]], typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")] = None,
+         input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224.")] = "",
+         classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm, else 10.")] = 0,
+         json_output: Json = False) -> None:
+    """Show, before any training, which widths a budget gives and what they cost.
+
+    Example: `dynprune plan --model torchvision:resnet18 --budget macs=0.25 --budget params=0.11 --allocation balanced`
+    """
+    config = TrainConfig(model=model, budget=tuple(budget), allocation=allocation, align=align, min_width=min_width, max_width_share=max_width_share,
+                         keep=tuple(keep or ())).validate()
+    from dynprune import report
+    from dynprune.plan import plan as make_plan
+
+    result = make_plan(config, shape=input_shape, classes=classes)
+    finish(json_output, dataclasses.asdict(result), lambda: [report.plan_table(result)])
+    if not result.satisfiable:
+        raise DynpruneError(result.problem)
 
 
 # -- what the commands share ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import artifact, zoo
+from dynprune.budget import budgets_met
 from dynprune.channels import Selection
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
@@ -39,7 +40,7 @@ class CompactResult:
     dense_macs: int
     dense_params: int
     dense_size_bytes: int
-    budget: float
+    budgets: list[dict]
     budget_met: bool
     accuracy: float
     accuracy_executed: float
@@ -86,6 +87,10 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
           difference: float, dropped: int) -> CompactResult:
     """Save the file, read it back as a stranger would, and measure that."""
     graph, widths = reservoir.graph, reservoir.widths
+    met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths)
+    if missed := [line for line in met if not line["met"]]:
+        raise DynpruneError(f"The compact model costs {missed[0]['actual']}, above the budget {missed[0]['budget']} ({missed[0]['limit']:.0f}). Nothing was "
+                            "written. This is a mistake of dynprune: please report it.")
     accuracy = evaluate(model, data, data.test)
     kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
     facts = artifact.Facts(asdict(config), data.classes, data.side, list(data.mean), list(data.std), kept, widths,
@@ -102,8 +107,7 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
     params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
     result = CompactResult(
         str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,
-        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), config.budget,
-        config.policy == "dense" or facts.macs <= config.budget * facts.dense_macs, accuracy, evaluate(executed.active, data, data.test),
+        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), met, all(line["met"] for line in met), accuracy, evaluate(executed.active, data, data.test),
         evaluate(loaded, data, data.val), data.reports, difference, dropped, widths)
     run.record("compact", asdict(result))
     return result

@@ -14,6 +14,7 @@ from pathlib import Path
 import tomli_w
 
 from dynprune.errors import DynpruneError
+from dynprune.limits import parse_limit
 
 POLICIES = ("cucb", "random", "static", "dense")
 
@@ -53,8 +54,13 @@ class TrainConfig:
                            check=lambda v: v >= -1, expected="-1 or more")
     policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
                                   "network from scratch), dense (everything).", choices=POLICIES)
-    budget: float = setting(0.25, "Share of the dense network's multiply-accumulates (MACs) that may be executed.",
-                            check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
+    budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
+                                                 "params=0.11, params=1.5M. Several hold at once.")
+    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer) or balanced (meets several budgets at once by "
+                                         "narrowing where it costs least).", choices=("uniform", "balanced"))
+    min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
+    max_width_share: float = setting(1.0, "No layer keeps more than this share of its channels.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
+    keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
     align: int = setting(0, "Widths are multiples of this; 0 takes 16, or 8 or 4 where a layer is narrow, which onnxruntime runs fastest.",
                          check=lambda v: v >= 0, expected="0 or more")
     explore: float = setting(0.1, "Share of the steps in which the bandit explores before it settles.",
@@ -91,6 +97,8 @@ class TrainConfig:
                 raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
             if meta["check"] and not meta["check"](value):
                 raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
+        for text in self.budget:
+            parse_limit(text)
         return self
 
     def to_toml(self) -> str:
@@ -104,10 +112,12 @@ class TrainConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in values.items():
+        for name, value in list(values.items()):
             if name not in fields:
                 raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
             wanted = type(fields[name].default)
+            if wanted is tuple and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+                value = values[name] = tuple(value)
             if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
         return cls(**values).validate()

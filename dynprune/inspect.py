@@ -75,6 +75,10 @@ def parse_input(text: str) -> tuple[int, ...]:
     return shape
 
 
+def default_classes(name: str) -> int:
+    return 1000 if name.startswith(("torchvision:", "timm:")) else 10
+
+
 def build_for_inspection(name: str, classes: int, shape: str) -> tuple[nn.Module, tuple[int, ...]]:
     """The model, and the input shape: the one given, or the one its source is used to."""
     model = zoo.build(name, classes, 0)
@@ -89,7 +93,7 @@ def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False
     """Trace the network `name`. classes 0: 1000 for torchvision and timm, else 10."""
     if not 0 < fraction < 1:
         raise DynpruneError(f"--fraction got {fraction}. Expected a share between 0 and 1.")
-    model, size = build_for_inspection(name, classes or (1000 if name.startswith(("torchvision:", "timm:")) else 10), shape)
+    model, size = build_for_inspection(name, classes or default_classes(name), shape)
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
     graph = trace(model, x)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.compact import CompactResult
     from dynprune.export import ExportResult
     from dynprune.inspect import Inspection
+    from dynprune.plan import Plan
     from dynprune.train import Progress, TrainResult
 
 
@@ -115,7 +116,8 @@ def compact_table(result: CompactResult) -> Table:
     table.add_section()
     table.add_row("test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training")
     table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference from what was executed")
-    table.add_row("budget", f"{result.budget:g}", f"{result.macs / result.dense_macs:.4f}", "met" if result.budget_met else "MISSED")
+    for line in result.budgets:
+        table.add_row("budget", line["budget"], f"{line['actual']:,} of {line['limit']:,.0f}", "met" if line["met"] else "MISSED")
     table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
     return table
 
@@ -148,7 +150,7 @@ def bench_table(result: BenchResult) -> Table:
 
 def training_table(result: TrainingBench) -> Table:
     table = Table("", "ms per step", "against static", "peak memory", title=f"training {result.model}, batch {result.batch_size}, "
-                  f"{result.image_size}x{result.image_size}, budget {result.budget:g}, {result.precision}", title_justify="left", title_style="bold")
+                  f"{result.image_size}x{result.image_size}, budget {result.budget}, {result.precision}", title_justify="left", title_style="bold")
 
     def peak(mib: float | None) -> str:
         return "-" if mib is None else f"{mib:,.0f} MiB"
@@ -163,6 +165,18 @@ def training_table(result: TrainingBench) -> Table:
                      f"ms per step: {costs}; medians of {len(result.samples_ms['dense'])} interleaved steps; {environment['gpu'] or environment['processor']}, "
                      f"{environment['threads']} threads, torch {environment['torch']}")
     table.caption_justify = "left"
+    return table
+
+
+def plan_table(result: Plan) -> Table:
+    table = Table("", "smallest", "chosen", "full", title=f"plan for {result.model} at {result.input}", title_justify="left", title_style="bold")
+    table.add_row("MACs", million(result.smallest_macs), million(result.macs), million(result.dense_macs))
+    table.add_row("parameters", million(result.smallest_params), million(result.params), million(result.dense_params))
+    for line in result.budgets:
+        table.add_row(f"budget {line['budget']}", "", f"{line['actual']:,} of {line['limit']:,.0f}", "met" if line["met"] else "MISSED")
+    table.add_section()
+    for name, full in result.full_widths.items():
+        table.add_row(name, "", str(result.widths[name]) if result.widths else "-", str(full))
     return table
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune import zoo
-from dynprune.budget import uniform_widths
+from dynprune.budget import widths_for
 from dynprune.channels import ChannelGraph, Selection
 from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
@@ -85,7 +85,7 @@ class Session:
         if config.weights:
             zoo.load_weights(full, Path(config.weights))
         self.graph = trace(full, data.example)
-        self.widths = self.graph.full_widths if config.policy == "dense" else uniform_widths(self.graph, config.budget, config.align)
+        self.widths = widths_for(self.graph, config)
         if not config.weights:
             scale_for_narrow_fan_in(full, self.graph, self.widths)
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)

@@ -7,7 +7,7 @@ from dynprune.errors import DynpruneError
 
 
 def test_settings_survive_toml(tmp_path):
-    config = TrainConfig(model="resnet20", lr=0.05, compile=True, epochs=7)
+    config = TrainConfig(model="resnet20", lr=0.05, compile=True, epochs=7, budget=("macs=0.25", "params=1.5M"), keep=("stem",))
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert TrainConfig.from_toml(tmp_path / "config.toml") == config
 
