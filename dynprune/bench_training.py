@@ -27,7 +27,7 @@ from dynprune.runs import environment
 from dynprune.train import Session
 
 WARM_UP = 3
-FIRST_STEP = 100  # of the dynamic sessions: by then every arm was played and the first surprises are over
+FIRST_STEP = 100  # steps of the dynamic session before it is timed, so that its bandit has learned what it swaps by
 MEMORY_STEPS = 4
 POLICIES = {"dense": "dense", "static": "static", "dynamic": "cucb", "swapping": "cucb"}
 
@@ -75,6 +75,9 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
     sessions = {name: prepare_session(config, data, policy) for name, policy in POLICIES.items()}
     force_swaps(sessions["swapping"], swap_share)
     batches = endless(data, config)
+    report(f"the dynamic session's first {FIRST_STEP} steps")
+    for batch in islice(batches, FIRST_STEP):
+        sessions["dynamic"].train_step(*batch)
     samples: dict[str, list[float]] = {name: [] for name in sessions}
     swap_steps = []
     waited = 0.0
@@ -106,14 +109,9 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
 
 
 def prepare_session(config: TrainConfig, data: Data, policy: str) -> Session:
-    """A session in the middle of a long run's exploration (dynamic), or of a static or dense one."""
+    """A session at the beginning of a long run; dynamic ones explore throughout what is timed."""
     session = Session(dataclasses.replace(config, policy=policy, explore=0.5, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size))), data)
     session.model.train()
-    if session.explorer.steps:
-        for state in session.explorer.bandits.values():
-            state.counts += 1
-            state.rounds += 1
-        session.step = FIRST_STEP // session.explorer.hold * session.explorer.hold
     return session
 
 
@@ -213,7 +211,7 @@ def memory_probe(settings: dict, name: str, result) -> None:
     session = prepare_session(config, data, POLICIES[name])
     session.explorer.hold = 2  # so that a swap is among the steps
     if name != "dynamic":
-        session.reservoir.store, session.reservoir.full = torch.empty(0), None
+        session.reservoir.store, session.reservoir.full, session.reservoir.spans = torch.empty(0), None, {}
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(session.device)
     else:

@@ -23,18 +23,44 @@ from dynprune.channels import ChannelGraph, Selection
 from dynprune.labels import AxisKey
 from dynprune.surgery import slim
 
+SWAP_ELEMENTS = 2**18  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
 OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass
 class Span:
     """One narrowed tensor. start, strides: of its elements in the active buffer; source: the element of the full buffer that
-    each of them holds now, int64 of the narrow shape; full_strides: how far one step along a dimension goes there."""
+    each of them holds now, int32 where that reaches, of the narrow shape; full_strides: how far one step along a dimension goes there."""
 
     start: int
     strides: tuple[int, ...]
     source: np.ndarray
     full_strides: tuple[int, ...]
+
+
+@dataclass
+class Move:
+    """Places along one dimension of a tensor that get other arms. gained: how far each arm lies from the one it replaces."""
+
+    span: Span
+    dim: int
+    places: np.ndarray
+    gained: np.ndarray
+
+    @property
+    def elements(self) -> int:
+        return self.span.source.size // self.span.source.shape[self.dim] * len(self.places)
+
+    def places_flat(self) -> np.ndarray:
+        """Positions of the elements concerned, counted from the start of the span in the active buffer."""
+        return positions([self.places if d == self.dim else np.arange(n) for d, n in enumerate(self.span.source.shape)], self.span.strides)
+
+    def sources(self) -> np.ndarray:
+        return self.span.source.take(self.places, axis=self.dim)
+
+    def advance(self) -> None:
+        shape = [-1 if d == self.dim else 1 for d in range(self.span.source.ndim)]
+        self.span.source[(slice(None),) * self.dim + (self.places,)] += (self.gained * self.span.full_strides[self.dim]).reshape(shape).astype(self.span.source.dtype)
 
 
 class Reservoir:
@@ -81,7 +107,8 @@ class Reservoir:
             set_tensor(self.active, name, place)
             strides = tuple(math.prod(old.shape[d + 1:]) for d in range(old.ndim))
             index = [kept[name].get(d, torch.arange(size)).numpy() for d, size in enumerate(old.shape)]
-            self.spans[name] = Span(start, place.stride(), full_start + positions(index, strides), strides)
+            source = (full_start + positions(index, strides)).astype(np.int32 if self.store.numel() < 2**31 else np.int64)
+            self.spans[name] = Span(start, place.stride(), source, strides)
             start, full_start = start + small.numel(), full_start + old.numel()
         for name, tensor in live.items():
             if name not in kept:
@@ -101,7 +128,7 @@ class Reservoir:
         Arms that stay keep their slots. A newcomer brings its parameters and statistics from the reservoir, and its
         momentum starts at zero: what it was when the arm left no longer fits (measured: worth a point of accuracy).
         """
-        moves: list[tuple[Span, int, np.ndarray, np.ndarray]] = []  # span, dimension, places there, full positions gained
+        moves: dict[str, list[Move]] = {}
         exchanged = 0
         for name, arms in selection.items():
             slots = np.flatnonzero(~np.isin(self.slots[name], arms))
@@ -113,25 +140,29 @@ class Reservoir:
             for (tensor, dim), places in self.places[name].items():
                 if tensor in self.spans:
                     members = self.graph.groups[name].members[tensor, dim]
-                    moves.append((self.spans[tensor], dim, places[slots].reshape(-1), (members[after] - members[before]).reshape(-1)))
-        if not moves:
-            return exchanged
-        here = self._indices([span.start + positions([at if d == dim else np.arange(n) for d, n in enumerate(span.source.shape)], span.strides)
-                              for span, dim, at, _ in moves], self.live.device)
-        sources = [span.source.take(at, axis=dim) for span, dim, at, _ in moves]
-        self.store[self._indices(sources, self.store.device)] = self.live[here].to(self.store.device)
-        for span, dim, at, gained in moves:
-            shape = [-1 if d == dim else 1 for d in range(span.source.ndim)]
-            span.source[(slice(None),) * dim + (at,)] += (gained * span.full_strides[dim]).reshape(shape)
-        sources = [span.source.take(at, axis=dim) for span, dim, at, _ in moves]
-        self.live[here] = self.store[self._indices(sources, self.store.device)].to(self.live.device, non_blocking=True)
+                    moves.setdefault(tensor, []).append(Move(self.spans[tensor], dim, places[slots].reshape(-1), (members[after] - members[before]).reshape(-1)))
+        batch: list[Move] = []
+        for i, own in enumerate(moves.values(), start=1):
+            batch += own
+            if i == len(moves) or sum(move.elements for move in batch) > SWAP_ELEMENTS:
+                self._exchange(batch)
+                batch = []
+        return exchanged
+
+    def _exchange(self, moves: list[Move]) -> None:
+        """Write the elements under these moves back to the full buffer, and load what belongs there now. All moves of one tensor
+        come together."""
+        here = self._indices([move.span.start + move.places_flat() for move in moves], self.live.device)
+        self.store[self._indices([move.sources() for move in moves], self.store.device)] = self.live[here].to(self.store.device)
+        for move in moves:
+            move.advance()
+        self.live[here] = self.store[self._indices([move.sources() for move in moves], self.store.device)].to(self.live.device, non_blocking=True)
         for state in self.states:
             state[here] = 0
-        return exchanged
 
     @staticmethod
     def _indices(parts: list[np.ndarray], device: torch.device) -> Tensor:
-        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device, non_blocking=True)
+        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device, non_blocking=True).long()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer's momenta flat buffers too, so that a swap forgets those of newcomers in one write."""
