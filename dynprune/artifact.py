@@ -64,17 +64,18 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
     tensors, header = read_tensors(path, "compact")
     try:
         facts = Facts(**{field.name: header[field.name] for field in dataclasses.fields(Facts)})
-        name = facts.config.model
-    except (KeyError, TypeError, AttributeError) as error:
+        name, kept = facts.config.model, kept_of(facts)
+        assert all(isinstance(label, str) for label in facts.classes) and isinstance(facts.side, int) and len(facts.mean) == len(facts.std) == 3
+    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
         raise DynpruneError(f"{path} lacks or garbles a header entry ({error}). Write it again with dynprune compact.") from error
     if model is None:
         if ":" in name and not name.startswith(("torchvision:", "timm:")) and not trust:
             raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
         model = zoo.build(name, len(facts.classes))
     try:
-        small = slim(model, kept_of(facts))
+        small = slim(model, kept)
         small.load_state_dict(tensors)
-    except (RuntimeError, IndexError, AttributeError, ValueError) as error:
+    except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as error:
         raise DynpruneError(f'{path} does not fit the model "{name}" ({str(error).splitlines()[0]}). Is it the version it was made with?') from error
     return small.eval(), facts
 

@@ -6,6 +6,7 @@ all alike, and keeps every raw sample. Reports medians, 95th percentiles and the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import onnxruntime
 from dynprune import artifact, zoo
 from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
-from dynprune.export import Scores, open_session, write_onnx
+from dynprune.export import Scores, check_classes, open_session, write_onnx
 from dynprune.runs import Run, environment, write_text
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; at least MIN_RUNS runs of each
@@ -86,6 +87,9 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
         raise DynpruneError(f"{run.path} has no ONNX file yet. Run: dynprune export {run.path} --onnx")
     model, facts = artifact.load_with_facts(run.compact_file, trust=True)
     data = data or load_data(run.config)
+    check_classes(run, facts, data)
+    if against is not None:
+        check_comparable(run, against)
     dense_file = dense_twin(run, facts, data, report) if against is None else against.onnx_file
     if not dense_file.is_file():
         raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
@@ -104,6 +108,17 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
     write_text(run.path / "bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
     return result
+
+
+def check_comparable(run: Run, against: Run) -> None:
+    """A dense run may only be compared if it learned from the same images: with another split it has seen our test data."""
+    ours, theirs = run.config, against.config
+    if theirs.policy != "dense":
+        raise DynpruneError(f"--against got {against.path}, a run of policy {theirs.policy}. Expected one of dynprune train --policy dense.")
+    differing = [name for name in ("data", "data_root", "image_size", "val_fraction", "seed") if getattr(ours, name) != getattr(theirs, name)]
+    if differing:
+        raise DynpruneError(f"--against {against.path} has another {', '.join(differing)}, so its test images may be among those it was trained on. Train it with "
+                            "the same settings.")
 
 
 def bench_files(dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None) -> BenchResult:
@@ -143,8 +158,11 @@ def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[st
         try:
             write_onnx(model, data.example, partial, None, {"producer": "dynprune", "weights": "random"})
             partial.replace(run.dense_onnx_file)
+        except OSError as error:
+            raise DynpruneError(f"Cannot write {run.dense_onnx_file} ({error.strerror}). The dense twin needs a place in the run directory.") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
     return run.dense_onnx_file
 
 

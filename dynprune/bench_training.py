@@ -20,11 +20,12 @@ from statistics import median
 import numpy as np
 import torch
 
+from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.runs import environment
-from dynprune.train import Session
+from dynprune.train import Session, threads
 
 WARM_UP = 3
 FIRST_STEP = 100  # steps of the dynamic session before it is timed, so that its bandit has learned what it swaps by
@@ -72,7 +73,15 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
         raise DynpruneError(f"--steps got {steps}. Expected at least --hold, {config.hold}, so that a swap is among them.")
     report("reading data")
     data = load_data(config)
+    with threads(config.threads):
+        return compare(config, data, steps, swap_share, memory, report)
+
+
+def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memory: bool, report: Callable[[str], None]) -> TrainingBench:
     sessions = {name: prepare_session(config, data, policy) for name, policy in POLICIES.items()}
+    if config.compile:
+        for session in sessions.values():
+            try_compiling(session, report)
     force_swaps(sessions["swapping"], swap_share)
     batches = endless(data, config)
     report(f"the dynamic session's first {FIRST_STEP} steps")
@@ -97,7 +106,7 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
     dynamic_ms = per_step_of_a_round(samples["dynamic"], swap_steps, hold)
     overhead = {**breakdown(sessions["dynamic"], batches, hold), "data_ms": 1000 * waited / (WARM_UP + steps)}
     macs = sessions["static"].macs / sessions["static"].graph.macs({})
-    reservoir_mib = sessions["dynamic"].reservoir.store.numel() * 4 / 2**20
+    reservoir_mib = sessions["dynamic"].reservoir.store_bytes / 2**20
     bfloat16, threads = sessions["dynamic"].bfloat16, torch.get_num_threads()
     del sessions, session
     peaks = {name: peak_mib(config, name, report) if memory else None for name in ("dense", "static", "dynamic")}
@@ -211,7 +220,7 @@ def memory_probe(settings: dict, name: str, result) -> None:
     session = prepare_session(config, data, POLICIES[name])
     session.explorer.hold = 2  # so that a swap is among the steps
     if name != "dynamic":
-        session.reservoir.store, session.reservoir.full, session.reservoir.spans = torch.empty(0), None, {}
+        session.reservoir.full, session.reservoir.spans, session.reservoir.buffers = None, {}, {}
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(session.device)
     else:

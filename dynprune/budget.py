@@ -4,9 +4,9 @@ Takes a ChannelGraph and what the user allows (shares or numbers of MACs and par
 The cost of any widths is exact: it is read off the graph's table, once compiled into arrays (`CostModel`), so that an
 allocation can ask for it thousands of times.
 
-Two allocations. *uniform* keeps the same share of every group. *balanced* solves, greedily, for the widths that maximise
-the sum of log(width / arms) under all limits at once. The logarithm is what keeps it from making bottlenecks: MACs are
-products of neighbouring widths, and an objective that is linear in them alternates wide and narrow layers.
+Two allocations. *uniform* keeps the same share of every group. *balanced* lets the share fall with a group's parameters per
+MAC, just enough to use several budgets at once: late layers, which hold the parameters, get narrower than early ones, which
+take the time.
 """
 
 from __future__ import annotations
@@ -154,36 +154,44 @@ def meets(model: CostModel, bounds: list[tuple[Limit, float]], widths: np.ndarra
 
 def uniform(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> np.ndarray:
     """The largest share, found by bisection, at which every group's width (rounded down) meets the budgets."""
-    def at(share: float) -> np.ndarray:
-        return np.clip((share * model.arms).astype(np.int64) // allowed.steps * allowed.steps, allowed.smallest, allowed.largest)
-
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if meets(model, bounds, at(middle)) else (low, middle)
-    return at(low)
+        low, high = (middle, high) if meets(model, bounds, round_widths(model, allowed, np.full(len(model.arms), middle))) else (low, middle)
+    return round_widths(model, allowed, np.full(len(model.arms), low))
 
 
 def balanced(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> np.ndarray:
-    """Narrow one group by one step at a time: the one that loses least of sum(log(width)) per saved cost, until all hold.
+    """Shares that fall with a group's parameters per MAC: share = a * density^-b, with the least b >= 0 that meets every budget.
 
-    Saved cost is summed over the limits that do not hold yet, each as a share of its bound. Exact for one linear limit; with
-    products of widths it is the usual greedy approximation.
+    With one budget, or where the MACs bind first, b is 0 and this is `uniform`. A smooth family of shares is deliberate: maximising
+    a sum of log(width) under a product of neighbouring widths, greedily or exactly, alternates wide and narrow layers.
     """
-    widths = allowed.largest.copy()
-    while not meets(model, bounds, widths):
-        saving = np.zeros(len(widths))
-        for limit, bound in bounds:
-            if model.cost(limit.quantity, widths) > bound:
-                saving += model.slopes(limit.quantity, widths) * allowed.steps / bound
-        narrower = widths - allowed.steps
-        free = (narrower >= allowed.smallest) & (saving > 0)
-        if not free.any():
-            break
-        loss = np.log(widths) - np.log(np.maximum(narrower, 1))
-        price = np.where(free, loss / np.maximum(saving, 1e-30), np.inf)
-        widths[int(price.argmin())] -= allowed.steps[int(price.argmin())]
-    return widths if meets(model, bounds, widths) else allowed.smallest.copy()
+    macs, params = (model.slopes(quantity, model.arms) for quantity in ("macs", "params"))
+    density = (params / max(params.mean(), 1e-30) + 1e-9) / (macs / max(macs.mean(), 1e-30) + 1e-9)
+    mac_bounds = [pair for pair in bounds if pair[0].quantity == "macs"]
+
+    def widest(b: float, within: list[tuple[Limit, float]]) -> np.ndarray:
+        shape = density ** -b
+        low, high = 0.0, 1.0 / shape.min()
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if meets(model, within, round_widths(model, allowed, middle * shape)) else (low, middle)
+        return round_widths(model, allowed, low * shape)
+
+    low, high = 0.0, 2.0
+    if not mac_bounds or meets(model, bounds, widest(0.0, mac_bounds)):
+        return widest(0.0, bounds)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if meets(model, bounds, widest(middle, mac_bounds)) else (middle, high)
+    return widest(high, bounds)
+
+
+def round_widths(model: CostModel, allowed: Constraints, shares: np.ndarray) -> np.ndarray:
+    """Widths of these shares of the arms, rounded down to what is allowed."""
+    widths = (np.minimum(shares, 1.0) * model.arms).astype(np.int64) // allowed.steps * allowed.steps
+    return np.clip(widths, allowed.smallest, allowed.largest)
 
 
 def fill(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, widths: np.ndarray) -> np.ndarray:
@@ -192,7 +200,7 @@ def fill(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constrain
     while open_groups.any():
         candidate = int(np.where(open_groups, widths / model.arms, np.inf).argmin())
         wider = widths.copy()
-        wider[candidate] = min(allowed.largest[candidate], widths[candidate] + allowed.steps[candidate])
+        wider[candidate] = min(allowed.largest[candidate], (widths[candidate] // allowed.steps[candidate] + 1) * allowed.steps[candidate])
         if meets(model, bounds, wider):
             widths = wider
         else:

@@ -230,6 +230,9 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     for (name, _), roots in axes.items():
         if name in tracer.opaque:
             pinned[roots] = True
+        if name in tracer.elements and (name, 0) in tracer.axes:  # used as a layer's weight and as a value: two roles at once
+            pinned[roots] = True
+            pinned[component[tracer.elements[name].numpy()]] = True
     for (source, formula), labels in tracer.numbers.items():
         axes[number_name(source, formula), 0] = component[labels.numpy()]
     shapes = {name: (len(roots),) for (name, _), roots in axes.items() if name.startswith("#")}

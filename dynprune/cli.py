@@ -163,6 +163,8 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
     from dynprune import report
 
     parse_batches(batch)  # refuse before the long work
+    from dynprune.compact import check_options
+    check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     trained = do_train(given, out, overwrite, False)
     path = Path(trained.run)
     compacted = do_compact(path, min_rate, bn_images, finetune_epochs, finetune_lr)

@@ -23,7 +23,8 @@ from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.reservoir import Reservoir
 from dynprune.runs import Run, read_tensors
-from dynprune.tracing import masked, trace
+from dynprune.surgery import slim
+from dynprune.tracing import exact_part, masked, trace
 from dynprune.train import Progress, Session, evaluate, logits, part, slots_in, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
@@ -31,7 +32,9 @@ TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a re
 
 @dataclass(frozen=True)
 class CompactResult:
-    """accuracy: of the compact file on the test images; accuracy_executed: of the model that training executed."""
+    """accuracy: of the compact file on the test images; accuracy_executed: of the model that training executed. max_rel_diff:
+    between the masked original and the compact copy, over the groups where these can be equal; mixed_groups: the others, whose
+    channels a norm takes statistics over."""
 
     path: str
     macs: int
@@ -44,9 +47,9 @@ class CompactResult:
     budget_met: bool
     accuracy: float
     accuracy_executed: float
-    val_accuracy: float
     test_data: str
     max_rel_diff: float
+    mixed_groups: list[str]
     arms_dropped_by_rate: int
     widths: dict[str, int]
 
@@ -58,8 +61,13 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     min_rate: drop arms that ran in less than this share of the steps; each group keeps its most used arm.
     bn_images: re-estimate BatchNorm statistics on so many training images. finetune_epochs: train on at the final widths.
     """
+    check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     config = run.config
     tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+    if not isinstance(facts.get("step"), int) or not isinstance(facts.get("steps"), int):
+        raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
+    if facts["step"] < facts["steps"]:
+        raise DynpruneError(f"{run.path} stopped at step {facts['step']} of {facts['steps']}. Finish it first: dynprune train --resume --out {run.path}")
     data = data or load_data(config)
     if facts.get("classes") != data.classes:
         raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
@@ -69,9 +77,9 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     executed = Reservoir(copy.deepcopy(full), graph, slots, template)
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
-    mixed = [name for name in selection if graph.groups[name].mixed_by and len(selection[name]) < graph.groups[name].arms]
-    reference = executed.active if mixed and not dropped else masked(full, graph, selection)
-    difference = largest_difference(reference, reservoir.active, data) if not (mixed and dropped) else 0.0
+    proven = exact_part(graph, selection)  # a norm over channels sees those that are hidden, so mixed groups cannot be proven this way
+    unproven = sorted(set(selection) - set(proven))
+    difference = largest_difference(masked(full, graph, proven), slim(full, graph.kept(proven)), data)
     if not difference < TOLERANCE:
         raise DynpruneError(f"The compact model differs from what was executed by {difference:.1e} of the largest output, more than {TOLERANCE:g}. "
                             "Nothing was written. Please report the model's name.")
@@ -80,12 +88,12 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     model = reservoir.active.cpu()
     if bn_images:
         reestimate_batchnorm(model, data, config, bn_images)
-    return write(run, config, data, reservoir, model, executed, difference, dropped)
+    return write(run, config, data, reservoir, model, executed, difference, dropped, unproven, changed=bool(dropped or finetune_epochs or bn_images))
 
 
 def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, executed: Reservoir,
-          difference: float, dropped: int) -> CompactResult:
-    """Save the file, read it back as a stranger would, and measure that."""
+          difference: float, dropped: int, unproven: list[str], *, changed: bool) -> CompactResult:
+    """Save the file, read it back as a stranger would, and measure that. changed: it is not just what training executed."""
     graph, widths = reservoir.graph, reservoir.widths
     met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths)
     if missed := [line for line in met if not line["met"]]:
@@ -102,21 +110,31 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
         if not largest_difference(model, loaded, data) < TOLERANCE:
             raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
         before.replace(run.compact_file)
+        run.onnx_file.unlink(missing_ok=True)  # an export of an earlier compact model would be measured in its name
     finally:
         before.unlink(missing_ok=True)
     params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
     result = CompactResult(
         str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,
-        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), met, all(line["met"] for line in met), accuracy, evaluate(executed.active, data, data.test),
-        evaluate(loaded, data, data.val), data.reports, difference, dropped, widths)
+        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), met, all(line["met"] for line in met), accuracy,
+        evaluate(executed.active, data, data.test) if changed else accuracy, data.reports, difference, unproven, dropped, widths)
     run.record("compact", asdict(result))
     return result
 
 
-def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, min_rate: float) -> tuple[Selection, int]:
-    """The settled selection without the arms that ran in less than `min_rate` of the steps, and how many those are."""
+def check_options(min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float) -> None:
+    """Refuse options that make no sense; `run` asks before it trains."""
     if not 0 <= min_rate < 1:
         raise DynpruneError(f"--min-rate got {min_rate}. Expected a share in [0, 1).")
+    for flag, value in (("--bn-images", bn_images), ("--finetune-epochs", finetune_epochs)):
+        if value < 0:
+            raise DynpruneError(f"{flag} got {value}. Expected 0 or more.")
+    if not finetune_lr > 0:
+        raise DynpruneError(f"--finetune-lr got {finetune_lr}. Expected more than 0.")
+
+
+def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, min_rate: float) -> tuple[Selection, int]:
+    """The settled selection without the arms that ran in less than `min_rate` of the steps, and how many those are."""
     counts, selection, dropped = part(tensors, "explorer.executed."), {}, 0
     for name, slots in executed.slots.items():
         rates = counts[name].numpy()[slots] / max(1, steps)

@@ -21,13 +21,23 @@ if TYPE_CHECKING:
 TRIALS = 5
 
 
-def try_compiling(session: Session, note: Callable[[str], None]) -> dict[str, float | bool]:
+def try_compiling(session: Session, note: Callable[[str], None]) -> dict[str, float | bool | str]:
     """Compile the session's forward pass if its remaining steps pay for it; says what it measured either way."""
     note("trying torch.compile")
     model = copy.deepcopy(session.model).train()
     x, _ = next(iter(session.data.train_batches(session.config.batch_size, session.config.seed, 0)))
     x = x.to(session.device, memory_format=torch.channels_last)
     eager_ms = trial_ms(session, model, x)
+    try:
+        return decide(session, model, x, eager_ms, note)
+    except Exception as error:  # no compiler, or a network that it cannot take: the run goes on without
+        reason = str(error).partition("\n")[0]
+        note(f"torch.compile is not used: {type(error).__name__}: {reason}")
+        return {"used": False, "error": f"{type(error).__name__}: {reason}"}
+
+
+def decide(session: Session, model: nn.Module, x: torch.Tensor, eager_ms: float, note: Callable[[str], None]) -> dict[str, float | bool]:
+    """Compile a copy, time it, and take the compiled form if the remaining steps pay for it."""
     started = time.perf_counter()
     compiled = compiled_form(session, model)
     step_ms(session, compiled, x)

@@ -56,8 +56,8 @@ class TrainConfig:
                                   "network from scratch), dense (everything).", choices=POLICIES)
     budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
                                                  "params=0.11, params=1.5M. Several hold at once.")
-    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer) or balanced (meets several budgets at once by "
-                                         "narrowing where it costs least).", choices=("uniform", "balanced"))
+    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer) or balanced (uses several budgets at once by "
+                                         "narrowing layers with many parameters per MAC more).", choices=("uniform", "balanced"))
     min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
     max_width_share: float = setting(1.0, "No layer keeps more than this share of its channels.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
@@ -86,8 +86,8 @@ class TrainConfig:
                              choices=("device", "cpu"))
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
     threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: v >= 0, expected="0 or more")
-    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: v >= 0,
-                        expected="0 or more")
+    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
+                        expected="a number from 0 to 4294967295")
 
     def validate(self) -> TrainConfig:
         for field in dataclasses.fields(self):

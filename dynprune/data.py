@@ -9,6 +9,7 @@ resumed run sees what an uninterrupted one would.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dynprune.errors import DynpruneError
 IN_MEMORY_SIDE = 96  # images up to this size are decoded once and kept; 50,000 of 96x96 take 1.4 GB
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
 NO_FLIP = {"digits", "svhn"}
+UNREADABLE = (OSError, EOFError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -101,7 +103,7 @@ class Data:
                 yield self.normalise(images), batch.labels
             return
         chosen = self.train.take(order[start * batch_size:steps * batch_size])
-        dataset = PhotoDataset(chosen, self.side, self.augment, seed * 1_000_003 + epoch)
+        dataset = PhotoDataset(chosen, self.side, self.augment, (seed, epoch), start * batch_size)
         for pixels, labels in loader(dataset, batch_size, self.workers):
             yield self.normalise(pixels), labels
 
@@ -112,7 +114,7 @@ class Data:
                 part = images.take(torch.arange(start, min(start + batch_size, len(images))))
                 yield self.normalise(part.pixels), part.labels
             return
-        for pixels, labels in loader(PhotoDataset(images, self.side, "none", 0), min(batch_size, 64), self.workers):
+        for pixels, labels in loader(PhotoDataset(images, self.side, "none"), min(batch_size, 64), self.workers):
             yield self.normalise(pixels), labels
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -148,10 +150,11 @@ def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator) -> Tensor:
 class PhotoDataset(torch.utils.data.Dataset):
     """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
 
-    def __init__(self, files: ImageFiles, side: int, augment: str, seed: int):
+    def __init__(self, files: ImageFiles, side: int, augment: str, seeds: tuple[int, ...] = (), first: int = 0):
+        """first: the place of files[0] in its epoch; with `seeds` it decides each image's random changes."""
         from torchvision.transforms import v2  # 1 s to import: only photos need it
 
-        self.files, self.seed = files, seed
+        self.files, self.seeds, self.first = files, seeds, first
         if augment == "none":
             self.transform = v2.Compose([v2.Resize(round(side * 8 / 7)), v2.CenterCrop(side)])
         else:
@@ -164,7 +167,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = open_image(self.files.paths[index])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(self.seed, index).initial_seed())
+            torch.manual_seed(generator(*self.seeds, self.first + index).initial_seed())
             image = self.transform(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.files.labels[index])
 
@@ -181,7 +184,7 @@ def open_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
 
 
@@ -314,6 +317,8 @@ def load_folder(config: TrainConfig, path: Path) -> Data:
     if side <= IN_MEMORY_SIDE:
         train, test = decode(train, side), decode(test, side)
         val = decode(val, side) if val is not None else None
+    else:
+        check_readable([*train.paths, *test.paths, *(val.paths if val is not None else [])])
     return finish(config, path.name, classes, side, train, val, test, chooses, reports)
 
 
@@ -349,6 +354,21 @@ def guess_side(files: ImageFiles) -> int:
     sample = files.paths[:: max(1, len(files) // 100)][:100]
     longest = float(np.median([max(open_image(path).size) for path in sample]))
     return 32 if longest <= 40 else 64 if longest <= 80 else 224
+
+
+def check_readable(paths: list[str]) -> None:
+    """Open every photo once before the long work starts; JPEGs at an eighth of their size, which is quick."""
+    def check(path: str) -> None:
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (image.width // 8, image.height // 8))
+                image.load()
+        except UNREADABLE as error:
+            raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(check, paths):
+            pass
 
 
 def decode(files: ImageFiles, side: int) -> ImagesInMemory:

@@ -33,7 +33,7 @@ class Explorer:
         self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
         explores = config.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
         rounds_needed = max((math.ceil(g.arms / widths[g.name]) for g in graph), default=1)
-        exploring = round(config.explore * steps) if explores else 0
+        exploring = min(steps - 1, max(round(config.explore * steps), rounds_needed)) if explores and config.explore > 0 else 0
         self.hold = max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold

@@ -25,6 +25,7 @@ from dynprune import artifact
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.runs import Run
+from dynprune.tracing import first_line
 from dynprune.train import logits
 from dynprune.version import __version__
 
@@ -45,6 +46,12 @@ class ExportResult:
     top1_agreement: float
     images: int
     fold_normalization: bool
+
+
+def check_classes(run: Run, facts: artifact.Facts, data: Data) -> None:
+    if facts.classes != data.classes:
+        raise DynpruneError(f"{run.compact_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(data.classes[:8])}. Use the data "
+                            "it was trained on.")
 
 
 class Normalised(nn.Module):
@@ -78,8 +85,11 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = artifact.load_with_facts(run.compact_file, trust=True)
     data = data or load_data(run.config)
+    check_classes(run, facts, data)
     path = out or run.onnx_file
     wrapped = Normalised(model, facts.mean, facts.std) if fold_normalization else Scores(model)
+    if not path.name or path.is_dir():
+        raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +102,8 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
     except OSError as error:
         raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     result = ExportResult(str(path), read_opset(path), path.stat().st_size, difference, difference / max(largest, 1e-30), agreement, count,
                           fold_normalization)
     run.record("export", asdict(result))
@@ -102,10 +113,13 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
 def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
     """One checked file with a dynamic batch; weights inside, `facts` as metadata."""
     batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
-    with quiet():
-        program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+    try:
+        with quiet():
+            program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
+                                        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
         proto = program.model_proto
+    except Exception as error:
+        raise DynpruneError(f"torch cannot export this network to ONNX ({type(error).__name__}: {first_line(error)[:200]}). Try another --opset.") from error
     for key, value in facts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value

@@ -17,7 +17,7 @@ from dynprune import zoo
 from dynprune.channels import ChannelGraph, PinnedLayer
 from dynprune.errors import DynpruneError
 from dynprune.surgery import slim
-from dynprune.tracing import EXACT, difference, exact_part, random_selection, run_compact, trace
+from dynprune.tracing import EXACT, difference, exact_part, first_line, random_selection, run_compact, trace
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,22 @@ def build_for_inspection(name: str, classes: int, shape: str) -> tuple[nn.Module
     return model, (3, 224, 224) if name.startswith("torchvision:") else (3, 32, 32)
 
 
+def example_for(name: str, size: tuple[int, ...]) -> tuple:
+    """Arguments for one forward pass; torchvision's detectors take a list of images."""
+    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    if name.startswith("torchvision:"):
+        import torchvision
+        if name.removeprefix("torchvision:") in torchvision.models.list_models(module=torchvision.models.detection):
+            return ([x[0].sigmoid()],)
+    return (x,)
+
+
 def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False, fraction: float = 0.5, seed: int = 0) -> Inspection:
     """Trace the network `name`. classes 0: 1000 for torchvision and timm, else 10."""
     if not 0 < fraction < 1:
         raise DynpruneError(f"--fraction got {fraction}. Expected a share between 0 and 1.")
     model, size = build_for_inspection(name, classes or default_classes(name), shape)
-    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    x = example_for(name, size)
     started = time.perf_counter()
     graph = trace(model, x)
     seconds = time.perf_counter() - started
@@ -116,13 +126,16 @@ def prunable_share(graph: ChannelGraph) -> float:
     return 1 - held / max(1, total)
 
 
-def check_exactness(model: nn.Module, graph: ChannelGraph, x: torch.Tensor, fraction: float, seed: int, seconds: float) -> Check:
+def check_exactness(model: nn.Module, graph: ChannelGraph, inputs: tuple, fraction: float, seed: int, seconds: float) -> Check:
     """Remove a random `fraction` of every group's arms and compare."""
     selection = random_selection(graph, fraction, seed)
-    failure = run_compact(model, graph, selection, (x,))
+    failure = run_compact(model, graph, selection, inputs)
     mixed = [group.name for group in graph if group.mixed_by]
     if failure is not None:
         return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, f"{failure.layer}: {failure.message}")
-    found = difference(model, graph, exact_part(graph, selection), (x,))
+    try:
+        found = difference(model, graph, exact_part(graph, selection), inputs)
+    except Exception as error:
+        return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, first_line(error))
     kept = sum(p.numel() for p in slim(model, graph.kept(selection)).parameters()) / max(1, graph.params({}))
     return Check(found < EXACT, found, kept, seconds, fraction, seed, mixed, "")

@@ -82,8 +82,10 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from tensors_in(value)
-    elif hasattr(tree, "__dataclass_fields__"):
+    elif hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type)) and not callable(tree):
         yield from tensors_in(vars(tree))
+    elif hasattr(tree, "__dataclass_fields__"):
+        yield from tensors_in([getattr(tree, name) for name in tree.__dataclass_fields__])
 
 
 Rule = Callable[["LabelTracer", Callable, tuple, dict], object]
@@ -123,6 +125,7 @@ class LabelTracer(TorchFunctionMode):
         self.opaque: dict[str, tuple[str, str]] = {}
         self.used: set[str] = set()
         self.stack: list[str] = []
+        self.batch = 1
         self.numbers: dict[tuple[Source, tuple[int, int, int]], Tensor] = {}
         self.model = model
         self.module_names = {id(module): name for name, module in model.named_modules()}
@@ -195,6 +198,8 @@ class LabelTracer(TorchFunctionMode):
         if not isinstance(number, Number) or labels.numel() != int(number):
             return False
         key = (number.source, (number.multiplier, number.divisor, number.offset))
+        if number.multiplier > 1 and number.divisor == 1 and labels.numel() % number.multiplier == 0:
+            self.tie_along(labels.view(number.multiplier, -1), 0)  # only multiples can be remembered
         for (source, _), known in self.numbers.items():
             if source == number.source:
                 if known.numel() == labels.numel():  # one attribute used twice: what it counts must shrink alike
@@ -311,6 +316,9 @@ class LabelTracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
+        for name in ("input", "tensors", "tensor"):  # rules find the first operand in args[0], however it was passed
+            if not args and name in kwargs:
+                args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
         rule = self.rules.get(func)
         if rule is None:
             output = func(*args, **kwargs)

@@ -49,5 +49,5 @@ def plan(config: TrainConfig, *, shape: str = "", classes: int = 0) -> Plan:
     except DynpruneError as error:
         problem = str(error)
     return Plan(config.model, "x".join(map(str, size)), widths is not None, problem, widths, graph.full_widths,
-                graph.macs(widths) if widths else None, graph.params(widths) if widths else None, graph.macs({}), graph.params({}),
-                graph.macs(smallest), graph.params(smallest), None, budgets_met(graph, config.budget, widths) if widths else [])
+                None if widths is None else graph.macs(widths), None if widths is None else graph.params(widths), graph.macs({}), graph.params({}),
+                graph.macs(smallest), graph.params(smallest), None, [] if widths is None else budgets_met(graph, config.budget, widths))

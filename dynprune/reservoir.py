@@ -4,9 +4,11 @@ Takes a full-width module, its ChannelGraph and one selection per group. `active
 selected widths: the only thing that runs forward and backward, with static shapes. `full` is never run: it keeps the
 parameters and BatchNorm statistics of every arm. When a selection changes, `swap` exchanges only the slots that changed.
 
-Both sides are flat: every narrowed tensor of the active model is a view into one buffer, every full one into another, so a
-swap is one gather and one scatter each way, however many layers it touches. Which element of the active buffer belongs to
-which of the full one is kept on the host, so a GPU is never waited for.
+Both sides are flat: the narrowed tensors of the active model are views into a few buffers, the full ones into others, so a
+swap is a few gathers and scatters, however many layers it touches. What always moves together is moved together: a buffer's
+rows are *blocks*, the elements of a tensor behind its last channel dimension (the nine taps of a 3x3 filter), and tensors with
+blocks of one size share a buffer. Which block of the active buffer belongs to which of the full one is kept on the host, so a
+GPU is never waited for.
 """
 
 from __future__ import annotations
@@ -23,17 +25,26 @@ from dynprune.channels import ChannelGraph, Selection
 from dynprune.labels import AxisKey
 from dynprune.surgery import slim
 
-SWAP_ELEMENTS = 2**18  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
+SWAP_BLOCKS = 2**18  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
 OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass
-class Span:
-    """One narrowed tensor. start, strides: of its elements in the active buffer; source: the element of the full buffer that
-    each of them holds now, int32 where that reaches, of the narrow shape; full_strides: how far one step along a dimension goes there."""
+class Buffers:
+    """Tensors with blocks of one size. store: full-width, (blocks, size); live: narrow; states: the optimizer's, like live."""
 
+    store: Tensor
+    live: Tensor
+    states: list[Tensor]
+
+
+@dataclass
+class Span:
+    """One narrowed tensor. start: its first block in the active buffer; source: the block of the full buffer that each of its
+    blocks holds now, int32 where that reaches, of the narrow shape's leading dimensions; full_strides: blocks per step along each of them there."""
+
+    buffers: Buffers
     start: int
-    strides: tuple[int, ...]
     source: np.ndarray
     full_strides: tuple[int, ...]
 
@@ -48,12 +59,14 @@ class Move:
     gained: np.ndarray
 
     @property
-    def elements(self) -> int:
+    def blocks(self) -> int:
         return self.span.source.size // self.span.source.shape[self.dim] * len(self.places)
 
-    def places_flat(self) -> np.ndarray:
-        """Positions of the elements concerned, counted from the start of the span in the active buffer."""
-        return positions([self.places if d == self.dim else np.arange(n) for d, n in enumerate(self.span.source.shape)], self.span.strides)
+    def targets(self) -> np.ndarray:
+        """The blocks concerned in the active buffer."""
+        shape = self.span.source.shape
+        strides = tuple(math.prod(shape[d + 1:]) for d in range(len(shape)))
+        return self.span.start + positions([self.places if d == self.dim else np.arange(n) for d, n in enumerate(shape)], strides)
 
     def sources(self) -> np.ndarray:
         return self.span.source.take(self.places, axis=self.dim)
@@ -79,37 +92,43 @@ class Reservoir:
         kept = graph.kept(self.slots, self.template)
         self.active = slim(full, kept).to(device)
         self._flatten(by_tensor(kept), torch.device(device), torch.device(store_device or device))
-        self.states: list[Tensor] = []
 
     @property
     def widths(self) -> dict[str, int]:
         return {name: len(arms) for name, arms in self.slots.items()}
 
+    @property
+    def store_bytes(self) -> int:
+        return sum(buffers.store.numel() * buffers.store.element_size() for buffers in self.buffers.values())
+
     @torch.no_grad()
     def _flatten(self, kept: Mapping[str, Mapping[int, Tensor]], device: torch.device, store_device: torch.device) -> None:
-        """Move narrowed tensors into two flat buffers; what is not narrowed is one tensor that both sides share."""
+        """Move narrowed tensors into flat buffers; what is not narrowed is one tensor that both sides share."""
         full, live = named_tensors(self.full), named_tensors(self.active)
         self.spans: dict[str, Span] = {}
-        names = [name for name in kept if not name.startswith("#")]
+        self.buffers: dict[int, Buffers] = {}
         pin = device.type == "cuda" and store_device.type == "cpu"
-        self.store = torch.empty(sum(full[name].numel() for name in names), device=store_device, pin_memory=pin)
-        self.live = torch.empty(sum(live[name].numel() for name in names), device=device)
-        start = full_start = 0
-        for name in names:
-            old = full[name]
-            assert old.dtype == torch.float32, f"{name} is {old.dtype}"
-            view = self.store[full_start:full_start + old.numel()].view(old.shape)
-            view.copy_(old)
-            set_tensor(self.full, name, view)
-            small = live[name]
-            place = view_like(self.live[start:start + small.numel()], small.shape)
-            place.copy_(small)
-            set_tensor(self.active, name, place)
-            strides = tuple(math.prod(old.shape[d + 1:]) for d in range(old.ndim))
-            index = [kept[name].get(d, torch.arange(size)).numpy() for d, size in enumerate(old.shape)]
-            source = (full_start + positions(index, strides)).astype(np.int32 if self.store.numel() < 2**31 else np.int64)
-            self.spans[name] = Span(start, place.stride(), source, strides)
-            start, full_start = start + small.numel(), full_start + old.numel()
+        by_block: dict[int, list[str]] = {}
+        for name, dims in kept.items():
+            if not name.startswith("#"):
+                by_block.setdefault(math.prod(full[name].shape[max(dims) + 1:]), []).append(name)
+        for block, names in by_block.items():
+            buffers = self.buffers[block] = Buffers(
+                torch.empty(sum(full[name].numel() for name in names) // block, block, device=store_device, pin_memory=pin),
+                torch.empty(sum(live[name].numel() for name in names) // block, block, device=device), [])
+            start = full_start = 0
+            for name in names:
+                old, small = full[name], live[name]
+                assert old.dtype == torch.float32, f"{name} is {old.dtype}"
+                lead = max(kept[name]) + 1
+                blocks, full_blocks = small.numel() // block, old.numel() // block
+                set_tensor(self.full, name, buffers.store[full_start:full_start + full_blocks].view(old.shape).copy_(old))
+                set_tensor(self.active, name, buffers.live[start:start + blocks].view(small.shape).copy_(small))
+                strides = tuple(math.prod(old.shape[d + 1:lead]) for d in range(lead))
+                index = [kept[name].get(d, torch.arange(old.shape[d])).numpy() for d in range(lead)]
+                source = (full_start + positions(index, strides)).astype(np.int32 if len(buffers.store) < 2**31 else np.int64)
+                self.spans[name] = Span(buffers, start, source, strides)
+                start, full_start = start + blocks, full_start + full_blocks
         for name, tensor in live.items():
             if name not in kept:
                 set_tensor(self.full, name, tensor)
@@ -118,8 +137,8 @@ class Reservoir:
     def write_back(self) -> None:
         """Copy every active tensor into its place in the full one."""
         for span in self.spans.values():
-            here = torch.from_numpy(span.start + positions([np.arange(n) for n in span.source.shape], span.strides).reshape(-1))
-            self.store[torch.from_numpy(span.source.reshape(-1)).to(self.store.device)] = self.live[here.to(self.live.device)].to(self.store.device)
+            rows = span.buffers.live[span.start:span.start + span.source.size]
+            span.buffers.store.index_copy_(0, self._indices([span.source], rows.device).to(span.buffers.store.device), rows.to(span.buffers.store.device))
 
     @torch.no_grad()
     def swap(self, selection: Mapping[str, np.ndarray]) -> int:
@@ -141,41 +160,45 @@ class Reservoir:
                 if tensor in self.spans:
                     members = self.graph.groups[name].members[tensor, dim]
                     moves.setdefault(tensor, []).append(Move(self.spans[tensor], dim, places[slots].reshape(-1), (members[after] - members[before]).reshape(-1)))
-        batch: list[Move] = []
-        for i, own in enumerate(moves.values(), start=1):
+        batches: dict[int, list[Move]] = {}
+        for own in moves.values():
+            batch = batches.setdefault(id(own[0].span.buffers), [])
             batch += own
-            if i == len(moves) or sum(move.elements for move in batch) > SWAP_ELEMENTS:
-                self._exchange(batch)
-                batch = []
+            if sum(move.blocks for move in batch) > SWAP_BLOCKS:
+                self._exchange(batches.pop(id(own[0].span.buffers)))
+        for batch in batches.values():
+            self._exchange(batch)
         return exchanged
 
     def _exchange(self, moves: list[Move]) -> None:
-        """Write the elements under these moves back to the full buffer, and load what belongs there now. All moves of one tensor
-        come together."""
-        here = self._indices([move.span.start + move.places_flat() for move in moves], self.live.device)
-        self.store[self._indices([move.sources() for move in moves], self.store.device)] = self.live[here].to(self.store.device)
+        """Write the blocks under these moves back to the full buffer, and load what belongs there now. All moves of one tensor
+        come together, and all belong to one pair of buffers."""
+        store, live = moves[0].span.buffers.store, moves[0].span.buffers.live
+        here = self._indices([move.targets() for move in moves], live.device)
+        store.index_copy_(0, self._indices([move.sources() for move in moves], store.device), live.index_select(0, here).to(store.device))
         for move in moves:
             move.advance()
-        self.live[here] = self.store[self._indices([move.sources() for move in moves], self.store.device)].to(self.live.device, non_blocking=True)
-        for state in self.states:
-            state[here] = 0
+        newcomers = store.index_select(0, self._indices([move.sources() for move in moves], store.device))
+        live.index_copy_(0, here, newcomers.to(live.device))
+        for state in moves[0].span.buffers.states:
+            state.index_fill_(0, here, 0)
 
     @staticmethod
     def _indices(parts: list[np.ndarray], device: torch.device) -> Tensor:
-        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device, non_blocking=True).long()
+        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]).astype(np.int64, copy=False)).to(device, non_blocking=True)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer's momenta flat buffers too, so that a swap forgets those of newcomers in one write."""
         keys = OPTIMIZER_STATE.get(type(optimizer), ())
-        self.states = [torch.zeros_like(self.live) for _ in keys]
-        parameters = dict(self.active.named_parameters())
-        for name, parameter in parameters.items():
+        for buffers in self.buffers.values():
+            buffers.states = [torch.zeros_like(buffers.live) for _ in keys]
+        for name, parameter in self.active.named_parameters():
             span = self.spans.get(name)
-            for key, flat in zip(keys, self.states):
+            for i, key in enumerate(keys):
                 optimizer.state[parameter][key] = (torch.zeros_like(parameter) if span is None else
-                                                   flat.as_strided(parameter.shape, span.strides, span.start))
+                                                   span.buffers.states[i][span.start:span.start + span.source.size].view(parameter.shape))
             if "exp_avg" in keys:
-                optimizer.state[parameter]["step"] = torch.zeros(())
+                optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)  # where the fused kernel reads it
 
 
 def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
@@ -184,14 +207,6 @@ def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
     for dim, (along, stride) in enumerate(zip(index, strides)):
         total = total + (along.astype(np.int64) * stride).reshape([-1 if d == dim else 1 for d in range(len(index))])
     return total
-
-
-def view_like(flat: Tensor, shape: torch.Size) -> Tensor:
-    """A view of `flat` with this shape; four dimensions in channels_last order, in which convolutions run fastest."""
-    if len(shape) != 4:
-        return flat.view(shape)
-    out, into, height, width = shape
-    return flat.view(out, height, width, into).permute(0, 3, 1, 2)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynprune.labels import PINNED, LabelTracer, Op, Rule, tensors_in, varies
+from dynprune.labels import PINNED, LabelTracer, Op, Rule, distinct, tensors_in, varies
 from dynprune.numbers import Number
 
 RULES: dict[Callable, Rule] = {}
@@ -43,8 +43,7 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default: objec
 
 
 @rule_for(*named("""abs neg negative exp expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 selu elu
-    celu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid threshold clamp clip clamp_min
-    clamp_max sin cos erf floor ceil round sign nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout
+    celu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid threshold sin cos erf floor ceil round sign nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout
     feature_dropout feature_alpha_dropout hardshrink softshrink tanhshrink to type float double half bfloat16 contiguous
     clone detach cpu cuda type_as requires_grad_ positive logical_not isnan isinf isfinite bernoulli rrelu
     zeros_like ones_like empty_like rand_like randn_like full_like"""),
@@ -61,7 +60,7 @@ def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
 
 @rule_for(*named("""add sub subtract mul multiply div divide true_divide truediv floor_divide floordiv pow remainder fmod mod where
     maximum minimum lerp addcmul addcdiv eq ne lt le gt ge logical_and logical_or logical_xor and or xor atan2 rsub
-    masked_fill copysign xlogy copy hypot float_power"""))
+    masked_fill copysign xlogy copy hypot float_power clamp clip clamp_min clamp_max"""))
 def elementwise(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Several tensors, broadcast against each other: labels that meet are tied.
 
@@ -117,7 +116,6 @@ MOVES |= {func: (lambda x, y: x.reshape(y.shape)) for func in named("view_as res
 @rule_for(*MOVES)
 def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Data movement: the same function runs on the labels."""
-    args, kwargs = (args, kwargs) if args else ((next(iter(kwargs.values())),), dict(list(kwargs.items())[1:]))
     source = args[0]
     parts = list(source) if isinstance(source, (list, tuple)) else [source]
     labels = [tracer.of(part) for part in parts]
@@ -128,14 +126,14 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
         tracer.default(func, output, args, kwargs)  # the choice of elements depends on the data
         return output
     labels = [tracer.pinned_like(part) if found is None else found for part, found in zip(parts, labels)]
-    moved = MOVES[func](labels if isinstance(source, (list, tuple)) else labels[0], *args[1:], **kwargs)
+    moved = MOVES[func](labels if isinstance(source, (list, tuple)) else labels[0], *on_cpu(args[1:]), **on_cpu(kwargs))
     output = func(*args, **kwargs)
     outputs = [output] if isinstance(output, Tensor) else list(output)
     for part, part_labels in zip(outputs, [moved] if isinstance(moved, Tensor) else list(moved)):
         tracer.set(part, part_labels.reshape(part.shape))
     if func in RESHAPES:
         tie_parts_of_view(tracer, args[0].shape, output, args, getattr(func, "__name__", "view"))
-    elif func in SLICES and outputs[0].numel() < parts[0].numel() and changes_channels(labels[0], outputs):
+    elif func in SLICES and (reorders(func, labels[0], args) or loses_labels(labels[0], tracer, outputs)):
         if not (func is Tensor.__getitem__ and sliced_by_numbers(tracer, labels[0], args[1])):
             tracer.cut(labels[0], getattr(func, "__name__", "slice"))
     return output
@@ -163,13 +161,48 @@ def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: object) -> boo
 
 SHAPED = set(named("expand_as view_as reshape_as"))
 RESHAPES = set(named("view reshape unflatten view_as reshape_as"))
-SLICES = set(named("getitem narrow select unbind index_select"))
+SLICES = set(named("getitem narrow select unbind index_select roll take_along_dim"))
 
 
-def changes_channels(labels: Tensor, outputs: list[Tensor]) -> bool:
-    """Whether slicing touched a dimension along which the labels differ."""
-    moving = [labels.size(d) for d in range(labels.ndim) if varies(labels, d)]
-    return any(size not in output.shape for size in moving for output in outputs)
+def on_cpu(tree: object) -> object:
+    """The same arguments with every tensor on the CPU, where labels live."""
+    if isinstance(tree, Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    return type(tree)(on_cpu(value) for value in tree) if type(tree) in (list, tuple) else tree
+
+
+def loses_labels(labels: Tensor, tracer: LabelTracer, outputs: list[Tensor]) -> bool:
+    """Whether slicing left some channels out."""
+    after = torch.cat([torch.unique(distinct(tracer.labels[output])) for output in outputs])
+    return not torch.equal(torch.unique(distinct(labels)), torch.unique(after))
+
+
+def reorders(func: Callable, labels: Tensor, args: tuple) -> bool:
+    """Whether channels may come out in an order that a narrower tensor would not reproduce: rolled, or picked by an index."""
+    if func in ROLLS:
+        return any(varies(labels, d) for d in range(labels.ndim))
+    entries = args[1] if len(args) > 1 and isinstance(args[1], tuple) else args[1:2]
+    return any(isinstance(entry, (Tensor, list)) for entry in entries) and any(varies(labels, d) for d in range(labels.ndim))
+
+
+ROLLS = set(named("roll"))
+
+
+@rule_for(Tensor.__setitem__)
+def set_item(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> None:
+    """What is written ties with what was there; written into a tensor without channels, it is pinned."""
+    target, index, value = args
+    labels, written = tracer.of(target), tracer.of(value)
+    func(*args, **kwargs)
+    if labels is None and written is None:
+        return
+    labels = tracer.pinned_like(target) if labels is None else labels
+    place = labels[on_cpu(index)]
+    tracer.tie(place, (torch.zeros((), dtype=torch.int64) if written is None else written).expand(place.shape))
+    tracer.cut(labels, "setitem")
+    tracer.set(target, labels)
 
 
 def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, args: tuple, op: str) -> None:
@@ -237,12 +270,15 @@ def split(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
                 for part in parts[1:]:
                     tracer.tie(part, parts[0])
             first = tracer.vector(parts[0], dim)
-            known = first is not None and tracer.sized_by(sizes, first)
+            known = first is not None and func not in CHUNKS and tracer.sized_by(sizes, first)
         if not known:
             tracer.cut(labels, getattr(func, "__name__", "split"))
     for part, part_labels in zip(output, parts):
         tracer.set(part, part_labels)
     return output
+
+
+CHUNKS = set(named("chunk tensor_split"))
 
 
 @rule_for(*named("glu"))
@@ -284,11 +320,13 @@ def spatial(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> o
     output = func(*args, **kwargs)
     if labels is None:
         return output
+    digit = next((int(c) for c in getattr(func, "__name__", "") if c.isdigit()), labels.ndim - 2)
+    inside = range(labels.ndim - digit, labels.ndim)
     for part in tensors_in(output):
-        if any(varies(labels, d) for d in range(2, labels.ndim)):
+        if any(varies(labels, d) for d in inside):
             tracer.default(func, part, args, kwargs)
         else:
-            tracer.set(part, labels[(slice(None), slice(None), *[slice(0, 1)] * (labels.ndim - 2))])
+            tracer.set(part, labels[tuple(slice(0, 1) if d in inside else slice(None) for d in range(labels.ndim))])
     return output
 
 
@@ -307,7 +345,7 @@ def reduce(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
         return output
     dims = kwargs.get("dim", kwargs.get("axis"))
     if dims is None:
-        position = 2 if getattr(func, "__name__", "") in ("norm", "vector_norm") else 1
+        position = 2 if getattr(func, "__name__", "").endswith("norm") else 1
         candidate = args[position] if len(args) > position else None
         is_dims = isinstance(candidate, int) and not isinstance(candidate, bool) or isinstance(candidate, (tuple, list))
         dims = candidate if is_dims else None
@@ -517,7 +555,8 @@ def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weigh
     shape = [1] * output.ndim
     shape[channel] = -1
     tracer.set(output, made.view(shape))
-    positions = math.prod((value if transposed else output).shape[-spatial_dims:])
+    used = value if transposed else output
+    positions = max(1, math.prod(used.shape) // used.shape[channel] // tracer.batch)
     tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions))
 
 
@@ -527,7 +566,7 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     labels = tracer.input_labels(value, "linear")
     output = func(*args, **kwargs)
-    positions = max(1, math.prod(value.shape[1:-1])) if value.ndim > 1 else 1
+    positions = max(1, math.prod(value.shape[:-1]) // tracer.batch)
     tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions))
     others = [d for d in range(labels.ndim - 1) if varies(labels, d)]
     if others and not varies(labels, -1):  # it runs over tokens or pixels: channels pass through untouched

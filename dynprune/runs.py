@@ -10,6 +10,7 @@ Files are written beside their place and renamed, so that none is ever half ther
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ class Run:
         """An existing directory is only replaced with `overwrite`, and only if it is a run."""
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not overwrite:
-                raise DynpruneError(f"{path} exists. Pass --overwrite to replace it, --resume to go on, or --out for another place.")
+                raise DynpruneError(f"{path} exists. Pass --overwrite to replace it, --out for another place, or go on with dynprune train --resume.")
             if not (path / "config.toml").is_file():
                 raise DynpruneError(f"{path} exists and is not a run directory (no config.toml), so it is not overwritten. Choose another --out.")
 
@@ -78,8 +79,18 @@ class Run:
         return TrainConfig.from_toml(self.config_file)
 
     def add_metrics(self, line: Mapping) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DynpruneError(f"Cannot write {self.path / 'metrics.jsonl'} ({error.strerror}). The checkpoint before is unchanged.") from error
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop lines of epochs that a resumed run is going to repeat."""
+        file = self.path / "metrics.jsonl"
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def record(self, command: str, result: Mapping) -> None:
         """Keep a command's outcome in result.json, beside those of the others."""
@@ -116,8 +127,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DynpruneError(f"Cannot write {path} ({error.strerror}). The file that was there before is unchanged.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -27,7 +27,7 @@ from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
 from dynprune.explore import Explorer
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
-from dynprune.tracing import trace
+from dynprune.tracing import evaluating, first_line, trace
 from dynprune.runs import Run, read_tensors, write_text, write_tensors
 from dynprune.saliency import prepare
 
@@ -81,9 +81,10 @@ class Session:
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.step = 0
-        full = zoo.build(config.model, len(data.classes), config.seed)
+        full = zoo.build(config.model, len(data.classes), config.seed).float()
         if config.weights:
             zoo.load_weights(full, Path(config.weights))
+        check_output(full, data)
         self.graph = trace(full, data.example)
         self.widths = widths_for(self.graph, config)
         if not config.weights:
@@ -121,10 +122,12 @@ class Session:
             self.explorer.end_round(self.reservoir.slots)
             self.reservoir.swap(self.explorer.select(self.step))
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        if self.device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = images.to(self.device, memory_format=torch.channels_last, non_blocking=True), labels.to(self.device, non_blocking=True)
         with self.autocast():
             output = self.forward(images)
-        loss = F.cross_entropy(logits(output).float(), labels.to(self.device), label_smoothing=self.config.label_smoothing)
+        loss = F.cross_entropy(logits(output).float(), labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.explorer.explores_at(self.step):
@@ -136,8 +139,11 @@ class Session:
 
     # -- checkpoint -------------------------------------------------------------------------------------------------
 
-    def save(self, run: Run) -> None:
-        """Write everything that is needed to go on, and how often each arm was picked."""
+    def save(self, run: Run, history: History) -> None:
+        """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are refused, so
+        that they never replace a good checkpoint."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise lost(self, run, self.step, math.nan)
         self.explorer.count(self.reservoir.slots)
         self.reservoir.write_back()
         tensors = {f"full.{name}": value for name, value in self.reservoir.full.state_dict().items()}
@@ -148,15 +154,17 @@ class Session:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
-        facts = {"kind": "checkpoint", "step": self.step, "steps": self.steps, "classes": self.data.classes,
+        facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
                  "side": self.data.side, "mean": self.data.mean, "std": self.data.std}
         write_tensors(run.checkpoint_file, tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
                  for name, counts in self.explorer.executed.items()}
         write_text(run.path / "selections.json", json.dumps({"steps": self.step, "groups": picks}))
 
-    def restore(self, run: Run) -> None:
+    def restore(self, run: Run) -> History:
         tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+        if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list), ("history", dict))):
+            raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
         if facts["steps"] != self.steps or facts["classes"] != self.data.classes:
             raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
@@ -167,6 +175,8 @@ class Session:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 value.copy_(tensors[f"optimizer.{key}.{name}"])
+        run.keep_metrics_until(self.step)
+        return History(**facts["history"])
 
 
 def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
@@ -176,7 +186,7 @@ def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -
         slots = {name: tensors[f"slots.{name}"].numpy() for name in graph.groups}
         template = {name: tensors[f"template.{name}"].numpy() for name in graph.groups}
     except (RuntimeError, KeyError) as error:
-        raise DynpruneError(f"The checkpoint does not belong to this model ({str(error).splitlines()[0]}). Use the run's own settings.") from error
+        raise DynpruneError(f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings.") from error
     return slots, template
 
 
@@ -192,14 +202,13 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callab
     """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so, the
     state is saved and DynpruneError tells how to go on."""
     session = session or Session(config, load_data(config))
-    if resume:
-        session.restore(run)
+    history = session.restore(run) if resume else History()
     with torch.random.fork_rng(), threads(config.threads):
-        started, waited, first_step = time.perf_counter(), 0.0, session.step
+        started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
         compiled = try_compiling(session, note) if config.compile else None
         while session.step < session.steps:
             epoch, start = divmod(session.step, session.steps_per_epoch)
-            meter = EpochMeter(session)
+            meter = EpochMeter(session, history)
             session.model.train()
             batches = timed(session.data.train_batches(config.batch_size, config.seed, epoch, start))
             for images, labels, waited_s in batches:
@@ -208,57 +217,95 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callab
                 if session.step % LOSS_CHECK_STEPS == 0:
                     meter.check_loss(run)
                     report(progress(session, meter, epoch, started, first_step, None))
-                if stop():
-                    session.save(run)
-                    raise DynpruneError(f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
-                                        f"Go on with: dynprune train --resume --out {run.path}")
+                history.seconds = seconds_before + time.perf_counter() - started
+                if stop() and session.step % session.steps_per_epoch:
+                    meter.check_loss(run)
+                    session.save(run, history)
+                    raise stopped(session, run)
             meter.check_loss(run)
-            waited += meter.waited_s
+            line = meter.line(epoch)
             val_accuracy = evaluate(session.model, session.data, session.data.val, session.device)
-            run.add_metrics(meter.line(epoch, val_accuracy))
-            session.save(run)
+            run.add_metrics({**line, "val_accuracy": val_accuracy})
             report(progress(session, meter, epoch, started, first_step, val_accuracy))
-        seconds = time.perf_counter() - started
+            history.start_epoch()
+            session.save(run, history)
+            if stop() and session.step < session.steps:
+                raise stopped(session, run)
+        history.seconds = seconds = seconds_before + time.perf_counter() - started
         accuracy = evaluate(session.model, session.data, session.data.test, session.device)
-        val_accuracy = evaluate(session.model, session.data, session.data.val, session.device)
+        if val_accuracy is None:  # a finished run was resumed
+            val_accuracy = evaluate(session.model, session.data, session.data.val, session.device)
     dense = session.graph.macs({})
     result = TrainResult(
         str(run.path), config.policy, accuracy, val_accuracy, session.data.reports, session.data.chooses, seconds,
-        (session.steps - first_step) * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
-        waited / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled)
+        session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
+        history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled)
     run.record("train", asdict(result))
     return result
+
+
+@dataclass
+class History:
+    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, and the current epoch's
+    losses (their sum and number)."""
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+
+    def start_epoch(self) -> None:
+        self.loss_sum, self.loss_steps = 0.0, 0
 
 
 class EpochMeter:
     """Losses and times of one epoch; losses stay on the device until they are looked at."""
 
-    def __init__(self, session: Session):
-        self.session, self.losses, self.waited_s = session, [], 0.0
-        self.first_step, self.started = session.step, time.perf_counter()
-        self.mean_loss = math.nan
+    def __init__(self, session: Session, history: History):
+        self.session, self.history, self.losses, self.waited_s = session, history, [], 0.0
+        self.unread_step, self.first_step, self.started = session.step, session.step, time.perf_counter()
+
+    @property
+    def mean_loss(self) -> float:
+        return self.history.loss_sum / max(1, self.history.loss_steps)
 
     def add(self, loss: Tensor, waited_s: float) -> None:
         self.losses.append(loss)
         self.waited_s += waited_s
+        self.history.waited_s += waited_s
 
     def check_loss(self, run: Run) -> None:
+        """Read the losses since the last look; raise when one is not finite, with its step."""
+        if not self.losses:
+            return
         losses = torch.stack(self.losses).cpu()
-        self.mean_loss = float(losses.mean())
         bad = torch.nonzero(~torch.isfinite(losses))
         if len(bad):
-            step = self.first_step + int(bad[0])
-            kept = f"The last good checkpoint is in {run.path}" if run.checkpoint_file.exists() else "No checkpoint had been written yet"
-            raise DynpruneError(f"The loss became {float(losses[bad[0]]):g} at step {step + 1} of {self.session.steps}. {kept}. "
-                                f"Try a lower --lr than {self.session.config.lr:g}, a longer --warmup, or --precision float32.")
+            raise lost(self.session, run, self.unread_step + int(bad[0]) + 1, float(losses[bad[0]]))
+        for loss in losses.tolist():  # one by one, so that where a run was interrupted does not show
+            self.history.loss_sum += loss
+        self.history.loss_steps += len(losses)
+        self.unread_step += len(losses)
+        self.losses = []
 
-    def line(self, epoch: int, val_accuracy: float) -> dict[str, object]:
+    def line(self, epoch: int) -> dict[str, object]:
         session, seconds = self.session, time.perf_counter() - self.started
-        return {"epoch": epoch + 1, "step": session.step, "loss": self.mean_loss, "val_accuracy": val_accuracy,
+        return {"epoch": epoch + 1, "step": session.step, "loss": self.mean_loss,
                 "lr": learning_rate(session.config, session.step - 1, session.steps),
                 "macs_share": session.macs / session.graph.macs({}), "exploring": session.explorer.explores_at(self.first_step),
-                "seconds": seconds, "images_per_second": len(self.losses) * session.config.batch_size / seconds,
+                "seconds": seconds, "images_per_second": (session.step - self.first_step) * session.config.batch_size / seconds,
                 "data_wait_share": self.waited_s / seconds}
+
+
+def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
+    kept = f"The last good checkpoint is in {run.path}" if run.checkpoint_file.exists() else "No checkpoint had been written yet"
+    return DynpruneError(f"The loss became {loss:g} at step {step} of {session.steps}. {kept}. "
+                         f"Try a lower --lr than {session.config.lr:g}, a longer --warmup, or --precision float32.")
+
+
+def stopped(session: Session, run: Run) -> DynpruneError:
+    return DynpruneError(f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
+                         f"Go on with: dynprune train --resume --out {run.path}")
 
 
 def progress(session: Session, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None) -> Progress:
@@ -306,12 +353,26 @@ def logits(output: object) -> Tensor:
 # -- settings to objects ------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def check_output(model: nn.Module, data: Data) -> None:
+    """Refuse a network whose output cannot be trained on these classes, before the long work starts."""
+    with evaluating(model):
+        try:
+            output = model(data.example)
+        except Exception:
+            return  # tracing names the layer
+    shape = tuple(logits(output).shape)
+    if len(shape) != 2 or shape[1] < len(data.classes):
+        raise DynpruneError(f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected one score per class: "
+                            f"1x{len(data.classes)}. A factory should take num_classes.")
+
+
 def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DynpruneError(f'--device got "{name}", which is not usable here ({str(error).splitlines()[0]}). Try --device cpu.') from error
+        raise DynpruneError(f'--device got "{name}", which is not usable here ({first_line(error)}). Try --device cpu.') from error
     return device
 
 

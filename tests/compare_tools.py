@@ -47,7 +47,7 @@ def ours(model, x) -> dict:
     started = time.perf_counter()
     graph = trace(model, x)
     seconds = time.perf_counter() - started
-    check = check_exactness(model, graph, x, 0.5, 0, seconds)
+    check = check_exactness(model, graph, (x,), 0.5, 0, seconds)
     return {"runs": not check.failure, "exact": check.ok, "diff": check.max_rel_diff, "kept": check.params_kept_share, "seconds": seconds,
             "mixed": len(check.mixed)}
 

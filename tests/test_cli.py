@@ -135,6 +135,13 @@ def test_photos_larger_than_memory_are_decoded_by_workers(tmp_path):
     assert "validation is val/, test is test/" in done.stderr
 
 
+def test_a_corrupt_photo_is_named_by_the_worker_that_meets_it(tmp_path):
+    photos = write_folder(tmp_path / "photos", images=10, side=120)
+    (photos / "train" / "dog" / "7.jpg").write_bytes((photos / "train" / "dog" / "7.jpg").read_bytes()[:200])
+    line = refused("train", "--data", photos, *TINY[:2], "--image-size", 100, "--batch-size", 4, "--epochs", 2, "--workers", 2, "--out", tmp_path / "run")
+    assert "Cannot read the image" in line and "train/dog/7.jpg" in line
+
+
 def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_path):
     options = [*TINY, "--epochs", "12", "--precision", "float32"]
     process = subprocess.Popen([sys.executable, "-m", "dynprune", "train", *options, "--out", str(tmp_path / "stopped")], cwd=ROOT,
@@ -145,6 +152,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "The state is saved" in errors and "--resume" in errors
+    assert "Finish it first" in refused("compact", tmp_path / "stopped")
     assert "--epochs 99" in refused("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 99)
     dynprune("train", "--resume", "--out", tmp_path / "stopped")
     dynprune("train", *options, "--out", tmp_path / "whole")
@@ -248,6 +256,30 @@ def test_two_onnx_files_can_be_compared(finished):
     done = dynprune("bench", path / "dense.onnx", path / "compact.onnx", "--batch", "2", "--json")
     result = json.loads(done.stdout)
     assert result["rows"][0]["batch"] == 2 and "at batch 2" in result["verdict"]
+
+
+def test_plan_says_what_a_budget_gives():
+    result = json.loads(dynprune("plan", "--model", "resnet20", "--budget", "macs=0.25", "--budget", "params=0.2", "--json").stdout)
+    assert result["satisfiable"] and result["macs"] <= 0.25 * result["dense_macs"] and result["params"] <= 0.2 * result["dense_params"]
+    assert set(result["widths"]) == set(result["full_widths"]) and result["smallest_macs"] < result["macs"]
+    done = dynprune("plan", "--model", "resnet20", "--budget", "0.001", "--json", check=False)
+    assert done.returncode == 1 and json.loads(done.stdout)["satisfiable"] is False and "Choose at least" in done.stderr
+
+
+def test_inspect_proves_and_reports():
+    result = json.loads(dynprune("inspect", "--model", "tests.models:tiny", "--input", "3x8x8", "--check", "--json").stdout)
+    assert result["check"]["ok"] and result["check"]["max_rel_diff"] < 1e-4 and result["check"]["params_kept_share"] < 0.5
+    assert result["groups"] == 5 and result["arms"] > 80 and result["prunable_params_share"] > 0.9
+    assert {"op": "output", "layer": "(output)", "channels": 10} in result["pinned"]
+    assert "layer" in refused("inspect", "--model", "tests.models:tiny", "--input", "5x8x8")
+
+
+def test_training_steps_are_timed_side_by_side():
+    done = dynprune("bench", "--training", *TINY, "--steps", 4, "--hold", 2, "--json")
+    result = json.loads(done.stdout)
+    assert all(result[key] > 0 for key in ("dense_ms", "static_ms", "dynamic_ms", "speedup_over_dense", "macs_ratio", "dense_peak_mib"))
+    assert result["dynamic_over_static"] == pytest.approx(result["dynamic_ms"] / result["static_ms"])
+    assert set(result["overhead"]) == {"select_ms", "swap_ms", "reward_ms", "data_ms"} and len(result["samples_ms"]["static"]) == 4
 
 
 def test_help_is_quick_and_complete():

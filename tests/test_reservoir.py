@@ -40,8 +40,9 @@ def test_swapping_equals_gathering_everything_anew():
         assert swapped > 0
         assert all(set(reservoir.slots[n]) == set(selection[n]) for n in selection)
         small = slim(reference, graph.kept(reservoir.slots, reservoir.template)).train()
-        for state in reservoir.states:
-            state.zero_()  # the reference has no momentum to carry on
+        for buffers in reservoir.buffers.values():
+            for state in buffers.states:
+                state.zero_()  # the reference has no momentum to carry on
         plain = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9)
         for net, opt in ((reservoir.active.train(), optimizer), (small, plain)):
             for _ in range(2):

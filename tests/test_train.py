@@ -142,8 +142,9 @@ def test_momentum_buffers_follow_the_flat_layout(data, optimizer):
         state = session.optimizer.state[parameter][key]
         assert state.shape == parameter.shape and state.abs().sum() > 0
         if name in session.reservoir.spans:
-            assert state.untyped_storage().data_ptr() == session.reservoir.states[0].untyped_storage().data_ptr()
-            assert parameter.untyped_storage().data_ptr() == session.reservoir.live.untyped_storage().data_ptr()
+            buffers = session.reservoir.spans[name].buffers
+            assert state.untyped_storage().data_ptr() == buffers.states[0].untyped_storage().data_ptr()
+            assert parameter.untyped_storage().data_ptr() == buffers.live.untyped_storage().data_ptr()
 
 
 def test_learning_rate_rises_and_falls():

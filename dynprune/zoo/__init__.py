@@ -53,11 +53,13 @@ def find_factory(name: str) -> Callable[[int], nn.Module]:
 def torchvision_factory(name: str) -> Callable[[int], nn.Module]:
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = [model for model in torchvision.models.list_models() if not model.startswith("quantized_")]
     if name not in known:
         close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:8]) + ", ..."
-        raise DynpruneError(f'torchvision has no classification model "{name}". Close to it: {close}.')
-    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        raise DynpruneError(f'torchvision has no model "{name}". Close to it: {close}.')
+    extra: dict[str, object] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    if name in torchvision.models.list_models(module=torchvision.models.segmentation) + torchvision.models.list_models(module=torchvision.models.detection):
+        extra["weights_backbone"] = None
     return lambda classes: torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
 
 
@@ -78,7 +80,7 @@ def user_factory(module_name: str, factory_name: str) -> Callable[[int], nn.Modu
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise DynpruneError(f'Cannot import "{module_name}" ({error}). Expected one of: {FORMS}.') from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
@@ -99,7 +101,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DynpruneError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). "
+        raise DynpruneError(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
                             "Expected safetensors, or a state dict saved with torch.save(model.state_dict(), ...).") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
