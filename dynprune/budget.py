@@ -101,13 +101,13 @@ class Constraints:
 
 
 def constraints(graph: ChannelGraph, *, align: int = 0, min_width: int = 1, max_width_share: float = 1.0, keep: Sequence[str] = ()) -> Constraints:
-    """The user's wishes per group. keep: names or patterns (`layer1.*`) of groups or layers that are never narrowed."""
+    """The user's wishes per group. keep: names or patterns (`layer1.*`) of groups or layers whose channels are never narrowed."""
     steps = np.array([alignment(group.arms, align) for group in graph], dtype=np.int64)
     arms = np.array([group.arms for group in graph], dtype=np.int64)
     smallest = np.minimum(arms, np.maximum(steps, -(-min_width // steps) * steps))
     largest = np.where(max_width_share < 1, np.maximum(smallest, (max_width_share * arms).astype(np.int64) // steps * steps), arms)
     for pattern in keep:
-        held = [any(fnmatch.fnmatchcase(name, pattern) for name in (group.name, *group.layers)) for group in graph]
+        held = [any(fnmatch.fnmatchcase(name, pattern) for name in (group.name, *group.makers)) for group in graph]
         if not any(held):
             known = ", ".join(list(graph.groups)[:12]) + (", ..." if len(graph) > 12 else "")
             raise DynpruneError(f'--keep got "{pattern}", which matches no layer with removable channels. Groups: {known}.')

@@ -53,6 +53,12 @@ class Group:
         return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.members if not tensor.startswith("#")))
 
 
+    @property
+    def makers(self) -> list[str]:
+        """Names of the layers that produce or scale the arms, in order of execution."""
+        return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.made))
+
+
 @dataclass(frozen=True)
 class PinnedLayer:
     """A function that pinned channels, the layer it ran in, and how many channels it pinned."""
