@@ -20,12 +20,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.runs import environment
-from dynprune.train import Session, threads
+from dynprune.session import Session
+from dynprune.train import threads
 
 WARM_UP = 3
 FIRST_STEP = 100  # steps of the dynamic session before it is timed, so that its bandit has learned what it swaps by
@@ -81,7 +81,7 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
     sessions = {name: prepare_session(config, data, policy) for name, policy in POLICIES.items()}
     if config.compile:
         for session in sessions.values():
-            try_compiling(session, report)
+            session.compile(report)
     force_swaps(sessions["swapping"], swap_share)
     batches = endless(data, config)
     report(f"the dynamic session's first {FIRST_STEP} steps")

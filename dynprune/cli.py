@@ -231,7 +231,9 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
     config = TrainConfig(**given).validate()
     from dynprune.report import Display
     from dynprune.runs import Run
-    from dynprune.train import Session, load_data, train as run_training
+    from dynprune.data import load_data
+    from dynprune.session import Session
+    from dynprune.train import train as run_training
 
     path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
     if resume:

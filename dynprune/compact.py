@@ -25,7 +25,8 @@ from dynprune.reservoir import Reservoir
 from dynprune.runs import Run, read_tensors
 from dynprune.surgery import slim
 from dynprune.tracing import exact_part, masked, trace
-from dynprune.train import Progress, Session, evaluate, logits, part, slots_in, train
+from dynprune.session import Session, evaluate, logits, part, slots_in
+from dynprune.train import Progress, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
 

@@ -1,7 +1,7 @@
 """torch.compile where it pays: a trial decides before the run is bound to it.
 
-Takes a training session, times a forward and backward pass of a copy of its model, eager and compiled, and compares what the
-remaining steps would save with what compiling costs. Widths are fixed, so shapes are static and nothing recompiles.
+Takes a model and a batch, times a forward and backward pass of a copy, eager and compiled, and compares what the remaining steps
+would save with what compiling costs. Widths are fixed, so shapes are static and nothing recompiles.
 """
 
 from __future__ import annotations
@@ -9,65 +9,56 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from dynprune.train import Session
+from torch import Tensor, nn
 
 TRIALS = 5
+Facts = dict[str, float | bool | str]
 
 
-def try_compiling(session: Session, note: Callable[[str], None]) -> dict[str, float | bool | str]:
-    """Compile the session's forward pass if its remaining steps pay for it; says what it measured either way."""
+def try_compiling(model: nn.Module, x: Tensor, *, autocast: Callable[[], AbstractContextManager], steps_left: int,
+                  note: Callable[[str], None]) -> tuple[Callable | None, Facts]:
+    """The compiled model if that pays for itself within `steps_left`, else None; and what was measured either way."""
     note("trying torch.compile")
-    model = copy.deepcopy(session.model).train()
-    x, _ = next(iter(session.data.train_batches(session.config.batch_size, session.config.seed, 0)))
-    x = x.to(session.device, memory_format=torch.channels_last)
-    eager_ms = trial_ms(session, model, x)
-    try:
-        return decide(session, model, x, eager_ms, note)
-    except Exception as error:  # no compiler, or a network that it cannot take: the run goes on without
-        reason = str(error).partition("\n")[0]
-        note(f"torch.compile is not used: {type(error).__name__}: {reason}")
-        return {"used": False, "error": f"{type(error).__name__}: {reason}"}
-
-
-def decide(session: Session, model: nn.Module, x: torch.Tensor, eager_ms: float, note: Callable[[str], None]) -> dict[str, float | bool]:
-    """Compile a copy, time it, and take the compiled form if the remaining steps pay for it."""
+    trial = copy.deepcopy(model).train()
+    eager_ms = trial_ms(trial, x, autocast)
     started = time.perf_counter()
-    compiled = compiled_form(session, model)
-    step_ms(session, compiled, x)
-    compile_s = time.perf_counter() - started - eager_ms / 1000
-    compiled_ms = trial_ms(session, compiled, x)
-    saved_s = (eager_ms - compiled_ms) / 1000 * (session.steps - session.step)
+    try:
+        compiled = compiled_form(trial, x)
+        step_ms(compiled, x, autocast)
+        compile_s = time.perf_counter() - started - eager_ms / 1000
+        compiled_ms = trial_ms(compiled, x, autocast)
+    except Exception as error:  # no compiler, or a network that it cannot take: the run goes on without
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        note(f"torch.compile is not used: {reason}")
+        return None, {"used": False, "error": reason}
+    saved_s = (eager_ms - compiled_ms) / 1000 * steps_left
     pays = saved_s > compile_s
-    if pays:
-        session.forward = compiled_form(session, session.model)
     note(f"torch.compile: {compile_s:.0f} s to compile, {eager_ms:.1f} ms to {compiled_ms:.1f} ms per pass, would save {saved_s:.0f} s; "
          f"{'used' if pays else 'not used'}")
-    return {"used": pays, "compile_s": compile_s, "eager_ms": eager_ms, "compiled_ms": compiled_ms, "saved_s": saved_s}
+    facts: Facts = {"used": pays, "compile_s": compile_s, "eager_ms": eager_ms, "compiled_ms": compiled_ms, "saved_s": saved_s}
+    return (compiled_form(model, x) if pays else None), facts
 
 
-def compiled_form(session: Session, model: nn.Module) -> Callable:
+def compiled_form(model: nn.Module, x: Tensor) -> Callable:
     """On a GPU with CUDA graphs, which remove the launch gaps between small kernels."""
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if session.device.type == "cuda" else "default")
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else "default")
 
 
-def trial_ms(session: Session, forward: Callable, x: torch.Tensor) -> float:
-    step_ms(session, forward, x)
-    return median(step_ms(session, forward, x) for _ in range(TRIALS))
+def trial_ms(forward: Callable, x: Tensor, autocast: Callable[[], AbstractContextManager]) -> float:
+    step_ms(forward, x, autocast)
+    return median(step_ms(forward, x, autocast) for _ in range(TRIALS))
 
 
-def step_ms(session: Session, forward: Callable, x: torch.Tensor) -> float:
+def step_ms(forward: Callable, x: Tensor, autocast: Callable[[], AbstractContextManager]) -> float:
     """One forward and backward pass, waited for."""
     started = time.perf_counter()
-    with session.autocast():
+    with autocast():
         output = forward(x)
-    (output if isinstance(output, torch.Tensor) else output[0]).float().mean().backward()
-    if session.device.type == "cuda":
-        torch.cuda.synchronize(session.device)
+    (output if isinstance(output, Tensor) else output[0]).float().mean().backward()
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
     return 1000 * (time.perf_counter() - started)

@@ -25,8 +25,8 @@ from dynprune import artifact
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.runs import Run
+from dynprune.session import logits
 from dynprune.tracing import first_line
-from dynprune.train import logits
 from dynprune.version import __version__
 
 TOLERANCE = 1e-4  # of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more

@@ -239,29 +239,31 @@ def difference(model: nn.Module, graph: ChannelGraph, selection: Selection, inpu
 
 
 def lively(model: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
-    """A copy in which every value matters, and random inputs of the given shapes.
+    """A copy in which every value matters, and inputs that vary (constant ones become random).
 
     Fresh networks hide mistakes: BatchNorm starts as the identity, some scales start at zero. Constant parameters become
     random ones, and statistics are measured on the inputs, which keeps deep networks' values in range.
     """
     rng = torch.Generator().manual_seed(0)
-    random = tuple(torch.randn(v.shape, generator=rng).to(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs)
+    inputs = tuple(torch.randn(v.shape, generator=rng).to(v) if isinstance(v, Tensor) and v.is_floating_point() and is_constant(v) else v for v in inputs)
     model = copy.deepcopy(model)
     for parameter in model.parameters():
-        if parameter.numel() > 1 and parameter.is_floating_point() and bool((parameter == parameter.flatten()[0]).all()):
+        if parameter.numel() > 1 and parameter.is_floating_point() and is_constant(parameter):
             centre = 1.0 if float(parameter.flatten()[0]) > 0.5 else 0.0
             parameter.copy_(centre + 0.4 * (torch.rand(parameter.shape, generator=rng) - 0.5).to(parameter))
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     handles = [norm.register_forward_pre_hook(measure_statistics) for norm in norms]
     try:
-        model(*random)
-    except Exception:  # some inputs are not any numbers: indices, say
-        random = inputs
-        model(*inputs)
+        if norms:
+            model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return model, random
+    return model, inputs
+
+
+def is_constant(value: Tensor) -> bool:
+    return bool((value == value.reshape(-1)[:1]).all())
 
 
 def measure_statistics(norm: nn.Module, args: tuple) -> None:

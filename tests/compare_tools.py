@@ -1,4 +1,4 @@
-"""Coverage and exactness beside other tools, in one run: `python -m tests.compare_tools [--every N] [--out FILE]`.
+"""Coverage and exactness beside other tools, in one run: `python -m tests.compare_tools [--every N] [--tools A,B] [--out FILE]`.
 
 Needs `pip install torch-pruning==1.6.1 torch-kirigami==0.2.0`. Every tool removes half of the channels that it can remove from the
 same torchvision networks. *runs*: the pruned copy gives an output of the right shape. *exact*: that output equals the original's
@@ -25,7 +25,7 @@ import torchvision
 from dynprune.inspect import check_exactness
 from dynprune.tracing import lively, trace
 
-SECONDS = 120  # per tool and network: one that hangs is stopped
+SECONDS = 60  # per tool and network: one that hangs is stopped
 
 
 class TooSlow(Exception):
@@ -113,6 +113,7 @@ TOOLS = {"dynprune": ours, "torch-pruning": torch_pruning, "torch-kirigami": tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="only every so many-th network")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="separated by commas")
     parser.add_argument("--max-params", type=float, default=100e6)
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -127,9 +128,9 @@ def main() -> None:
         side = 299 if name == "inception_v3" else 224
         with torch.no_grad():
             model, (x,) = lively(model, (torch.randn(1, 3, side, side),))
-        for tool, run in TOOLS.items():
+        for tool in options.tools.split(","):
             try:
-                line = limited(run, copy.deepcopy(model), x)
+                line = limited(TOOLS[tool], copy.deepcopy(model), x)
             except TooSlow:
                 line = {"runs": False, "exact": False, "error": f"stopped after {SECONDS} s"}
             except Exception as error:

@@ -14,6 +14,9 @@ import sys
 import time
 import warnings
 
+import torch
+
+from dynprune import zoo
 from dynprune.inspect import inspect
 
 # timm's files of transformers, mixers and hybrids; everything else is taken as a CNN
@@ -35,33 +38,61 @@ def timm_names() -> list[str]:
     return [f"timm:{name}" for name in timm.list_models() if _registry._model_to_module[name] not in NOT_CNN]
 
 
-def measure(name: str) -> dict:
+def too_large(name: str, max_params: float) -> bool:
+    """Judged on the meta device, where nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in zoo.find_factory(name)(1000).parameters()) > max_params
+    except Exception:
+        return False
+
+
+def measure(name: str, max_params: float) -> dict:
     started = time.perf_counter()
+    if too_large(name, max_params):
+        return {"model": name, "left_out": f"more than {max_params:g} parameters"}
     try:
         found = inspect(name, check=True)
         line = {"ok": found.check.ok, "diff": found.check.max_rel_diff, "kept": found.check.params_kept_share, "trace_s": found.check.trace_seconds,
                 "prunable": found.prunable_params_share, "params": found.params, "pins": sorted({pin.op for pin in found.pinned}),
-                "failure": found.check.failure}
+                "failure": found.check.failure, "groups": found.groups, "mixed": len(found.check.mixed)}
     except Exception as error:
         line = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
     gc.collect()
     return {"model": name, **line, "seconds": time.perf_counter() - started}
 
 
+def table(lines: list[dict]) -> str:
+    """One row per network."""
+    rows = ["| network | parameters | prunable | largest difference | kept at 50 % | mixed groups | trace | pinned by |", "|---|---|---|---|---|---|---|---|"]
+    for line in lines:
+        if "prunable" not in line:
+            rows.append(f"| {line['model']} | {line.get('left_out') or line.get('error')} | | | | | | |")
+            continue
+        pins = ", ".join(pin for pin in line["pins"] if pin != "output") or "-"
+        rows.append(f"| {line['model'].partition(':')[2]} | {line['params'] / 1e6:.1f} M | {100 * line['prunable']:.1f} % | "
+                    f"{line['diff']:.0e}{'' if line['ok'] else ' **FAILED**'} | {100 * line['kept']:.0f} % | {line['mixed']} of {line['groups']} | "
+                    f"{line['trace_s']:.1f} s | {pins} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("catalogue", choices=("torchvision", "timm"))
+    parser.add_argument("catalogue", choices=("torchvision", "timm", "table"), help="table: a Markdown table of the file --out")
     parser.add_argument("--sample", type=int, default=0, help="a random sample of so many names (seed 0)")
     parser.add_argument("--max-params", type=float, default=1e9)
     parser.add_argument("--out")
     options = parser.parse_args()
+    if options.catalogue == "table":
+        print(table([json.loads(line) for line in open(options.out)]))
+        return
     warnings.filterwarnings("ignore")
     names = torchvision_names() if options.catalogue == "torchvision" else timm_names()
     if options.sample:
         names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
     out = open(options.out, "a") if options.out else sys.stdout
     for name in names:
-        print(json.dumps(measure(name)), file=out, flush=True)
+        print(json.dumps(measure(name, options.max_params)), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -190,3 +190,109 @@ def test_inspection_adds_up():
 def test_script_modules_are_refused():
     with pytest.raises(DynpruneError, match="TorchScript"):
         trace(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), torch.zeros(1, 2))
+
+
+def net(forward, **layers):
+    """A network of the given layers with this forward(self, x)."""
+    module = type("Net", (nn.Module,), {"forward": forward})()
+    for name, layer in layers.items():
+        module.add_module(name, layer)
+    return module
+
+
+def two_stems(**more):
+    return dict(a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(3, 8, 3, padding=1), head=nn.Conv2d(8, 4, 1), **more)
+
+
+def write_into(self, x):
+    y, z = torch.zeros_like(self.a(x)), self.b(x)
+    y[:, :, 1:] = z[:, :, :-1]
+    y[:, :, :1] = self.a(x)[:, :, :1]
+    return self.head(y)
+
+
+def bounded(self, x):
+    return self.head(torch.clamp(self.a(x), max=self.b(x)))
+
+
+def by_keyword(self, x):
+    y = torch.cat(tensors=[self.a(x), self.b(x)], dim=1)
+    y = torch.mean(input=torch.stack(y.chunk(chunks=2, dim=1)), dim=0)
+    return self.head(F.max_pool2d(input=y, kernel_size=2))
+
+
+def norms_over_space(self, x):
+    y = self.a(x)
+    return self.head(y / torch.linalg.vector_norm(y, 2, (2, 3), keepdim=True) + self.b(x))
+
+
+@pytest.mark.parametrize("forward", [write_into, bounded, by_keyword, norms_over_space])
+def test_branches_that_meet_are_tied(forward):
+    graph, _ = check_exact(net(forward, **two_stems()), X)
+    assert [group.arms for group in graph] == [8]
+
+
+def rolled(self, x):
+    return self.head(torch.roll(self.a(x), 2, dims=1))
+
+
+def strided(self, x):
+    y = self.a(x)
+    return self.head(torch.cat([y[:, ::2], y[:, 1::2]], 1))
+
+
+def picked(self, x):
+    c = self.a(x).shape[1]
+    return self.head(self.a(x)[:, torch.arange(c).view(2, -1).t().reshape(-1)])
+
+
+def halved(self, x):
+    y = self.a(x)
+    c = y.shape[1]
+    return self.head(torch.cat([y[:, c // 2:].tanh(), y[:, :c // 2]], 1))
+
+
+@pytest.mark.parametrize("forward", [rolled, strided, picked, halved])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+def test_orders_that_a_narrow_copy_would_not_keep_are_never_silently_wrong(forward, fraction):
+    layers = two_stems()
+    del layers["b"]
+    check_exact(net(forward, **layers), X, fraction=fraction)
+
+
+def tied_weight(self, x):
+    hidden = torch.relu(self.first(x))
+    return F.linear(self.middle(hidden), self.middle.weight.t())
+
+
+def scale_of_another(self, x):
+    return self.head(self.a(x) * self.norm.weight.view(1, -1, 1, 1) + self.norm(self.b(x)).mean())
+
+
+def test_a_weight_in_two_roles_is_pinned():
+    check_exact(net(tied_weight, first=nn.Linear(10, 32), middle=nn.Linear(32, 8)), torch.randn(4, 10))
+    check_exact(net(scale_of_another, norm=nn.BatchNorm2d(8), **two_stems()), X)
+
+
+class Outputs:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def test_outputs_in_plain_objects_are_pinned():
+    graph = trace(net(lambda self, x: Outputs(self.head(torch.relu(self.a(x)))), a=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 4, 1)), X)
+    assert [group.arms for group in graph] == [8]
+
+
+def windows(self, x):
+    y = torch.relu(self.a(x)).permute(0, 2, 3, 1).reshape(-1, 16, 8)
+    return self.down(torch.relu(self.up(y))).sum((0, 1))
+
+
+def test_positions_count_everything_but_the_batch():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = net(windows, a=nn.Conv2d(3, 8, 1), up=nn.Linear(8, 12), down=nn.Linear(12, 2))
+    for x in (X, X[:1]):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        assert 2 * len(x) * trace(model, x).macs({}) == counter.get_total_flops()

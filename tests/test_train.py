@@ -12,7 +12,7 @@ from dynprune.config import TrainConfig
 from dynprune.data import load_data
 from dynprune.reservoir import by_tensor
 from dynprune.surgery import slim
-from dynprune.train import Session, learning_rate, make_optimizer, set_learning_rate
+from dynprune.session import Session, learning_rate, make_optimizer, set_learning_rate
 from tests.test_reservoir import gather_back
 
 CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, explore=0.5, hold=2, budget=("0.3",), precision="float32", bonus=0.3)

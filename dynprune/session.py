@@ -1,0 +1,268 @@
+"""Everything that one training run holds, and one step of it: select, forward, loss, backward, step, reward.
+
+Takes a TrainConfig and data, builds the full-width network, its channel graph, the widths that meet the budget, the reservoir
+with its active model, the bandits and the optimizer. A checkpoint is this, written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynprune import zoo
+from dynprune.budget import widths_for
+from dynprune.channels import ChannelGraph, Selection
+from dynprune.compiling import try_compiling
+from dynprune.config import TrainConfig
+from dynprune.data import Data, Images
+from dynprune.errors import DynpruneError
+from dynprune.explore import Explorer
+from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
+from dynprune.runs import Run, read_tensors, write_text, write_tensors
+from dynprune.saliency import prepare
+from dynprune.tracing import evaluating, first_line, trace
+
+
+@dataclass
+class History:
+    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, and the current epoch's
+    losses (their sum and number)."""
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+
+    def start_epoch(self) -> None:
+        self.loss_sum, self.loss_steps = 0.0, 0
+
+
+class Session:
+    """Everything that one training run holds, built from its configuration or from its checkpoint."""
+
+    def __init__(self, config: TrainConfig, data: Data):
+        self.config, self.data = config, data
+        self.device = choose_device(config.device)
+        self.bfloat16 = use_bfloat16(config.precision, self.device)
+        self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
+        self.steps = self.steps_per_epoch * config.epochs
+        self.step = 0
+        full = zoo.build(config.model, len(data.classes), config.seed).float()
+        if config.weights:
+            zoo.load_weights(full, Path(config.weights))
+        check_output(full, data)
+        self.graph = trace(full, data.example)
+        self.widths = widths_for(self.graph, config)
+        if not config.weights:
+            scale_for_narrow_fan_in(full, self.graph, self.widths)
+        self.explorer = Explorer(config, self.graph, self.widths, self.steps)
+        self.install(self.new_reservoir(full, self.explorer.first()))
+
+    def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
+        store_device = "cpu" if self.config.reservoir == "cpu" else self.device
+        return Reservoir(full, self.graph, selection, template, device=self.device, store_device=store_device)
+
+    def install(self, reservoir: Reservoir) -> None:
+        self.reservoir, self.widths = reservoir, reservoir.widths
+        self.model = self.forward = reservoir.active
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = make_optimizer(self.config, self.model, self.device)
+        reservoir.attach(self.optimizer)
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        places = {name: reservoir.places[name] for name in self.widths}
+        self.ledger = prepare(shapes, places, {name: self.graph.groups[name].made for name in places}, self.device)
+
+    @property
+    def macs(self) -> int:
+        return self.graph.macs(self.widths)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device."""
+        if self.explorer.changes_at(self.step):
+            self.explorer.count(self.reservoir.slots)
+            self.explorer.end_round(self.reservoir.slots)
+            self.reservoir.swap(self.explorer.select(self.step))
+        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
+        if self.device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = images.to(self.device, memory_format=torch.channels_last, non_blocking=True), labels.to(self.device, non_blocking=True)
+        with self.autocast():
+            output = self.forward(images)
+        loss = F.cross_entropy(logits(output).float(), labels, label_smoothing=self.config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.explorer.explores_at(self.step):
+            self.explorer.reward(self.parameters, self.ledger)
+        self.optimizer.step()
+        self.explorer.uncounted += 1
+        self.step += 1
+        return loss.detach()
+
+    def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str]:
+        """Compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
+        x, _ = next(iter(self.data.train_batches(self.config.batch_size, self.config.seed, 0)))
+        x = x.to(self.device, memory_format=torch.channels_last)
+        forward, facts = try_compiling(self.model, x, autocast=self.autocast, steps_left=self.steps - self.step, note=note)
+        self.forward = forward or self.forward
+        return facts
+
+    # -- checkpoint -------------------------------------------------------------------------------------------------
+
+    def save(self, run: Run, history: History) -> None:
+        """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are refused, so
+        that they never replace a good checkpoint."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise lost(self, run, self.step, math.nan)
+        self.explorer.count(self.reservoir.slots)
+        self.reservoir.write_back()
+        tensors = {f"full.{name}": value for name, value in self.reservoir.full.state_dict().items()}
+        tensors |= {f"explorer.{name}": value for name, value in self.explorer.state().items()}
+        tensors |= {f"slots.{name}": torch.from_numpy(arms) for name, arms in self.reservoir.slots.items()}
+        tensors |= {f"template.{name}": torch.from_numpy(arms) for name, arms in self.reservoir.template.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{key}.{name}"] = value
+        facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
+                 "side": self.data.side, "mean": self.data.mean, "std": self.data.std}
+        write_tensors(run.checkpoint_file, tensors, facts)
+        picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
+                 for name, counts in self.explorer.executed.items()}
+        write_text(run.path / "selections.json", json.dumps({"steps": self.step, "groups": picks}))
+
+    def restore(self, run: Run) -> History:
+        tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+        if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list), ("history", dict))):
+            raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
+        if facts["steps"] != self.steps or facts["classes"] != self.data.classes:
+            raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
+                                f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
+        self.step = facts["step"]
+        slots, template = slots_in(tensors, self.reservoir.full, self.graph)
+        self.explorer.load_state(part(tensors, "explorer."))
+        self.install(self.new_reservoir(self.reservoir.full, slots, template))
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                value.copy_(tensors[f"optimizer.{key}.{name}"])
+        run.keep_metrics_until(self.step)
+        return History(**facts["history"])
+
+
+def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
+    """Fill `full` from a checkpoint's tensors; returns its slots and their template."""
+    try:
+        full.load_state_dict(part(tensors, "full."))
+        slots = {name: tensors[f"slots.{name}"].numpy() for name in graph.groups}
+        template = {name: tensors[f"template.{name}"].numpy() for name in graph.groups}
+    except (RuntimeError, KeyError) as error:
+        raise DynpruneError(f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings.") from error
+    return slots, template
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
+    kept = f"The last good checkpoint is in {run.path}" if run.checkpoint_file.exists() else "No checkpoint had been written yet"
+    return DynpruneError(f"The loss became {loss:g} at step {step} of {session.steps}. {kept}. "
+                         f"Try a lower --lr than {session.config.lr:g}, a longer --warmup, or --precision float32.")
+
+
+# -- the model's output -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, images: Images, device: torch.device | str = "cpu") -> float:
+    """Share of the images whose class is predicted right, in float32. The model's mode is restored."""
+    was_training, right = model.training, 0
+    model.eval()
+    try:
+        for batch, labels in data.eval_batches(images):
+            batch = batch.to(device, memory_format=torch.channels_last)
+            right += int((logits(model(batch)).argmax(1).cpu() == labels).sum())
+    finally:
+        model.train(was_training)
+    return right / len(images)
+
+
+def logits(output: object) -> Tensor:
+    """The class scores of a model that returns a tensor, or a tuple or object with auxiliary outputs behind it."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        return output[0]
+    if hasattr(output, "logits"):
+        return output.logits
+    raise DynpruneError(f"The model returns {type(output).__name__}. Expected class scores as a tensor, or first in a tuple.")
+
+
+@torch.no_grad()
+def check_output(model: nn.Module, data: Data) -> None:
+    """Refuse a network whose output cannot be trained on these classes, before the long work starts."""
+    with evaluating(model):
+        try:
+            output = model(data.example)
+        except Exception:
+            return  # tracing names the layer
+    shape = tuple(logits(output).shape)
+    if len(shape) != 2 or shape[1] < len(data.classes):
+        raise DynpruneError(f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected one score per class: "
+                            f"1x{len(data.classes)}. A factory should take num_classes.")
+
+
+# -- settings to objects ----------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DynpruneError(f'--device got "{name}", which is not usable here ({first_line(error)}). Try --device cpu.') from error
+    return device
+
+
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """auto: where the processor has bfloat16 instructions. Elsewhere autocast would be slower than float32."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the recipe, in its fused form: one kernel for all parameters."""
+    fused = device.type in ("cpu", "cuda")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+                           fused=fused)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, then the schedule down to zero at the last step."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return config.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
