@@ -25,7 +25,7 @@ from dynprune.channels import ChannelGraph, Selection
 from dynprune.labels import AxisKey
 from dynprune.surgery import slim
 
-SWAP_BLOCKS = 2**18  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
+SWAP_BLOCKS = 2**15  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
 OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
