@@ -69,7 +69,7 @@ class TrainConfig:
                         check=positive, expected="at least 1")
     bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
                            check=lambda v: v >= 0, expected="0 or more")
-    epochs: int = setting(30, "Passes over the training images.", check=positive, expected="at least 1")
+    epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
     batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
     lr: float = setting(0.1, "Peak learning rate.", check=positive, expected="more than 0")
