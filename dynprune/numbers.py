@@ -59,12 +59,9 @@ class Number(int):
         exact = type(other) is int and int(self) % other == 0
         return Number(quotient, self.source, self.multiplier, self.divisor * other, self.offset) if exact else quotient
 
-    def attribute_for(self, wanted: int) -> int:
-        """The attribute's value at which this number would be `wanted`."""
-        return attribute_for((self.multiplier, self.divisor, self.offset), wanted)
-
 
 def attribute_for(formula: tuple[int, int, int], wanted: int) -> int:
+    """The attribute's value at which (multiplier * attribute + offset) / divisor is `wanted`."""
     multiplier, divisor, offset = formula
     return (wanted * divisor - offset) // multiplier
 

@@ -91,11 +91,9 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
     for labels in whole[1:]:
         tracer.tie(result, labels.expand(shape))
     for labels in stretched:
-        fixed = [d for d in moving if labels.size(d) == 1 and shape[d] > 1]
         if any(varies(labels, d) for d in moving):  # one part lines up, another is stretched: too entangled
             tracer.pin(result, op)
         tracer.pin(labels, op)
-        assert fixed
     for value, labels in operands:
         if labels is None and value.numel() > 1:  # a constant with one entry per channel cannot be narrowed with them
             offset = len(shape) - value.ndim
@@ -315,8 +313,7 @@ def pad(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> objec
     max_pool1d_with_indices max_pool2d_with_indices adaptive_max_pool2d_with_indices"""))
 def spatial(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Pooling and resizing work inside each map: the batch and channel dimensions pass, the others must be uniform."""
-    value = args[0] if args else kwargs["input"]
-    labels = tracer.of(value)
+    labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is None:
         return output
@@ -392,8 +389,7 @@ def along_one_dimension(tracer: LabelTracer, func: Callable, args: tuple, kwargs
 @rule_for(*named("layer_norm rms_norm"))
 def layer_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Normalises over the last dimensions together: channels found there are mixed."""
-    value = args[0] if args else kwargs["input"]
-    labels = tracer.of(value)
+    labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is None:
         return output
@@ -414,33 +410,11 @@ def layer_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -
     return output
 
 
-@rule_for(*named("group_norm"))
-def group_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    """Normalises over groups of channels: these are mixed, and each group loses the same ones."""
-    value = args[0] if args else kwargs["input"]
-    labels = tracer.of(value)
-    output = func(*args, **kwargs)
-    if labels is None:
-        return output
-    channels = tracer.vector(labels, 1)
-    groups = argument(args, kwargs, 1, "num_groups")
-    if channels is None:
-        tracer.default(func, output, args, kwargs)
-        return output
-    if groups > 1:
-        tracer.tie_along(channels.view(groups, -1), 0)
-    for position, name in enumerate(("weight", "bias"), start=2):
-        tracer.axis(argument(args, kwargs, position, name), 0, channels)
-    tracer.mix(channels, "group_norm")
-    tracer.set(output, labels)
-    return output
-
-
-@rule_for(*named("batch_norm instance_norm"))
+@rule_for(*named("group_norm batch_norm instance_norm"))
 def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    """One mean, variance, scale and shift per channel: they go with it."""
-    value = args[0] if args else kwargs["input"]
-    labels = tracer.of(value)
+    """The mean, variance, scale and shift of each channel go with it. GroupNorm also mixes the channels of a group, and each
+    group loses the same ones."""
+    labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is None:
         return output
@@ -448,10 +422,20 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     if channels is None:
         tracer.default(func, output, args, kwargs)
         return output
-    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
+    entries, first = ("running_mean", "running_var", "weight", "bias"), 1
+    if func in GROUP_NORMS:
+        entries, first = ("weight", "bias"), 2
+        groups = argument(args, kwargs, 1, "num_groups")
+        if groups > 1:
+            tracer.tie_along(channels.view(groups, -1), 0)
+        tracer.mix(channels, "group_norm")
+    for position, name in enumerate(entries, start=first):
         tracer.axis(argument(args, kwargs, position, name), 0, channels)
     tracer.set(output, labels)
     return output
+
+
+GROUP_NORMS = set(named("group_norm"))
 
 
 @rule_for(torch._weight_norm)
@@ -485,24 +469,17 @@ def prelu(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     return output
 
 
-@rule_for(*named("conv1d conv2d conv3d"))
+@rule_for(*named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"))
 def convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    value = args[0] if args else kwargs["input"]
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    groups = argument(args, kwargs, 6, "groups", 1)
+    transposed = func in TRANSPOSED
+    groups = argument(args, kwargs, 6, "groups", 1)  # the sixth after the input in both signatures
     output = func(*args, **kwargs)
-    record_convolution(tracer, func, value, weight, bias, groups, output, transposed=False)
+    record_convolution(tracer, func, args[0], weight, bias, groups, output, transposed)
     return output
 
 
-@rule_for(*named("conv_transpose1d conv_transpose2d conv_transpose3d"))
-def transposed_convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    value = args[0] if args else kwargs["input"]
-    weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    groups = argument(args, kwargs, 6, "groups", 1)
-    output = func(*args, **kwargs)
-    record_convolution(tracer, func, value, weight, bias, groups, output, transposed=True)
-    return output
+TRANSPOSED = set(named("conv_transpose1d conv_transpose2d conv_transpose3d"))
 
 
 def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weight: Tensor, bias: Tensor | None,
@@ -590,4 +567,4 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     return output
 
 
-LAYERS = {convolution, transposed_convolution, linear, prelu}
+LAYERS = {convolution, linear, prelu}
