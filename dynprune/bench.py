@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +19,16 @@ import onnxruntime
 from dynprune import artifact, zoo
 from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
-from dynprune.export import Scores, check_classes, open_session, write_onnx
+from dynprune.export import check_classes
+from dynprune.fit import TOLERANCE
+from dynprune.latency import interleaved
+from dynprune.limits import parse_limit
+from dynprune.onnxfile import open_session, write_onnx
 from dynprune.runs import Run, environment, write_text
+from dynprune.scores import Scores
 
-SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; at least MIN_RUNS runs of each
-MIN_RUNS, MAX_RUNS = 20, 2000
+SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
+RUNS = (20, 2000)
 FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
 
 
@@ -47,7 +52,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown."""
+    """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown. budgets: of the
+    run, with what was predicted and measured; empty for files that belong to none."""
 
     dense_path: str
     compact_path: str
@@ -66,6 +72,7 @@ class BenchResult:
     dense_accuracy_onnx: float | None
     test_data: str | None
     verdict: str
+    budgets: list[dict]
     environment: dict
 
     def without_samples(self) -> dict:
@@ -104,10 +111,27 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
         other = artifact.load_with_facts(against.compact_file, trust=True)[1]
         dense_macs, dense_params = other.macs, other.params
     result = summarise(dense_file, run.onnx_file, rows, threads, (dense_macs, facts.macs), (dense_params, facts.params),
-                       accuracy, dense_accuracy, data.reports, odd)
+                       accuracy, dense_accuracy, data.reports, odd, budgets_of(run, facts, rows, threads, against))
     write_text(run.path / "bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
     return result
+
+
+def budgets_of(run: Run, facts: artifact.Facts, rows: list[BenchRow], threads: int, against: Run | None) -> list[dict]:
+    """What the run's budgets allow, what `compact` counted or measured, and what is measured now. Milliseconds are those of batch 1 on one
+    thread, and beside the dense twin; other timings say nothing about them."""
+    single = next((row for row in rows if row.batch == 1), None) if threads == 1 and against is None else None
+    lines = []
+    for limit in map(parse_limit, () if facts.config.policy == "dense" else facts.config.budget):
+        if limit.quantity != "latency":
+            dense, actual = (facts.dense_macs, facts.macs) if limit.quantity == "macs" else (facts.dense_params, facts.params)
+            lines.append({"budget": str(limit), "limit": limit.value(dense), "predicted": actual, "actual": actual, "met": actual <= limit.value(dense)})
+        elif single is not None:
+            bound = limit.value(single.dense.p50_ms)
+            known = next((line["actual"] for line in run.results.get("compact", {}).get("budgets", []) if line["budget"] == str(limit)), math.nan)
+            lines.append({"budget": str(limit), "limit": bound, "predicted": known, "actual": single.compact.p50_ms,
+                          "met": single.compact.p50_ms <= TOLERANCE * bound})
+    return lines
 
 
 def check_comparable(run: Run, against: Run) -> None:
@@ -124,15 +148,16 @@ def check_comparable(run: Run, against: Run) -> None:
 def bench_files(dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Any two ONNX files with one image-like input; the first is called dense, the second compact."""
     rows = measure(dense, compact, batches, threads, report)
-    return summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [])
+    return summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [], [])
 
 
 def summarise(dense: Path, compact: Path, rows: list[BenchRow], threads: int, macs: tuple, params: tuple, accuracy: float | None,
-              dense_accuracy: float | None, test_data: str | None, odd: list[str]) -> BenchResult:
+              dense_accuracy: float | None, test_data: str | None, odd: list[str],
+              budgets: list[dict]) -> BenchResult:
     first = rows[0]
     return BenchResult(str(dense), str(compact), threads, rows, first.speedup_p50, first.dense.p50_ms, first.compact.p50_ms,
                        dense.stat().st_size, compact.stat().st_size, *macs, *params, accuracy, dense_accuracy, test_data,
-                       verdict(first, macs, odd), {**environment(), "threads": threads})
+                       verdict(first, macs, odd), budgets, {**environment(), "threads": threads})
 
 
 def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) -> str:
@@ -189,23 +214,11 @@ def measure(dense: Path, compact: Path, batches: list[int], threads: int, report
     for batch in batches:
         report(f"timing batch {batch}")
         feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
-        once = sum(run_ms(session, feed) for session, feed in zip(sessions, feeds)) / 1000  # also the warm-up
-        once = min(once, sum(run_ms(session, feed) for session, feed in zip(sessions, feeds)) / 1000)
-        runs = int(np.clip(SECONDS_PER_BATCH_SIZE / once, MIN_RUNS, MAX_RUNS))
-        samples: tuple[list[float], list[float]] = ([], [])
-        for _ in range(runs):
-            for kept, session, feed in zip(samples, sessions, feeds):
-                kept.append(run_ms(session, feed))
+        samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
         latencies = [Latency(float(np.percentile(kept, 50)), float(np.percentile(kept, 95)),
                              1000 * batch / float(np.percentile(kept, 50)), kept) for kept in samples]
         rows.append(BenchRow(batch, *latencies, latencies[0].p50_ms / latencies[1].p50_ms))
     return rows
-
-
-def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> float:
-    started = time.perf_counter()
-    session.run(None, feed)
-    return 1000 * (time.perf_counter() - started)
 
 
 def accuracy_of(path: Path, data: Data, images: Images) -> float:

@@ -23,6 +23,7 @@ import torch
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
+from dynprune.fit import Fit
 from dynprune.runs import environment
 from dynprune.session import Session
 from dynprune.train import threads
@@ -78,7 +79,11 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
 
 
 def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memory: bool, report: Callable[[str], None]) -> TrainingBench:
-    sessions = {name: prepare_session(config, data, policy) for name, policy in POLICIES.items()}
+    sessions: dict[str, Session] = {}
+    narrow = None  # found once: all but the dense network have the same widths
+    for name, policy in POLICIES.items():
+        sessions[name] = prepare_session(config, data, policy, None if policy == "dense" else narrow)
+        narrow = narrow if policy == "dense" else sessions[name].fit
     if config.compile:
         for session in sessions.values():
             session.compile(report)
@@ -117,9 +122,10 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
         {**environment(), "threads": threads})
 
 
-def prepare_session(config: TrainConfig, data: Data, policy: str) -> Session:
+def prepare_session(config: TrainConfig, data: Data, policy: str, fit: Fit | None = None) -> Session:
     """A session at the beginning of a long run; dynamic ones explore throughout what is timed."""
-    session = Session(dataclasses.replace(config, policy=policy, explore=0.5, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size))), data)
+    settings = dataclasses.replace(config, policy=policy, explore=0.5, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size)))
+    session = Session(settings, data, fit=fit)
     session.model.train()
     return session
 

@@ -149,6 +149,7 @@ def bench(given: dict,
         raise DynpruneError(f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured with the settings it was trained with.")
     result = do_bench(targets or [], against, batch, bench_threads)
     finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
+    refuse_missed(result)
 
 
 @app.command()
@@ -174,6 +175,7 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
                "bench": measured.without_samples()}
     finish(json_output, results, lambda: [report.train_table(trained), report.compact_table(compacted), report.export_table(exported),
                                           report.bench_table(measured), measured.verdict])
+    refuse_missed(measured)
 
 
 @app.command()
@@ -201,8 +203,10 @@ def inspect(model: Annotated[str, typer.Option("--model", help="Network, named a
 @app.command()
 def plan(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
          budget: Annotated[list[str], typer.Option("--budget", help="As for `train`; several hold at once.")] = ["0.25"],  # noqa: B006 (Typer reads it)
-         allocation: Annotated[str, typer.Option("--allocation", help="uniform or balanced.")] = "uniform",
-         align: Annotated[int, typer.Option("--align", help="Widths are multiples of this; 0: 16, or 8 or 4 where a layer is narrow.")] = 0,
+         allocation: Annotated[str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")] = "uniform",
+         learned_by: Annotated[Optional[Path], typer.Option("--from", help="Use what the bandit of this run learned.", metavar="RUN")] = None,
+         latency: Annotated[bool, typer.Option(help="Predict milliseconds in onnxruntime; layers are timed once and kept.")] = True,
+         align: Annotated[str, typer.Option("--align", help="Widths are multiples of this; auto: 16 (8 without AVX-512), or 8 or 4 where a layer is narrow.")] = "auto",
          min_width: Annotated[int, typer.Option("--min-width", help="No layer gets narrower than this.")] = 1,
          max_width_share: Annotated[float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")] = 1.0,
          keep: Annotated[Optional[list[str]], typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")] = None,
@@ -213,12 +217,18 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
 
     Example: `dynprune plan --model torchvision:resnet18 --budget macs=0.25 --budget params=0.11 --allocation balanced`
     """
-    config = TrainConfig(model=model, budget=tuple(budget), allocation=allocation, align=align, min_width=min_width, max_width_share=max_width_share,
-                         keep=tuple(keep or ())).validate()
+    config = TrainConfig(model=model, budget=tuple(budget), allocation="learned" if learned_by else allocation, align=align, min_width=min_width,
+                         max_width_share=max_width_share, keep=tuple(keep or ())).validate()
+    if config.allocation == "learned" and learned_by is None:
+        raise DynpruneError("--allocation learned needs --from RUN, a run of --policy cucb to learn from. Before any training, choose uniform or balanced.")
     from dynprune import report
     from dynprune.plan import plan as make_plan
+    from dynprune.runs import Run
 
-    result = make_plan(config, shape=input_shape, classes=classes)
+    display = report.Display()
+    with display.live():
+        result = make_plan(config, shape=input_shape, classes=classes, latency=latency, learned_by=Run.open(learned_by) if learned_by else None,
+                           report=display.work)
     finish(json_output, dataclasses.asdict(result), lambda: [report.plan_table(result)])
     if not result.satisfiable:
         raise DynpruneError(result.problem)
@@ -230,9 +240,9 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
 def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
     config = TrainConfig(**given).validate()
     from dynprune.report import Display
-    from dynprune.runs import Run
+    from dynprune.runs import Run, read_tensors
     from dynprune.data import load_data
-    from dynprune.session import Session
+    from dynprune.session import Session, fit_in
     from dynprune.train import train as run_training
 
     path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
@@ -244,7 +254,8 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
     display = Display()
     with display.live(), stop_requested() as stop:
         display.note(f"reading {config.data}")
-        session = Session(config, load_data(config))
+        fit = fit_in(read_tensors(found.checkpoint_file, "checkpoint")[1], "first_fit") if resume else None
+        session = Session(config, load_data(config), fit=fit, report=display.work)
         where = found if resume else Run.create(path, config, overwrite)
         display.say(f"{config.model} on {config.data}: {len(session.data.train)} images to train, validation is {session.data.chooses}, test is "
                     f"{session.data.reports}")
@@ -269,7 +280,7 @@ def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int,
     with display.live():
         display.note("compacting and proving")
         return make_compact(Run.open(run), min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr,
-                            report=display.step)
+                            report=display.step, work=display.work)
 
 
 def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization: bool):
@@ -297,6 +308,15 @@ def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int
             raise DynpruneError(f"bench got {len(targets)} file(s). Expected one run directory, or two ONNX files.")
         return benchmark.bench_run(Run.open(targets[0]), batches=batches, threads=threads, against=Run.open(against) if against else None,
                                    report=display.note)
+
+
+def refuse_missed(result) -> None:
+    """A budget that is missed is an error, after everything was shown."""
+    from dynprune.fit import first_missed
+
+    if missed := first_missed(result.budgets):
+        raise DynpruneError(f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed {missed['limit']:.4g}. On a quiet machine measure again; "
+                            "if it stays so, train with a smaller budget.")
 
 
 def do_bench_training(given: dict, targets: list[Path] | None, steps: int, swap_share: float, memory: bool):

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import artifact, zoo
-from dynprune.budget import budgets_met
 from dynprune.channels import Selection
 from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
+from dynprune.fit import Fit, Fitter, Latency, budgets_met, first_missed
 from dynprune.reservoir import Reservoir
 from dynprune.runs import Run, read_tensors
 from dynprune.surgery import slim
 from dynprune.tracing import exact_part, masked, trace
-from dynprune.session import Session, evaluate, logits, part, slots_in
+from dynprune.latency import Report, silent
+from dynprune.scores import evaluate, logits
+from dynprune.session import Session, fit_in, part, slots_in
 from dynprune.train import Progress, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
@@ -56,7 +58,7 @@ class CompactResult:
 
 
 def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epochs: int = 0, finetune_lr: float = 0.01,
-            data: Data | None = None, report: Callable[[Progress], None] = lambda _: None) -> CompactResult:
+            data: Data | None = None, report: Callable[[Progress], None] = lambda _: None, work: Report = silent) -> CompactResult:
     """Write RUN/compact.safetensors. Raises DynpruneError, and writes nothing, when the proof fails.
 
     min_rate: drop arms that ran in less than this share of the steps; each group keeps its most used arm.
@@ -89,16 +91,31 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     model = reservoir.active.cpu()
     if bn_images:
         reestimate_batchnorm(model, data, config, bn_images)
-    return write(run, config, data, reservoir, model, executed, difference, dropped, unproven, changed=bool(dropped or finetune_epochs or bn_images))
+    latency = measured_latency(config, data, reservoir, model, fit_in(facts, "fit"), work)
+    return write(run, config, data, reservoir, model, executed, difference, dropped, unproven, latency, changed=bool(dropped or finetune_epochs or bn_images))
+
+
+def measured_latency(config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, fit: Fit, work: Report) -> Latency | None:
+    """Where a budget is in milliseconds: what the compact model takes beside its dense twin, and what was predicted of its widths."""
+    fitter = Fitter(reservoir.full, reservoir.graph, data.example, config, work)
+    if config.policy == "dense" or not fitter.in_ms:
+        return None
+    fitter.time_dense()
+    timed = fitter.time(reservoir.widths, model)
+    return dataclasses.replace(timed, predicted_ms=fit.latency.measured_ms * timed.dense_ms / fit.latency.dense_ms) if fit.latency else timed
 
 
 def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, executed: Reservoir,
-          difference: float, dropped: int, unproven: list[str], *, changed: bool) -> CompactResult:
+          difference: float, dropped: int, unproven: list[str], latency: Latency | None, *, changed: bool) -> CompactResult:
     """Save the file, read it back as a stranger would, and measure that. changed: it is not just what training executed."""
     graph, widths = reservoir.graph, reservoir.widths
-    met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths)
-    if missed := [line for line in met if not line["met"]]:
-        raise DynpruneError(f"The compact model costs {missed[0]['actual']}, above the budget {missed[0]['budget']} ({missed[0]['limit']:.0f}). Nothing was "
+    met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths, latency)
+    if missed := first_missed(met):
+        if missed["budget"].startswith("latency"):
+            raise DynpruneError(f"The compact model takes {missed['actual']:.3g} ms, above the budget {missed['budget']} ({missed['limit']:.3g} ms; predicted "
+                                f"{missed['predicted']:.3g}). Nothing was written. If the machine is busy, compact again when it is quiet; if it is another machine "
+                                "than the one that planned the widths, train with a smaller latency budget.")
+        raise DynpruneError(f"The compact model costs {missed['actual']}, above the budget {missed['budget']} ({missed['limit']:.0f}). Nothing was "
                             "written. This is a mistake of dynprune: please report it.")
     accuracy = evaluate(model, data, data.test)
     kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
@@ -158,7 +175,7 @@ def finetune(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, ep
              report: Callable[[Progress], None]) -> Reservoir:
     """Train the compact widths on, in RUN/finetune, with the run's recipe from a lower learning rate without warm-up."""
     settings = dataclasses.replace(config, epochs=epochs, lr=lr, warmup=0.0, policy="static")
-    session = Session(settings, data)
+    session = Session(settings, data, fit=Fit(reservoir.widths))
     session.install(session.new_reservoir(reservoir.full, reservoir.slots, reservoir.template))
     train(settings, Run.create(run.path / "finetune", settings, overwrite=True), report=report, session=session)
     return session.reservoir

@@ -55,14 +55,16 @@ class TrainConfig:
     policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
                                   "network from scratch), dense (everything).", choices=POLICIES)
     budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
-                                                 "params=0.11, params=1.5M. Several hold at once.")
-    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer) or balanced (uses several budgets at once by "
-                                         "narrowing layers with many parameters per MAC more).", choices=("uniform", "balanced"))
+                                                 "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
+                                                 "Several hold at once.")
+    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer), balanced (uses several budgets at once by "
+                                         "narrowing layers with many parameters per MAC more), or learned (balanced, then moved half-way through "
+                                         "exploration by what the bandit found a channel of each layer to be worth).", choices=("uniform", "balanced", "learned"))
     min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
     max_width_share: float = setting(1.0, "No layer keeps more than this share of its channels.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
-    align: int = setting(0, "Widths are multiples of this; 0 takes 16, or 8 or 4 where a layer is narrow, which onnxruntime runs fastest.",
-                         check=lambda v: v >= 0, expected="0 or more")
+    align: str = setting("auto", "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 (8 without AVX-512), or 8 or 4 where "
+                                 "a layer is narrow.", check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0, expected="auto or a number from 1")
     explore: float = setting(0.1, "Share of the steps in which the bandit explores before it settles.",
                              check=fraction, expected="a share in [0, 1)")
     hold: int = setting(20, "Steps for which a selection is held while exploring; shortened when the run is short.",
@@ -99,6 +101,10 @@ class TrainConfig:
                 raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
         for text in self.budget:
             parse_limit(text)
+        if self.allocation == "learned" and self.policy != "cucb":
+            raise DynpruneError(f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; choose --allocation balanced.")
+        if self.allocation == "learned" and self.compile:
+            raise DynpruneError("--allocation learned changes widths during training, so what --compile made would be thrown away. Choose one of the two.")
         return self
 
     def to_toml(self) -> str:

@@ -25,7 +25,10 @@ ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be playe
 
 
 class Explorer:
-    """The policy of one run. widths: of every group. Nothing is explored when every arm runs, or by a static network."""
+    """The policy of one run. widths: of every group, to begin with. Nothing is explored when every arm runs, or by a static network.
+
+    saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can be compared.
+    """
 
     def __init__(self, config: TrainConfig, graph: ChannelGraph, widths: Mapping[str, int], steps: int):
         self.policy, self.bonus, self.seed = config.policy, config.bonus, config.seed
@@ -37,8 +40,10 @@ class Explorer:
         self.hold = max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold
-        self.sums = torch.zeros(sum(self.widths.values()))
+        self.sums = torch.zeros(2, sum(self.widths.values()))  # of this round's rewards, and of the saliencies that they come from
         self.uncounted = 0
+        self.saliency = {group.name: torch.zeros(group.arms, dtype=torch.float64) for group in graph}
+        self.reallocation_step = self.rounds // 2 * self.hold if config.allocation == "learned" else 0
         self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
 
     def first(self) -> dict[str, np.ndarray]:
@@ -67,7 +72,8 @@ class Explorer:
 
     def reward(self, parameters: Mapping[str, Tensor], ledger: Ledger) -> None:
         """Add this step's rewards, after `backward`. They stay on the device until the round ends."""
-        rewards = normalise(taylor(parameters, ledger), ledger)
+        saliency = taylor(parameters, ledger)
+        rewards = torch.stack([normalise(saliency, ledger), saliency])
         self.sums = self.sums.to(rewards.device) + rewards
 
     def end_round(self, slots: Mapping[str, np.ndarray]) -> None:
@@ -75,9 +81,26 @@ class Explorer:
         first = 0
         means = self.sums.cpu() / self.hold
         for name, arms in slots.items():
-            bandit.update(self.bandits[name], torch.from_numpy(arms), means[first:first + len(arms)])
+            own = slice(first, first + len(arms))
+            chosen, state = torch.from_numpy(arms), self.bandits[name]
+            bandit.update(state, chosen, means[0, own])
+            self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / state.counts[chosen]
             first += len(arms)
         self.sums.zero_()
+
+    def loss_per_arm(self) -> np.ndarray:
+        """The loss that one more arm of each group is estimated to be worth: the mean saliency of the lower half of those that would be
+        executed. Shape (groups,)."""
+        values = []
+        for name, width in self.widths.items():
+            best = torch.sort(self.saliency[name], descending=True).values[:width]
+            values.append(float(best[width // 2:].mean()))
+        return np.array(values)
+
+    def change_widths(self, widths: Mapping[str, int]) -> None:
+        """Go on with other widths; what was learned of each arm stays."""
+        self.widths = {name: widths[name] for name in self.widths}
+        self.sums = torch.zeros(2, sum(self.widths.values()), device=self.sums.device)
 
     def count(self, slots: Mapping[str, np.ndarray]) -> None:
         """Note that the arms in `slots` were executed in the steps since the last count."""
@@ -91,7 +114,7 @@ class Explorer:
         for name, state in self.bandits.items():
             tensors[f"counts.{name}"], tensors[f"means.{name}"] = state.counts, state.means
             tensors[f"rounds.{name}"] = torch.tensor(state.rounds)
-            tensors[f"executed.{name}"] = self.executed[name]
+            tensors[f"executed.{name}"], tensors[f"saliency.{name}"] = self.executed[name], self.saliency[name]
         return {**tensors, "sums": self.sums.cpu()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -99,4 +122,4 @@ class Explorer:
         for name, state in self.bandits.items():
             state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
             state.rounds = int(tensors[f"rounds.{name}"])
-            self.executed[name] = tensors[f"executed.{name}"].clone()
+            self.executed[name], self.saliency[name] = tensors[f"executed.{name}"].clone(), tensors[f"saliency.{name}"].clone()

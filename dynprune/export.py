@@ -7,26 +7,20 @@ compares with torch. A file that disagrees is not kept.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from dynprune import artifact
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
+from dynprune.onnxfile import open_session, read_opset, write_onnx
 from dynprune.runs import Run
-from dynprune.session import logits
-from dynprune.tracing import first_line
+from dynprune.scores import Scores, logits
 from dynprune.version import __version__
 
 TOLERANCE = 1e-4  # of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more
@@ -67,17 +61,6 @@ class Normalised(nn.Module):
         return logits(self.model((x - self.mean) / self.std))
 
 
-class Scores(nn.Module):
-    """The class scores alone, of a model that may return more."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits(self.model(x))
-
-
 def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_normalization: bool = False,
            data: Data | None = None) -> ExportResult:
     """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
@@ -110,58 +93,11 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
     return result
 
 
-def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
-    """One checked file with a dynamic batch; weights inside, `facts` as metadata."""
-    batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
-    try:
-        with quiet():
-            program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
-                                        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
-        proto = program.model_proto
-    except Exception as error:
-        raise DynpruneError(f"torch cannot export this network to ONNX ({type(error).__name__}: {first_line(error)[:200]}). Try another --opset.") from error
-    for key, value in facts.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.save_model(proto, path)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter reports its steps on stdout and warns of its own internals; neither belongs into our output."""
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger().setLevel(level)
-
-
 def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
     """What a user of the file must know: class names and how pixels become inputs."""
     return {"producer": f"dynprune {__version__}", "model": facts.config.model, "classes": json.dumps(facts.classes),
             "input_size": f"3x{facts.side}x{facts.side}", "input_range": "RGB pixels in 0..1" if folded else "RGB pixels in 0..1, then (x - mean) / std",
             "mean": json.dumps([0.0] * 3 if folded else facts.mean), "std": json.dumps([1.0] * 3 if folded else facts.std)}
-
-
-def read_opset(path: Path) -> int:
-    """The opset that was written: a requested one that cannot be converted to is silently replaced."""
-    imports = onnx.load(path, load_external_data=False).opset_import
-    return next(entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
-
-
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU. threads: for one operator; 0 leaves onnxruntime's choice."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise DynpruneError(f"{path} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
 
 
 @torch.no_grad()

@@ -31,11 +31,21 @@ PINNED = 0
 
 @dataclass(frozen=True)
 class Op:
-    """One use of a weight: it costs `positions` x (elements of the weight) multiplications per example."""
+    """One use of a weight: it costs `positions` x (elements of the weight) multiplications per example.
+
+    kind: linear, or a convolution function's name. size: of the input behind its channels (of a linear layer: its positions).
+    stride, padding, dilation: per spatial dimension. groups: of the full-width convolution.
+    """
 
     layer: str
     weight: str
     positions: int
+    kind: str = "linear"
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from dynprune.budget import budgets_met, constraints, widths_for
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.fit import Fit, Fitter, budgets_met
 from dynprune.inspect import build_for_inspection, default_classes
+from dynprune.latency import Report, silent
+from dynprune.runs import Run, read_tensors
 from dynprune.tracing import trace
 
 
 @dataclass(frozen=True)
 class Plan:
     """widths: of every group, None if the budgets cannot be met; problem then says why. smallest_*: of the narrowest network that
-    the constraints allow. latency_ms is None: it is measured by `bench` on the exported file."""
+    the constraints allow. *latency_ms: onnxruntime at batch 1 with one thread, None unless asked for; the dense network is measured,
+    the chosen one too if a budget is in milliseconds, the others are predicted."""
 
     model: str
     input: str
@@ -34,20 +38,50 @@ class Plan:
     smallest_macs: int
     smallest_params: int
     latency_ms: float | None
+    dense_latency_ms: float | None
+    smallest_latency_ms: float | None
     budgets: list[dict]
 
 
-def plan(config: TrainConfig, *, shape: str = "", classes: int = 0) -> Plan:
-    """Trace the network and allocate widths. Raises DynpruneError for constraints that make no sense, such as an unknown layer."""
+def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: bool = False, learned_by: Run | None = None,
+         report: Report = silent) -> Plan:
+    """Trace the network and allocate widths. Raises DynpruneError for constraints that make no sense, such as an unknown layer.
+
+    latency: predict milliseconds even if no budget asks for them. learned_by: a run whose bandit says what a channel of each layer is worth.
+    """
     model, size = build_for_inspection(config.model, classes or default_classes(config.model), shape)
-    graph = trace(model, torch.randn(1, *size, generator=torch.Generator().manual_seed(0)))
-    allowed = constraints(graph, align=config.align, min_width=config.min_width, max_width_share=config.max_width_share, keep=config.keep)
-    smallest = dict(zip(graph.groups, allowed.smallest.tolist()))
-    widths, problem = None, ""
+    example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    graph = trace(model, example)
+    fitter = Fitter(model, graph, example, config, report)
+    loss = None if learned_by is None else loss_per_arm(learned_by, fitter)
+    smallest = dict(zip(graph.groups, fitter.allowed.smallest.tolist()))
+    if latency or fitter.in_ms:
+        fitter.time_dense()
+    found, problem = Fit({}), ""
     try:
-        widths = widths_for(graph, config)
+        found = fitter.fit(loss)
     except DynpruneError as error:
         problem = str(error)
-    return Plan(config.model, "x".join(map(str, size)), widths is not None, problem, widths, graph.full_widths,
-                None if widths is None else graph.macs(widths), None if widths is None else graph.params(widths), graph.macs({}), graph.params({}),
-                graph.macs(smallest), graph.params(smallest), None, [] if widths is None else budgets_met(graph, config.budget, widths))
+    chosen = found.widths or None
+    timed = fitter.stopwatch is not None
+    return Plan(config.model, "x".join(map(str, size)), not problem, problem, chosen, graph.full_widths,
+                None if problem else graph.macs(found.widths), None if problem else graph.params(found.widths), graph.macs({}), graph.params({}),
+                graph.macs(smallest), graph.params(smallest),
+                found.latency.measured_ms if found.latency else fitter.predict(found.widths) if timed and not problem else None,
+                fitter.cost.dense_ms if timed else None, fitter.predict(smallest) if timed else None,
+                [] if problem else budgets_met(graph, config.budget, found.widths, found.latency))
+
+
+def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
+    """What the run's bandit found one more arm of each group to be worth: the mean saliency of the lower half of those it chose."""
+    tensors, _ = read_tensors(run.checkpoint_file, "checkpoint")
+    values = []
+    for group in fitter.graph:
+        saliency, slots = tensors.get(f"explorer.saliency.{group.name}"), tensors.get(f"slots.{group.name}")
+        if saliency is None or slots is None or len(saliency) != group.arms:
+            raise DynpruneError(f"--from {run.path} has learned nothing about {group.name}. Expected a run of the same network, --model {run.config.model} there.")
+        best = torch.sort(saliency, descending=True).values[: len(slots)]
+        values.append(float(best[len(best) // 2:].mean()))
+    if not any(values):
+        raise DynpruneError(f"--from {run.path} did not explore, so it has learned nothing. Expected a run of --policy cucb.")
+    return np.array(values)

@@ -85,6 +85,13 @@ class Display:
         if self.console.is_terminal:
             self.note(text)
 
+    def work(self, text: str, done: int, total: int) -> None:
+        """Work in `total` parts (0: not known): a bar where there is a terminal, one line at its start elsewhere."""
+        if self.console.is_terminal:
+            self.bar.update(self.task, description=text, completed=done, total=total or None)
+        elif done == 0:
+            self.say(text)
+
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -117,7 +124,7 @@ def compact_table(result: CompactResult) -> Table:
     table.add_row("test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training")
     table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference from what was executed")
     for line in result.budgets:
-        table.add_row("budget", line["budget"], f"{line['actual']:,} of {line['limit']:,.0f}", "met" if line["met"] else "MISSED")
+        table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
     table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
     return table
 
@@ -142,6 +149,7 @@ def bench_table(result: BenchResult) -> Table:
     if result.accuracy_onnx is not None:
         dense = f", dense {percent(result.dense_accuracy_onnx)}" if result.dense_accuracy_onnx is not None else ""
         facts.append(f"accuracy {percent(result.accuracy_onnx)} on {result.test_data}{dense}")
+    facts += [f"budget {line['budget']}: {used(line)}, {'met' if line['met'] else 'MISSED'}" for line in result.budgets]
     environment = result.environment
     facts.append(f"{environment['processor']}, onnxruntime {environment['onnxruntime']}")
     table.caption, table.caption_justify = "; ".join(facts), "left"
@@ -168,12 +176,22 @@ def training_table(result: TrainingBench) -> Table:
     return table
 
 
+def used(line: dict) -> str:
+    """A budget's line: what is used of what is allowed."""
+    if line["budget"].startswith("latency"):
+        return f"{line['actual']:.3g} of {line['limit']:.3g} ms (predicted {line['predicted']:.3g})"
+    return f"{line['actual']:,} of {line['limit']:,.0f}"
+
+
 def plan_table(result: Plan) -> Table:
     table = Table("", "smallest", "chosen", "full", title=f"plan for {result.model} at {result.input}", title_justify="left", title_style="bold")
     table.add_row("MACs", million(result.smallest_macs), million(result.macs), million(result.dense_macs))
     table.add_row("parameters", million(result.smallest_params), million(result.params), million(result.dense_params))
+    if result.dense_latency_ms is not None:
+        table.add_row("onnxruntime, batch 1", *(("-" if ms is None else f"{ms:.3g} ms") for ms in
+                                                (result.smallest_latency_ms, result.latency_ms, result.dense_latency_ms)))
     for line in result.budgets:
-        table.add_row(f"budget {line['budget']}", "", f"{line['actual']:,} of {line['limit']:,.0f}", "met" if line["met"] else "MISSED")
+        table.add_row(f"budget {line['budget']}", "", used(line), "met" if line["met"] else "MISSED")
     table.add_section()
     for name, full in result.full_widths.items():
         table.add_row(name, "", str(result.widths[name]) if result.widths else "-", str(full))

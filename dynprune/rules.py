@@ -474,9 +474,25 @@ def convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     transposed = func in TRANSPOSED
     groups = argument(args, kwargs, 6, "groups", 1)  # the sixth after the input in both signatures
+    value = args[0] if args else kwargs["input"]
     output = func(*args, **kwargs)
-    record_convolution(tracer, func, args[0], weight, bias, groups, output, transposed)
+    record_convolution(tracer, func, value, weight, bias, groups, output, transposed)
+    spatial = weight.ndim - 2
+    stride, dilation = argument(args, kwargs, 3, "stride", 1), argument(args, kwargs, 7 if transposed else 5, "dilation", 1)
+    padding = argument(args, kwargs, 4, "padding", 0)
+    stride, dilation = per_dimension(stride, spatial), per_dimension(dilation, spatial)
+    if isinstance(padding, str):
+        padding = tuple(0 if padding == "valid" else d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:]))
+    used = value if transposed else output
+    positions = max(1, math.prod(used.shape) // used.shape[used.ndim - spatial - 1] // tracer.batch)
+    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, func.__name__,
+                         tuple(value.shape[value.ndim - spatial:]), stride, per_dimension(padding, spatial), dilation, groups))
     return output
+
+
+def per_dimension(value: object, count: int) -> tuple[int, ...]:
+    values = tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),)
+    return values * count if len(values) == 1 else values
 
 
 TRANSPOSED = set(named("conv_transpose1d conv_transpose2d conv_transpose3d"))
@@ -532,9 +548,6 @@ def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weigh
     shape = [1] * output.ndim
     shape[channel] = -1
     tracer.set(output, made.view(shape))
-    used = value if transposed else output
-    positions = max(1, math.prod(used.shape) // used.shape[channel] // tracer.batch)
-    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions))
 
 
 @rule_for(*named("linear"))
@@ -544,7 +557,7 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     labels = tracer.input_labels(value, "linear")
     output = func(*args, **kwargs)
     positions = max(1, math.prod(value.shape[:-1]) // tracer.batch)
-    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions))
+    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, size=(positions,)))
     others = [d for d in range(labels.ndim - 1) if varies(labels, d)]
     if others and not varies(labels, -1):  # it runs over tokens or pixels: channels pass through untouched
         tracer.set(output, labels[..., :1])

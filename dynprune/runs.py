@@ -92,11 +92,15 @@ class Run:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
+    @property
+    def results(self) -> dict:
+        """What the commands recorded so far, by command."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
     def record(self, command: str, result: Mapping) -> None:
         """Keep a command's outcome in result.json, beside those of the others."""
-        file = self.path / "result.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        write_text(file, json.dumps({**known, command: result}, indent=2))
+        write_text(self.path / "result.json", json.dumps({**self.results, command: result}, indent=2))
 
 
 def environment() -> dict[str, object]:

@@ -18,17 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune import zoo
-from dynprune.budget import widths_for
 from dynprune.channels import ChannelGraph, Selection
 from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
-from dynprune.data import Data, Images
+from dynprune.data import Data
 from dynprune.errors import DynpruneError
 from dynprune.explore import Explorer
+from dynprune.fit import Fit, Fitter, Latency
+from dynprune.latency import Report, silent
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
 from dynprune.runs import Run, read_tensors, write_text, write_tensors
 from dynprune.saliency import prepare
-from dynprune.tracing import evaluating, first_line, trace
+from dynprune.scores import check_output, logits
+from dynprune.tracing import first_line, trace
 
 
 @dataclass
@@ -48,7 +50,8 @@ class History:
 class Session:
     """Everything that one training run holds, built from its configuration or from its checkpoint."""
 
-    def __init__(self, config: TrainConfig, data: Data):
+    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent):
+        """fit: the widths to begin with, where they are known already; else they are found, which `report` follows."""
         self.config, self.data = config, data
         self.device = choose_device(config.device)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
@@ -60,7 +63,9 @@ class Session:
             zoo.load_weights(full, Path(config.weights))
         check_output(full, data)
         self.graph = trace(full, data.example)
-        self.widths = widths_for(self.graph, config)
+        self.fitter = Fitter(full, self.graph, data.example, config, report)
+        self.fit = self.first_fit = fit or self.fitter.fit()
+        self.widths = self.fit.widths
         if not config.weights:
             scale_for_narrow_fan_in(full, self.graph, self.widths)
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)
@@ -94,7 +99,10 @@ class Session:
         if self.explorer.changes_at(self.step):
             self.explorer.count(self.reservoir.slots)
             self.explorer.end_round(self.reservoir.slots)
-            self.reservoir.swap(self.explorer.select(self.step))
+            if self.step == self.explorer.reallocation_step:
+                self.reallocate()
+            else:
+                self.reservoir.swap(self.explorer.select(self.step))
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
@@ -110,6 +118,15 @@ class Session:
         self.explorer.uncounted += 1
         self.step += 1
         return loss.detach()
+
+    def reallocate(self) -> None:
+        """Give every group the width that its arms turned out to be worth, and rebuild the active model. Momentum starts at zero."""
+        self.reservoir.write_back()
+        self.fitter.full = self.reservoir.full
+        self.fit = self.fitter.fit(self.explorer.loss_per_arm())
+        self.explorer.change_widths(self.fit.widths)
+        self.install(self.new_reservoir(self.reservoir.full, self.explorer.select(self.step)))
+        self.model.train()
 
     def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str]:
         """Compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
@@ -137,7 +154,7 @@ class Session:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
         facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
-                 "side": self.data.side, "mean": self.data.mean, "std": self.data.std}
+                 "side": self.data.side, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
         write_tensors(run.checkpoint_file, tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
                  for name, counts in self.explorer.executed.items()}
@@ -152,6 +169,8 @@ class Session:
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
         self.step = facts["step"]
         slots, template = slots_in(tensors, self.reservoir.full, self.graph)
+        self.fit = fit_in(facts, "fit")
+        self.explorer.change_widths(self.fit.widths)
         self.explorer.load_state(part(tensors, "explorer."))
         self.install(self.new_reservoir(self.reservoir.full, slots, template))
         for name, parameter in self.parameters.items():
@@ -159,6 +178,17 @@ class Session:
                 value.copy_(tensors[f"optimizer.{key}.{name}"])
         run.keep_metrics_until(self.step)
         return History(**facts["history"])
+
+
+def fit_in(facts: dict, name: str) -> Fit:
+    """The widths that a checkpoint's header holds under "fit" or, those to begin with, "first_fit"."""
+    try:
+        entry = facts[name]
+        latency = entry["latency"] and Latency(**entry["latency"])
+        assert all(isinstance(width, int) and width > 0 for width in entry["widths"].values())
+        return Fit(entry["widths"], latency, entry["candidates"])
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DynpruneError(f'The checkpoint\'s header has no valid entry "{name}". Expected a checkpoint written by this version of dynprune train.') from error
 
 
 def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
@@ -180,48 +210,6 @@ def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
     kept = f"The last good checkpoint is in {run.path}" if run.checkpoint_file.exists() else "No checkpoint had been written yet"
     return DynpruneError(f"The loss became {loss:g} at step {step} of {session.steps}. {kept}. "
                          f"Try a lower --lr than {session.config.lr:g}, a longer --warmup, or --precision float32.")
-
-
-# -- the model's output -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Data, images: Images, device: torch.device | str = "cpu") -> float:
-    """Share of the images whose class is predicted right, in float32. The model's mode is restored."""
-    was_training, right = model.training, 0
-    model.eval()
-    try:
-        for batch, labels in data.eval_batches(images):
-            batch = batch.to(device, memory_format=torch.channels_last)
-            right += int((logits(model(batch)).argmax(1).cpu() == labels).sum())
-    finally:
-        model.train(was_training)
-    return right / len(images)
-
-
-def logits(output: object) -> Tensor:
-    """The class scores of a model that returns a tensor, or a tuple or object with auxiliary outputs behind it."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        return output[0]
-    if hasattr(output, "logits"):
-        return output.logits
-    raise DynpruneError(f"The model returns {type(output).__name__}. Expected class scores as a tensor, or first in a tuple.")
-
-
-@torch.no_grad()
-def check_output(model: nn.Module, data: Data) -> None:
-    """Refuse a network whose output cannot be trained on these classes, before the long work starts."""
-    with evaluating(model):
-        try:
-            output = model(data.example)
-        except Exception:
-            return  # tracing names the layer
-    shape = tuple(logits(output).shape)
-    if len(shape) != 2 or shape[1] < len(data.classes):
-        raise DynpruneError(f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected one score per class: "
-                            f"1x{len(data.classes)}. A factory should take num_classes.")
 
 
 # -- settings to objects ----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from dynprune.config import TrainConfig
 from dynprune.data import load_data
 from dynprune.errors import DynpruneError
 from dynprune.runs import Run
-from dynprune.session import History, Session, evaluate, learning_rate, lost
+from dynprune.scores import evaluate
+from dynprune.session import History, Session, learning_rate, lost
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
 

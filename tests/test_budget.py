@@ -4,8 +4,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynprune import trace, zoo
-from dynprune.budget import CostModel, alignment, allocate, budgets_met, constraints
+from dynprune.budget import CostModel, alignment, allocate, constraints
 from dynprune.errors import DynpruneError
+from dynprune.fit import budgets_met
 from dynprune.limits import parse_limit
 from dynprune.surgery import slim
 from tests import models
@@ -18,13 +19,14 @@ def graphs():
 
 @pytest.mark.parametrize("text, quantity, amount, absolute", [
     ("0.25", "macs", 0.25, False), ("macs=0.25", "macs", 0.25, False), ("macs=80M", "macs", 80e6, True), ("params=0.11", "params", 0.11, False),
-    ("params=1.5M", "params", 1.5e6, True), ("params=20k", "params", 20e3, True), ("macs=1", "macs", 1.0, False), ("macs=5000000", "macs", 5e6, True)])
+    ("params=1.5M", "params", 1.5e6, True), ("params=20k", "params", 20e3, True), ("latency=0.3", "latency", 0.3, False), ("latency=2ms", "latency", 2.0, True),
+    ("latency=500us", "latency", 0.5, True), ("latency=0.5ms", "latency", 0.5, True), ("macs=1", "macs", 1.0, False), ("macs=5000000", "macs", 5e6, True)])
 def test_budgets_are_read(text, quantity, amount, absolute):
     limit = parse_limit(text)
     assert (limit.quantity, limit.amount, limit.absolute) == (quantity, pytest.approx(amount), absolute)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "80M", "macs=", "flops=3", "macs=nan", "macs=inf", "params=0", "1e400"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "80M", "macs=", "flops=3", "macs=nan", "macs=inf", "params=0", "1e400", "latency=2", "latency=0ms", "latency=2M", "macs=2ms"])
 def test_budgets_that_make_no_sense_are_refused(text):
     with pytest.raises(DynpruneError, match="--budget got .*Expected"):
         parse_limit(text)
@@ -57,7 +59,7 @@ def test_the_cost_model_is_exact(factory):
 def test_budgets_are_kept_and_used(graphs, name, budget, allocation):
     graph = graphs[name]
     for quantity, dense in (("macs", graph.macs({})), ("params", graph.params({}))):
-        for align, within in ((1, 0.02), (0, 0.05 if name == "vgg16" else 0.4)):
+        for align, within in (("1", 0.02), ("auto", 0.05 if name == "vgg16" else 0.4)):
             allowed = constraints(graph, align=align)
             widths = allocate(graph, [f"{quantity}={budget}"], allocation, allowed)
             share = getattr(graph, quantity)(widths) / dense
@@ -76,7 +78,7 @@ def test_several_budgets_hold_at_once(graphs):
 
 
 def test_uniform_widths_are_uniform(graphs):
-    widths = allocate(graphs["vgg16"], ["0.25"], "uniform", constraints(graphs["vgg16"], align=1))
+    widths = allocate(graphs["vgg16"], ["0.25"], "uniform", constraints(graphs["vgg16"], align="1"))
     shares = [width / graphs["vgg16"].groups[name].arms for name, width in widths.items()]
     assert max(shares) - min(shares) < 0.05
 
@@ -108,5 +110,25 @@ def test_unknown_layers_are_refused(graphs):
 
 
 def test_alignment_falls_back_for_narrow_layers():
-    assert [alignment(arms, 0) for arms in (512, 64, 48, 32, 16, 12, 6)] == [16, 16, 8, 8, 4, 4, 1]
+    widest = alignment(512)
+    assert widest in (8, 16)  # what the processor's vectors hold
+    assert [alignment(arms) for arms in (512, 64, 48, 32, 16, 12, 6)] == [widest, widest, 8, 8, 4, 4, 1]
+    assert [alignment(arms, "12") for arms in (512, 6)] == [12, 6]
+
+
+def test_learned_widths_follow_the_worth_of_a_channel(graphs):
+    """Equal worth per cost gives the balanced widths; a group worth more gets wider, at most twice, and the budget stays used."""
+    graph, budget = graphs["vgg16"], ["macs=0.25", "params=0.11"]
+    model, allowed = CostModel(graph), constraints(graph)
+    balanced = allocate(graph, budget, "balanced")
+    own = np.array(list(balanced.values()))
+    price = sum(model.slopes(q, own) / (share * model.dense(q)) for q, share in (("macs", 0.25), ("params", 0.11)))
+    indifferent = allocate(graph, budget, "learned", loss=price)
+    assert all(abs(indifferent[name] - balanced[name]) <= 2 * step for name, step in zip(balanced, allowed.steps))
+    favoured = list(graph.groups)[6]
+    loss = np.where(np.arange(len(own)) == 6, 3 * price, price)
+    widths = allocate(graph, budget, "learned", loss=loss)
+    assert balanced[favoured] * 1.2 < widths[favoured] <= 2 * balanced[favoured] + 16
+    assert all(line["met"] and line["actual"] > 0.93 * line["limit"] for line in budgets_met(graph, budget, widths))
+    assert allocate(graph, budget, "learned") == balanced  # before anything was learned
     assert alignment(512, 7) == 7 and alignment(4, 8) == 4

@@ -25,3 +25,11 @@ def test_every_setting_explains_itself():
         assert field.metadata["help"].endswith(".") and len(field.metadata["help"]) > 10
         assert field.metadata["check"] is None or field.metadata["expected"]
     assert TrainConfig().validate()
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"align": "0"}, "--align got 0. Expected auto or a number"), ({"align": "wide"}, "--align got wide"),
+    ({"allocation": "learned", "policy": "static"}, "learned needs the bandit"), ({"allocation": "learned", "compile": True}, "Choose one of the two")])
+def test_settings_that_contradict_are_refused(settings, message):
+    with pytest.raises(DynpruneError, match=message):
+        TrainConfig(**settings).validate()

@@ -12,7 +12,8 @@ from dynprune.config import TrainConfig
 from dynprune.data import load_data
 from dynprune.reservoir import by_tensor
 from dynprune.surgery import slim
-from dynprune.session import Session, learning_rate, make_optimizer, set_learning_rate
+from dynprune.runs import Run
+from dynprune.session import History, Session, learning_rate, make_optimizer, set_learning_rate
 from tests.test_reservoir import gather_back
 
 CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, explore=0.5, hold=2, budget=("0.3",), precision="float32", bonus=0.3)
@@ -166,3 +167,27 @@ def test_kept_slices_are_one_table(data):
         for dim, where in kept.get(name, {}).items():
             expected = expected.index_select(dim, where)
         assert torch.equal(value, expected)
+
+
+def test_learned_widths_change_once_and_a_checkpoint_remembers_them(data, tmp_path):
+    """A run that is saved after its widths changed goes on as if nothing had happened."""
+    config = dataclasses.replace(CONFIG, allocation="learned", budget=("macs=0.4",), align="1")
+    session = Session(config, data)
+    chosen = run(session, session.steps)
+    widths = [tuple(len(arms) for arms in selection.values()) for selection in chosen]
+    at = session.explorer.reallocation_step
+    assert 0 < at < session.explorer.steps and len(set(widths[:at])) == 1 and len(set(widths[at:])) == 1
+    assert widths[-1] != widths[0] and session.macs <= 0.4 * session.graph.macs({})
+    interrupted = Session(config, data)
+    run(interrupted, at + 3)
+    folder = Run.create(tmp_path / "run", config, False)
+    interrupted.save(folder, History())
+    later = Session(config, data, fit=interrupted.first_fit)
+    later.restore(folder)
+    assert later.widths == interrupted.widths != later.first_fit.widths
+    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    later.model.train()
+    for images, labels in batches[at + 3:]:
+        later.train_step(images, labels)
+    for (name, value), other in zip(session.model.state_dict().items(), later.model.state_dict().values()):
+        assert torch.equal(value, other), name

@@ -1,0 +1,69 @@
+"""ONNX files: written from a torch model, opened in onnxruntime.
+
+Takes a model and an example input, writes one checked `.onnx` file with a dynamic batch and the weights inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from dynprune.errors import DynpruneError
+from dynprune.tracing import first_line
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
+    """One checked file with a dynamic batch; weights inside, `facts` as metadata."""
+    batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
+    try:
+        with quiet():
+            program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
+                                        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+        proto = program.model_proto
+    except Exception as error:
+        raise DynpruneError(f"torch cannot export this network to ONNX ({type(error).__name__}: {first_line(error)[:200]}). Try another --opset.") from error
+    for key, value in facts.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save_model(proto, path)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter reports its steps on stdout and warns of its own internals; neither belongs into our output."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def read_opset(path: Path) -> int:
+    """The opset that was written: a requested one that cannot be converted to is silently replaced."""
+    imports = onnx.load(path, load_external_data=False).opset_import
+    return next(entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
+
+
+def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU, of a file or of its bytes. threads: for one operator; 0 leaves onnxruntime's choice."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = "a network in memory" if isinstance(path, bytes) else path
+        raise DynpruneError(f"{name} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
