@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as python_inspect
 import json
+import os
 import signal
 import sys
 import typing
@@ -86,6 +87,7 @@ def dynprune(_version: Annotated[bool, typer.Option("--version", callback=versio
 @with_settings
 def train(given: dict, out: Out = None, overwrite: Overwrite = False,
           resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
+          override: Annotated[bool, typer.Option("--override", help="With --resume: go on with the settings given here where they differ.")] = False,
           json_output: Json = False) -> None:
     """Train with dynamic channel execution and leave a run directory.
 
@@ -93,7 +95,9 @@ def train(given: dict, out: Out = None, overwrite: Overwrite = False,
     """
     from dynprune import report
 
-    result = do_train(given, out, overwrite, resume)
+    if override and not resume:
+        raise DynpruneError("--override changes the settings of a run that is resumed. Pass --resume with it, or --overwrite to begin anew.")
+    result = do_train(given, out, overwrite, resume, override)
     finish(json_output, dataclasses.asdict(result), lambda: [report.train_table(result), f"next: dynprune compact {result.run}"])
 
 
@@ -182,7 +186,7 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
 def inspect(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
             input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224. [default: what the source is used to]",
                                                      show_default=False)] = "",
-            classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm, else 10.")] = 0,
+            classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.")] = 0,
             check: Annotated[bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")] = False,
             fraction: Annotated[float, typer.Option("--fraction", help="Share of each group's channels that --check removes.")] = 0.5,
             seed: Annotated[int, typer.Option("--seed", help="Which channels --check removes.")] = 0,
@@ -211,7 +215,7 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
          max_width_share: Annotated[float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")] = 1.0,
          keep: Annotated[Optional[list[str]], typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")] = None,
          input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224.")] = "",
-         classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm, else 10.")] = 0,
+         classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.")] = 0,
          json_output: Json = False) -> None:
     """Show, before any training, which widths a budget gives and what they cost.
 
@@ -237,38 +241,60 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
 # -- what the commands share ------------------------------------------------------------------------------------------
 
 
-def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool):
+def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False):
     config = TrainConfig(**given).validate()
+    from dynprune import distributed
     from dynprune.report import Display
-    from dynprune.runs import Run, read_tensors
+    from dynprune.runs import Run
     from dynprune.data import load_data
     from dynprune.session import Session, fit_in
     from dynprune.train import train as run_training
 
     path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
+    found = Run.open(path) if resume else None
     if resume:
-        found = Run.open(path)
-        config = resumed(found.config, given, path)
-    else:
+        config = resumed(found.config, given, path, override)
+    ranks = distributed.join(os.environ, config.device)
+    display = Display.silent() if not ranks.first else Display()
+    if not resume and ranks.first:
         Run.refuse_existing(path, overwrite)
-    display = Display()
-    with display.live(), stop_requested() as stop:
-        display.note(f"reading {config.data}")
-        fit = fit_in(read_tensors(found.checkpoint_file, "checkpoint")[1], "first_fit") if resume else None
-        session = Session(config, load_data(config), fit=fit, report=display.work)
-        where = found if resume else Run.create(path, config, overwrite)
-        display.say(f"{config.model} on {config.data}: {len(session.data.train)} images to train, validation is {session.data.chooses}, test is "
-                    f"{session.data.reports}")
-        return run_training(config, where, resume=resume, report=display.step, note=display.note, stop=stop, session=session)
+    try:
+        with display.live(), stop_requested() as stop:
+            display.note(f"reading {config.data}")
+            data = load_data(config)
+            if resume and not found.has_checkpoint:
+                display.say(f"{path} was stopped before its first checkpoint: it begins anew")
+            again = resume and found.has_checkpoint
+            fit = fit_in(found.read_checkpoint()[1], "first_fit") if again else None
+            session = Session(config, data, fit=fit, report=display.work, ranks=ranks)
+            run = found or (Run.create(path, config, overwrite) if ranks.first else Run(path))
+            if resume and override and ranks.first:
+                run.write_config(config)
+            display.say(f"{config.model} on {config.data}: {len(data.train)} images to train, validation is {data.chooses}, test is {data.reports}"
+                        + (f"; {ranks.count} processes" if ranks.several else ""))
+            result = run_training(config, run, resume=again, override=override, report=display.step, note=display.say if resume else display.note, stop=stop,
+                                  session=session)
+    finally:
+        distributed.leave()
+    if not ranks.first:
+        raise typer.Exit
+    return result
 
 
-def resumed(config: TrainConfig, given: dict, path: Path) -> TrainConfig:
-    """The run's own settings; options given beside --resume must agree with them."""
+WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
+
+
+def resumed(config: TrainConfig, given: dict, path: Path, override: bool) -> TrainConfig:
+    """The run's own settings; options given beside --resume must agree with them, or are taken with --override."""
     differing = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
-                 if value != getattr(config, name)]
-    if differing:
-        raise DynpruneError(f"--resume goes on with the settings in {path}/config.toml, which differ: {', '.join(differing)}. Drop those options.")
-    return config
+                 if value != getattr(config, name) and name != "checkpoint_every"]
+    if differing and not override:
+        raise DynpruneError(f"--resume goes on with the settings in {path}/config.toml, which differ: {', '.join(differing)}. Drop those options, or pass "
+                            "--override to go on with them.")
+    fixed = [name for name in ("model", "data", "image_size", "policy", "seed", "optimizer", *WIDTHS) if name in given and given[name] != getattr(config, name)]
+    if fixed:
+        raise DynpruneError(f"--override cannot change --{fixed[0].replace('_', '-')}: the checkpoint in {path} would not fit. Start a new run with another --out.")
+    return dataclasses.replace(config, **given).validate()
 
 
 def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float):

@@ -22,7 +22,7 @@ from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.fit import Fit, Fitter, Latency, budgets_met, first_missed
 from dynprune.reservoir import Reservoir
-from dynprune.runs import Run, read_tensors
+from dynprune.runs import Run
 from dynprune.surgery import slim
 from dynprune.tracing import exact_part, masked, trace
 from dynprune.latency import Report, silent
@@ -66,7 +66,7 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     """
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     config = run.config
-    tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+    tensors, facts = run.read_checkpoint()
     if not isinstance(facts.get("step"), int) or not isinstance(facts.get("steps"), int):
         raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
     if facts["step"] < facts["steps"]:

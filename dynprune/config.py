@@ -7,6 +7,8 @@ directory keeps the resolved values as `config.toml`.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -81,13 +83,15 @@ class TrainConfig:
     warmup: float = setting(0.1, "Share of the steps in which the learning rate rises linearly to its peak.",
                             check=fraction, expected="a share in [0, 1)")
     label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)")
-    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it.",
-                             choices=("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
+                             choices=("auto", "float32", "bfloat16", "float64"))
     device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
     threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: v >= 0, expected="0 or more")
+    checkpoint_every: str = setting("5m", "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
+                                    check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
                         expected="a number from 0 to 4294967295")
 
@@ -106,6 +110,13 @@ class TrainConfig:
         if self.allocation == "learned" and self.compile:
             raise DynpruneError("--allocation learned changes widths during training, so what --compile made would be thrown away. Choose one of the two.")
         return self
+
+    @property
+    def checkpoint_interval(self) -> tuple[float, float]:
+        """Steps and seconds between checkpoints; the one that was not asked for is infinite."""
+        number = math.inf if self.checkpoint_every == "never" else float(self.checkpoint_every.rstrip("smh"))
+        unit = self.checkpoint_every[-1]
+        return (math.inf, number * {"s": 1, "m": 60, "h": 3600}[unit]) if unit in "smh" and number < math.inf else (number, math.inf)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(dataclasses.asdict(self))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,19 +92,22 @@ class Data:
         """Whole batches only, so that every step has the same shape; at least one."""
         return max(1, len(self.train) // batch_size)
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch."""
+    def train_batches(self, batch_size: int, seed: int, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch.
+
+        part: which images of every batch are wanted; they come out as they do when all are.
+        """
         order = torch.randperm(len(self.train), generator=generator(seed, epoch))
         steps = self.steps_per_epoch(batch_size)
         if isinstance(self.train, ImagesInMemory):
             for step in range(start, steps):
                 batch = self.train.take(order[step * batch_size:(step + 1) * batch_size])
-                images = augment_batch(batch.pixels, self.augment, generator(seed, epoch, step))
-                yield self.normalise(images), batch.labels
+                images = augment_batch(batch.pixels, self.augment, generator(seed, epoch, step), part)
+                yield self.normalise(images), batch.labels[part]
             return
-        chosen = self.train.take(order[start * batch_size:steps * batch_size])
-        dataset = PhotoDataset(chosen, self.side, self.augment, (seed, epoch), start * batch_size)
-        for pixels, labels in loader(dataset, batch_size, self.workers):
+        places = torch.arange(start * batch_size, steps * batch_size).view(-1, batch_size)[:, part]
+        dataset = PhotoDataset(self.train.take(order[places.reshape(-1)]), self.side, self.augment, (seed, epoch), places.reshape(-1).tolist())
+        for pixels, labels in loader(dataset, places.size(1), self.workers):
             yield self.normalise(pixels), labels
 
     def eval_batches(self, images: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,20 +132,20 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its side (zeros come in) and mirror half of them: one draw per image.
+def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slice = slice(None)) -> Tensor:
+    """Shift each image by up to an eighth of its side (zeros come in) and mirror half of them: one draw per image. Returns `part` of them.
 
     Crops by `unfold` and one index for the whole batch; torchvision's transforms would draw one crop for all.
     """
     if augment == "none":
-        return pixels
+        return pixels[part]
     n, _, height, width = pixels.shape
     pad = max(1, height // 8)
-    windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=rng)
-    pixels = windows[torch.arange(n), :, top, left]
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=rng)[:, part]
+    windows = F.pad(pixels[part], [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    pixels = windows[torch.arange(len(top)), :, top, left]
     if augment == "crop+flip":
-        mirrored = torch.rand(n, generator=rng) < 0.5
+        mirrored = (torch.rand(n, generator=rng) < 0.5)[part]
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels)
     return pixels
 
@@ -150,11 +153,11 @@ def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator) -> Tensor:
 class PhotoDataset(torch.utils.data.Dataset):
     """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
 
-    def __init__(self, files: ImageFiles, side: int, augment: str, seeds: tuple[int, ...] = (), first: int = 0):
-        """first: the place of files[0] in its epoch; with `seeds` it decides each image's random changes."""
+    def __init__(self, files: ImageFiles, side: int, augment: str, seeds: tuple[int, ...] = (), places: Sequence[int] | None = None):
+        """places: of each file in its epoch (default: in order); with `seeds` it decides the image's random changes."""
         from torchvision.transforms import v2  # 1 s to import: only photos need it
 
-        self.files, self.seeds, self.first = files, seeds, first
+        self.files, self.seeds, self.places = files, seeds, range(len(files)) if places is None else places
         if augment == "none":
             self.transform = v2.Compose([v2.Resize(round(side * 8 / 7)), v2.CenterCrop(side)])
         else:
@@ -167,7 +170,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = open_image(self.files.paths[index])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(*self.seeds, self.first + index).initial_seed())
+            torch.manual_seed(generator(*self.seeds, self.places[index]).initial_seed())
             image = self.transform(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.files.labels[index])
 

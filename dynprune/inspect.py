@@ -18,7 +18,8 @@ from dynprune import zoo
 from dynprune.channels import ChannelGraph, PinnedLayer
 from dynprune.errors import DynpruneError
 from dynprune.surgery import slim
-from dynprune.tracing import EXACT, difference, exact_part, first_line, random_selection, run_compact, trace
+from dynprune.labels import tensors_in
+from dynprune.tracing import EXACT, difference, evaluating, exact_part, first_line, lively, random_selection, run_compact, trace
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ def parse_input(text: str) -> tuple[int, ...]:
 
 
 def default_classes(name: str) -> int:
+    """What the source's networks are usually built for: ImageNet's 1000 classes, VOC's 21 in segmentation, COCO's 91 in detection; else 10."""
+    if name.startswith("torchvision:"):
+        import torchvision
+
+        for module, classes in ((torchvision.models.segmentation, 21), (torchvision.models.detection, 91)):
+            if name.partition(":")[2] in torchvision.models.list_models(module=module):
+                return classes
     return 1000 if name.startswith(("torchvision:", "timm:")) else 10
 
 
@@ -145,4 +153,15 @@ def check_exactness(model: nn.Module, graph: ChannelGraph, inputs: tuple, fracti
     except Exception as error:
         return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, first_line(error))
     kept = sum(p.numel() for p in slim(model, graph.kept(selection)).parameters()) / max(1, graph.params({}))
+    if empty_outputs(model, inputs):
+        return Check(False, math.nan, kept, seconds, fraction, seed, mixed, "runs, but on a random image the model finds nothing, so nothing could be compared; "
+                     "check the backbone by itself")
     return Check(found < EXACT, found, kept, seconds, fraction, seed, mixed, "")
+
+
+@torch.no_grad()
+def empty_outputs(model: nn.Module, inputs: tuple) -> bool:
+    """Whether no output has a number in it, such as a detector's that sees no object."""
+    with evaluating(model):
+        model, inputs = lively(model, inputs)
+        return not any(value.numel() for value in tensors_in(model(*inputs)) if value.is_floating_point())

@@ -15,7 +15,7 @@ from dynprune.errors import DynpruneError
 from dynprune.fit import Fit, Fitter, budgets_met
 from dynprune.inspect import build_for_inspection, default_classes
 from dynprune.latency import Report, silent
-from dynprune.runs import Run, read_tensors
+from dynprune.runs import Run
 from dynprune.tracing import trace
 
 
@@ -74,7 +74,7 @@ def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: boo
 
 def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
     """What the run's bandit found one more arm of each group to be worth: the mean saliency of the lower half of those it chose."""
-    tensors, _ = read_tensors(run.checkpoint_file, "checkpoint")
+    tensors, _ = run.read_checkpoint()
     values = []
     for group in fitter.graph:
         saliency, slots = tensors.get(f"explorer.saliency.{group.name}"), tensors.get(f"slots.{group.name}")

@@ -52,6 +52,11 @@ class Display:
         self.task = self.bar.add_task("", total=None)
         self.val_accuracy: float | None = None
 
+    @classmethod
+    def silent(cls) -> Display:
+        """For all but the first of several processes."""
+        return cls(Console(stderr=True, quiet=True))
+
     @contextmanager
     def live(self) -> Iterator[Display]:
         if self.console.is_terminal:

@@ -112,14 +112,15 @@ class Reservoir:
         for name, dims in kept.items():
             if not name.startswith("#"):
                 by_block.setdefault(math.prod(full[name].shape[max(dims) + 1:]), []).append(name)
+        dtype = next((full[name].dtype for names in by_block.values() for name in names), torch.float32)
         for block, names in by_block.items():
             buffers = self.buffers[block] = Buffers(
-                torch.empty(sum(full[name].numel() for name in names) // block, block, device=store_device, pin_memory=pin),
-                torch.empty(sum(live[name].numel() for name in names) // block, block, device=device), [])
+                torch.empty(sum(full[name].numel() for name in names) // block, block, dtype=dtype, device=store_device, pin_memory=pin),
+                torch.empty(sum(live[name].numel() for name in names) // block, block, dtype=dtype, device=device), [])
             start = full_start = 0
             for name in names:
                 old, small = full[name], live[name]
-                assert old.dtype == torch.float32, f"{name} is {old.dtype}"
+                assert old.dtype == dtype, f"{name} is {old.dtype}"
                 lead = max(kept[name]) + 1
                 blocks, full_blocks = small.numel() // block, old.numel() // block
                 set_tensor(self.full, name, buffers.store[full_start:full_start + full_blocks].view(old.shape).copy_(old))

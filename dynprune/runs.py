@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Run:
 
     config_file = property(lambda self: self.path / "config.toml")
     checkpoint_file = property(lambda self: self.path / "checkpoint.safetensors")
+    previous_checkpoint_file = property(lambda self: self.path / "checkpoint.previous.safetensors")
     compact_file = property(lambda self: self.path / "compact.safetensors")
     onnx_file = property(lambda self: self.path / "compact.onnx")
     dense_onnx_file = property(lambda self: self.path / "dense.onnx")
@@ -74,9 +76,46 @@ class Run:
             raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune train wrote.")
         return run
 
+    def write_config(self, config: TrainConfig) -> None:
+        write_text(self.config_file, config.to_toml())
+
     @property
     def config(self) -> TrainConfig:
         return TrainConfig.from_toml(self.config_file)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoint_file.is_file() or self.previous_checkpoint_file.is_file()
+
+    def write_checkpoint(self, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
+        """The new state, with the one before kept: whenever this is interrupted, at least one whole checkpoint is there."""
+        fresh = self.path / "checkpoint.fresh.safetensors"
+        try:
+            write_tensors(fresh, tensors, facts)
+            if self.checkpoint_file.exists():
+                os.replace(self.checkpoint_file, self.previous_checkpoint_file)
+            os.replace(fresh, self.checkpoint_file)
+        except OSError as error:
+            raise DynpruneError(f"Cannot write {self.checkpoint_file} ({error.strerror}). The checkpoint before is unchanged.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+
+    def read_checkpoint(self, note: Callable[[str], None] = lambda _: None, *, aside: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and facts of the newest checkpoint that is whole; `note` hears of a damaged one that was passed over.
+
+        aside: put the damaged one out of the way, so that the next checkpoint does not push out the whole one.
+        """
+        try:
+            return read_tensors(self.checkpoint_file, "checkpoint")
+        except DynpruneError as error:
+            if not self.previous_checkpoint_file.is_file():
+                raise
+            found = read_tensors(self.previous_checkpoint_file, "checkpoint")
+            if aside and self.checkpoint_file.exists():
+                os.replace(self.checkpoint_file, self.path / "checkpoint.damaged.safetensors")
+            note(f"warning: {error} Going on from the checkpoint before, of step {found[1].get('step')}.")
+            return found
 
     def add_metrics(self, line: Mapping) -> None:
         try:
@@ -90,7 +129,7 @@ class Run:
         file = self.path / "metrics.jsonl"
         if file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            write_text(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
 
     @property
     def results(self) -> dict:
@@ -101,6 +140,14 @@ class Run:
     def record(self, command: str, result: Mapping) -> None:
         """Keep a command's outcome in result.json, beside those of the others."""
         write_text(self.path / "result.json", json.dumps({**self.results, command: result}, indent=2))
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics; one that is damaged comes after everything."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def environment() -> dict[str, object]:

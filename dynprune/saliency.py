@@ -63,7 +63,7 @@ def prepare(shapes: Mapping[str, torch.Size], places: Mapping[str, Mapping[AxisK
 
 
 def taylor(parameters: Mapping[str, Tensor], ledger: Ledger) -> Tensor:
-    """|sum of value * gradient| of every slot of every group, float32 of shape (total,).
+    """|sum of value * gradient| of every slot of every group, float32 of shape (total,), whatever the parameters' precision.
 
     parameters: the active model's, by name, with their gradients. A parameter without gradient counts 0.
     """

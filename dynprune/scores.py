@@ -16,12 +16,13 @@ from dynprune.tracing import evaluating
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, images: Images, device: torch.device | str = "cpu") -> float:
-    """Share of the images whose class is predicted right, in float32. The model's mode is restored."""
+    """Share of the images whose class is predicted right, in the model's own precision. Its mode is restored."""
     was_training, right = model.training, 0
+    dtype = next((value.dtype for value in model.parameters()), torch.float32)
     model.eval()
     try:
         for batch, labels in data.eval_batches(images):
-            batch = batch.to(device, memory_format=torch.channels_last)
+            batch = batch.to(device, dtype, memory_format=torch.channels_last)
             right += int((logits(model(batch)).argmax(1).cpu() == labels).sum())
     finally:
         model.train(was_training)
@@ -40,17 +41,17 @@ def logits(output: object) -> Tensor:
 
 
 @torch.no_grad()
-def check_output(model: nn.Module, data: Data) -> None:
+def check_output(model: nn.Module, classes: list[str], example: Tensor) -> None:
     """Refuse a network whose output cannot be trained on these classes, before the long work starts."""
     with evaluating(model):
         try:
-            output = model(data.example)
+            output = model(example)
         except Exception:
             return  # tracing names the layer
     shape = tuple(logits(output).shape)
-    if len(shape) != 2 or shape[1] < len(data.classes):
+    if len(shape) != 2 or shape[1] < len(classes):
         raise DynpruneError(f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected one score per class: "
-                            f"1x{len(data.classes)}. A factory should take num_classes.")
+                            f"1x{len(classes)}. A factory should take num_classes.")
 
 
 class Scores(nn.Module):

@@ -7,12 +7,14 @@ with its active model, the bandits and the optimizer. A checkpoint is this, writ
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,12 +24,13 @@ from dynprune.channels import ChannelGraph, Selection
 from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
 from dynprune.data import Data
+from dynprune.distributed import ALONE, Ranks, agree, average, share_norms
 from dynprune.errors import DynpruneError
 from dynprune.explore import Explorer
 from dynprune.fit import Fit, Fitter, Latency
 from dynprune.latency import Report, silent
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
-from dynprune.runs import Run, read_tensors, write_text, write_tensors
+from dynprune.runs import Run, write_text
 from dynprune.saliency import prepare
 from dynprune.scores import check_output, logits
 from dynprune.tracing import first_line, trace
@@ -50,26 +53,38 @@ class History:
 class Session:
     """Everything that one training run holds, built from its configuration or from its checkpoint."""
 
-    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent):
+    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent, ranks: Ranks = ALONE):
         """fit: the widths to begin with, where they are known already; else they are found, which `report` follows."""
-        self.config, self.data = config, data
-        self.device = choose_device(config.device)
+        self.config, self.data, self.ranks = config, data, ranks
+        self.part = ranks.part(config.batch_size)
+        self.stop: Callable[[], bool] = lambda: False
+        self.stopping, self.sent_bytes = False, 0
+        self.device = choose_device(config.device, ranks.local)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.step = 0
-        full = zoo.build(config.model, len(data.classes), config.seed).float()
+        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
+        full = zoo.build(config.model, len(data.classes), config.seed).to(self.dtype)
         if config.weights:
             zoo.load_weights(full, Path(config.weights))
-        check_output(full, data)
-        self.graph = trace(full, data.example)
-        self.fitter = Fitter(full, self.graph, data.example, config, report)
-        self.fit = self.first_fit = fit or self.fitter.fit()
+        example = data.example.to(self.dtype)
+        check_output(full, data.classes, example)
+        self.graph = trace(full, example)
+        self.fitter = Fitter(full, self.graph, example, config, report)
+        self.fit = self.first_fit = fit or self.find_widths()
         self.widths = self.fit.widths
         if not config.weights:
             scale_for_narrow_fan_in(full, self.graph, self.widths)
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)
         self.install(self.new_reservoir(full, self.explorer.first()))
+
+    def find_widths(self, loss: np.ndarray | None = None) -> Fit:
+        """Widths that meet the budgets. Milliseconds are measured by the first process alone."""
+        if not (self.ranks.several and self.fitter.in_ms):
+            return self.fitter.fit(loss)
+        found = self.fitter.fit(loss) if self.ranks.first else Fit(self.graph.full_widths)
+        return dataclasses.replace(found, widths=dict(zip(found.widths, agree(list(found.widths.values()), self.ranks, self.device))))
 
     def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
         store_device = "cpu" if self.config.reservoir == "cpu" else self.device
@@ -78,6 +93,8 @@ class Session:
     def install(self, reservoir: Reservoir) -> None:
         self.reservoir, self.widths = reservoir, reservoir.widths
         self.model = self.forward = reservoir.active
+        if self.ranks.several:
+            share_norms(self.model, self.ranks)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.config, self.model, self.device)
         reservoir.attach(self.optimizer)
@@ -95,7 +112,10 @@ class Session:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device."""
+        """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device.
+
+        images, labels: this process's part of the batch. Afterwards `stopping` says whether any process was asked to stop.
+        """
         if self.explorer.changes_at(self.step):
             self.explorer.count(self.reservoir.slots)
             self.explorer.end_round(self.reservoir.slots)
@@ -106,24 +126,35 @@ class Session:
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
-        images, labels = images.to(self.device, memory_format=torch.channels_last, non_blocking=True), labels.to(self.device, non_blocking=True)
+        images, labels = images.to(self.device, self.dtype, memory_format=torch.channels_last, non_blocking=True), labels.to(self.device, non_blocking=True)
         with self.autocast():
             output = self.forward(images)
-        loss = F.cross_entropy(logits(output).float(), labels, label_smoothing=self.config.label_smoothing)
+        loss = F.cross_entropy(logits(output).to(self.dtype), labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = self.exchange(loss.detach())
         if self.explorer.explores_at(self.step):
             self.explorer.reward(self.parameters, self.ledger)
         self.optimizer.step()
         self.explorer.uncounted += 1
         self.step += 1
-        return loss.detach()
+        return loss
+
+    def exchange(self, loss: Tensor) -> Tensor:
+        """With several processes: mean gradients for all, and the mean loss; one that is asked to stop stops all after the same step."""
+        if not self.ranks.several:
+            self.stopping = self.stop()
+            return loss
+        own = torch.stack([loss, torch.full_like(loss, float(self.stop()))])
+        (loss, stopping), self.sent_bytes = average(self.parameters.values(), own, self.ranks)
+        self.stopping = bool(stopping > 0)
+        return loss
 
     def reallocate(self) -> None:
         """Give every group the width that its arms turned out to be worth, and rebuild the active model. Momentum starts at zero."""
         self.reservoir.write_back()
         self.fitter.full = self.reservoir.full
-        self.fit = self.fitter.fit(self.explorer.loss_per_arm())
+        self.fit = self.find_widths(self.explorer.loss_per_arm())
         self.explorer.change_widths(self.fit.widths)
         self.install(self.new_reservoir(self.reservoir.full, self.explorer.select(self.step)))
         self.model.train()
@@ -155,18 +186,21 @@ class Session:
                     tensors[f"optimizer.{key}.{name}"] = value
         facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
                  "side": self.data.side, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
-        write_tensors(run.checkpoint_file, tensors, facts)
+        run.write_checkpoint(tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
                  for name, counts in self.explorer.executed.items()}
         write_text(run.path / "selections.json", json.dumps({"steps": self.step, "groups": picks}))
 
-    def restore(self, run: Run) -> History:
-        tensors, facts = read_tensors(run.checkpoint_file, "checkpoint")
+    def restore(self, run: Run, *, override: bool = False, note: Callable[[str], None] = lambda _: None) -> History:
+        """Go on where the run's newest whole checkpoint was. override: its number of steps may differ from what the settings give now."""
+        tensors, facts = run.read_checkpoint(note, aside=self.ranks.first)
         if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list), ("history", dict))):
             raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
-        if facts["steps"] != self.steps or facts["classes"] != self.data.classes:
+        if facts["classes"] != self.data.classes or not override and facts["steps"] != self.steps:
             raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
+        if facts["step"] > self.steps:
+            raise DynpruneError(f"{run.path} is at step {facts['step']}, beyond the {self.steps} that the settings now give. Choose more --epochs.")
         self.step = facts["step"]
         slots, template = slots_in(tensors, self.reservoir.full, self.graph)
         self.fit = fit_in(facts, "fit")
@@ -175,9 +209,15 @@ class Session:
         self.install(self.new_reservoir(self.reservoir.full, slots, template))
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                value.copy_(tensors[f"optimizer.{key}.{name}"])
+                if (saved := tensors.get(f"optimizer.{key}.{name}")) is not None and saved.shape == value.shape:
+                    value.copy_(saved)
+                elif not override:
+                    raise DynpruneError(f"{run.checkpoint_file} has no state of the optimizer for {name}. Resume with the run's own settings.")
         run.keep_metrics_until(self.step)
-        return History(**facts["history"])
+        try:
+            return History(**facts["history"])
+        except TypeError as error:
+            raise DynpruneError(f"{run.checkpoint_file} has a history that is not ours ({error}). Expected a checkpoint written by dynprune train.") from error
 
 
 def fit_in(facts: dict, name: str) -> Fit:
@@ -215,9 +255,11 @@ def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
 # -- settings to objects ----------------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a setting names; without a number, each process of a machine takes its own GPU."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DynpruneError(f'--device got "{name}", which is not usable here ({first_line(error)}). Try --device cpu.') from error

@@ -84,8 +84,10 @@ def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTrace
 
 
 def pin_outputs(tracer: LabelTracer, output: object) -> None:
+    """The user's outputs keep their sizes. One that is not known came from code out of sight, which may have read anything; whole
+    numbers excepted, which are indices or class names beside the values that they belong to, and are compared like these."""
     values = list(tensors_in(output))
-    if not values or any(value not in tracer.labels for value in values):
+    if not values or any(value not in tracer.labels and value.is_floating_point() for value in values):
         tracer.pins.append(Pin("a function out of sight before the output", "(output)", torch.arange(1, tracer.next_label)))
     for value in values:
         if value in tracer.labels:

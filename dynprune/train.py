@@ -7,6 +7,7 @@ Takes a TrainConfig and a run directory, trains the narrow model that the policy
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from dynprune.config import TrainConfig
 from dynprune.data import load_data
+from dynprune.distributed import lost_contact
 from dynprune.errors import DynpruneError
 from dynprune.runs import Run
 from dynprune.scores import evaluate
 from dynprune.session import History, Session, learning_rate, lost
+from dynprune.tracing import first_line
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
 
@@ -42,7 +45,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use."""
+    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use.
+    gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would send."""
 
     run: str
     policy: str
@@ -59,53 +63,121 @@ class TrainResult:
     data_wait_share: float
     precision: str
     compiled: dict | None
+    processes: int
+    gradient_bytes: int
+    dense_gradient_bytes: int
 
 
-def train(config: TrainConfig, run: Run, *, resume: bool = False, report: Callable[[Progress], None] = lambda _: None,
+def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool = False, report: Callable[[Progress], None] = lambda _: None,
           note: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False, session: Session | None = None) -> TrainResult:
     """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so, the
-    state is saved and DynpruneError tells how to go on."""
+    state is saved and DynpruneError tells how to go on. override: the settings may differ from those of the checkpoint.
+
+    With several processes (`session.ranks`) each calls this; the first one alone writes, validates and tests.
+    """
     session = session or Session(config, load_data(config))
-    history = session.restore(run) if resume else History()
-    with torch.random.fork_rng(), threads(config.threads):
+    history = session.restore(run, override=override, note=note) if resume else History()
+    session.stop = stop
+    with torch.random.fork_rng(), threads(config.threads), telling_what_is_left(session, run):
         started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
         compiled = session.compile(note) if config.compile else None
+        due = Due(config)
+        if session.ranks.several and not resume:
+            save(session, run, history)  # so that there is something to go on from when a process dies
         while session.step < session.steps:
             epoch, start = divmod(session.step, session.steps_per_epoch)
             meter = EpochMeter(session, history)
             session.model.train()
-            batches = timed(session.data.train_batches(config.batch_size, config.seed, epoch, start))
+            batches = timed(session.data.train_batches(config.batch_size, config.seed, epoch, start, session.part))
             for images, labels, waited_s in batches:
-                torch.manual_seed(config.seed * 1_000_003 + session.step)  # dropout depends on the step alone
+                torch.manual_seed(config.seed * 1_000_003 + session.step + (session.ranks.rank << 40))  # dropout depends on the step alone
                 meter.add(session.train_step(images, labels), waited_s)
                 if session.step % LOSS_CHECK_STEPS == 0:
                     meter.check_loss(run)
                     report(progress(session, meter, epoch, started, first_step, None))
                 history.seconds = seconds_before + time.perf_counter() - started
-                if stop() and session.step % session.steps_per_epoch:
+                if session.step % session.steps_per_epoch and (session.stopping or due.now(session.step)):
                     meter.check_loss(run)
-                    session.save(run, history)
-                    raise stopped(session, run)
+                    save(session, run, history)
+                    if session.stopping:
+                        raise stopped(session, run)
             meter.check_loss(run)
-            line = meter.line(epoch)
-            val_accuracy = evaluate(session.model, session.data, session.data.val, session.device)
-            run.add_metrics({**line, "val_accuracy": val_accuracy})
+            val_accuracy = finish_epoch(session, run, meter.line(epoch))
             report(progress(session, meter, epoch, started, first_step, val_accuracy))
             history.start_epoch()
-            session.save(run, history)
-            if stop() and session.step < session.steps:
+            due.saved = time.monotonic()
+            save(session, run, history)
+            if session.stopping and session.step < session.steps:
                 raise stopped(session, run)
-        history.seconds = seconds = seconds_before + time.perf_counter() - started
-        accuracy = evaluate(session.model, session.data, session.data.test, session.device)
-        if val_accuracy is None:  # a finished run was resumed
-            val_accuracy = evaluate(session.model, session.data, session.data.val, session.device)
-    dense = session.graph.macs({})
+        history.seconds = seconds_before + time.perf_counter() - started
+        return conclude(session, run, history, val_accuracy, compiled)
+
+
+def finish_epoch(session: Session, run: Run, line: dict) -> float:
+    """Validate and write the epoch's metrics. Returns the validation accuracy, nan in processes that do not validate."""
+    if not session.ranks.first:
+        return math.nan
+    accuracy = evaluate(session.model, session.data, session.data.val, session.device)
+    run.add_metrics({**line, "val_accuracy": accuracy})
+    return accuracy
+
+
+def save(session: Session, run: Run, history: History) -> None:
+    if session.ranks.first:
+        session.save(run, history)
+
+
+def conclude(session: Session, run: Run, history: History, val_accuracy: float | None, compiled: dict | None) -> TrainResult:
+    """Test the last step's model and record the outcome; only the first of several processes does."""
+    config, data, first = session.config, session.data, session.ranks.first
+    accuracy = evaluate(session.model, data, data.test, session.device) if first else math.nan
+    if val_accuracy is None:  # a finished run was resumed
+        val_accuracy = evaluate(session.model, data, data.val, session.device) if first else math.nan
+    dense, seconds = session.graph.macs({}), history.seconds
     result = TrainResult(
-        str(run.path), config.policy, accuracy, val_accuracy, session.data.reports, session.data.chooses, seconds,
+        str(run.path), config.policy, accuracy, val_accuracy, data.reports, data.chooses, seconds,
         session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
-        history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled)
-    run.record("train", asdict(result))
+        history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled, session.ranks.count, session.sent_bytes,
+        session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0)
+    if first:
+        run.record("train", asdict(result))
     return result
+
+
+@contextlib.contextmanager
+def telling_what_is_left(session: Session, run: Run) -> Iterator[None]:
+    """Turn what breaks a run from outside into one line that says what is kept and how to go on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        where, text = f"at step {session.step} of {session.steps}", str(error)
+        if lost_contact(error):
+            raise DynpruneError(f"Lost contact with another process {where} ({first_line(error)[:150]}). {left(run)} Start all processes again with --resume.") from error
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+            raise DynpruneError(f"Out of memory {where} with --batch-size {session.config.batch_size}. {left(run)} Try a smaller --batch-size, a smaller --budget, "
+                                "--precision bfloat16, or --reservoir cpu on a GPU.") from error
+        if "DataLoader worker" in text:
+            raise DynpruneError(f"A process that decodes photos died {where} ({first_line(error)[:150]}). {left(run)} Often memory is short: try fewer "
+                                "--workers. Go on with --resume.") from error
+        raise
+
+
+def left(run: Run) -> str:
+    return f"The last checkpoint is in {run.path}." if run.checkpoint_file.exists() else "No checkpoint had been written yet."
+
+
+class Due:
+    """Says after which steps a checkpoint is due, by steps or by time."""
+
+    def __init__(self, config: TrainConfig):
+        self.steps, self.seconds = config.checkpoint_interval
+        self.saved = time.monotonic()
+
+    def now(self, step: int) -> bool:
+        if step % self.steps and time.monotonic() - self.saved < self.seconds:
+            return False
+        self.saved = time.monotonic()
+        return True
 
 
 class EpochMeter:

@@ -1,4 +1,4 @@
-"""Coverage over whole catalogues, one JSON line per network: `python -m tests.coverage torchvision|timm [--sample N] [--out FILE]`.
+"""Coverage over whole catalogues, one JSON line per network: `python -m tests.coverage torchvision|dense|timm [--sample N] [--out FILE]`.
 
 Every network is traced, loses a random half of every group's arms, and is compared with the masked original. Not a test of
 its own: it takes an hour. `--max-params` leaves out networks that do not fit in memory; what was left out is printed.
@@ -17,7 +17,8 @@ import warnings
 import torch
 
 from dynprune import zoo
-from dynprune.inspect import inspect
+from dynprune.inspect import check_exactness, default_classes, inspect
+from dynprune.tracing import trace
 
 # timm's files of transformers, mixers and hybrids; everything else is taken as a CNN
 NOT_CNN = set("""beit cait coat convit crossvit davit deit dinov2 edgenext efficientformer efficientformer_v2 efficientvit_msra eva fastvit
@@ -30,6 +31,25 @@ NOT_CNN = set("""beit cait coat convit crossvit davit deit dinov2 edgenext effic
 def torchvision_names() -> list[str]:
     import torchvision
     return [f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+
+
+def dense_names() -> list[str]:
+    import torchvision
+    return [f"torchvision:{name}" for module in (torchvision.models.segmentation, torchvision.models.detection)
+            for name in torchvision.models.list_models(module=module)]
+
+
+def measure_backbone(name: str) -> dict:
+    """The detector's backbone, and the share of the whole detector that can be removed."""
+    whole = inspect(name)
+    backbone = zoo.build(name, 91, 0).eval().backbone
+    x = torch.randn(1, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    graph = trace(backbone, x)
+    seconds = time.perf_counter() - started
+    check = check_exactness(backbone, graph, (x,), 0.5, 0, seconds)
+    return {"ok": check.ok, "diff": check.max_rel_diff, "kept": check.params_kept_share, "trace_s": seconds, "prunable": whole.prunable_params_share,
+            "params": whole.params, "pins": sorted({pin.op for pin in whole.pinned}), "failure": check.failure, "groups": len(graph), "mixed": len(check.mixed)}
 
 
 def timm_names() -> list[str]:
@@ -52,6 +72,8 @@ def measure(name: str, max_params: float) -> dict:
     if too_large(name, max_params):
         return {"model": name, "left_out": f"more than {max_params:g} parameters"}
     try:
+        if default_classes(name) == 91:
+            return {"model": f"{name} (backbone compared)", **measure_backbone(name), "seconds": time.perf_counter() - started}
         found = inspect(name, check=True)
         line = {"ok": found.check.ok, "diff": found.check.max_rel_diff, "kept": found.check.params_kept_share, "trace_s": found.check.trace_seconds,
                 "prunable": found.prunable_params_share, "params": found.params, "pins": sorted({pin.op for pin in found.pinned}),
@@ -78,7 +100,7 @@ def table(lines: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("catalogue", choices=("torchvision", "timm", "table"), help="table: a Markdown table of the file --out")
+    parser.add_argument("catalogue", choices=("torchvision", "dense", "timm", "table"), help="table: a Markdown table of the file --out")
     parser.add_argument("--sample", type=int, default=0, help="a random sample of so many names (seed 0)")
     parser.add_argument("--max-params", type=float, default=1e9)
     parser.add_argument("--out")
@@ -87,7 +109,7 @@ def main() -> None:
         print(table([json.loads(line) for line in open(options.out)]))
         return
     warnings.filterwarnings("ignore")
-    names = torchvision_names() if options.catalogue == "torchvision" else timm_names()
+    names = {"torchvision": torchvision_names, "dense": dense_names, "timm": timm_names}[options.catalogue]()
     if options.sample:
         names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
     out = open(options.out, "a") if options.out else sys.stdout

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import kills
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64"]
 
@@ -65,7 +67,7 @@ def test_run_does_the_whole_journey(finished):
     assert result["bench"]["accuracy_onnx"] == pytest.approx(compact["accuracy"], abs=0.01)
     assert result["bench"]["speedup_p50"] == pytest.approx(result["bench"]["dense_p50_ms"] / result["bench"]["compact_p50_ms"])
     assert sorted(file.name for file in path.iterdir()) == [
-        "bench.json", "checkpoint.safetensors", "compact.onnx", "compact.safetensors", "config.toml", "dense.onnx", "env.json", "metrics.jsonl",
+        "bench.json", "checkpoint.previous.safetensors", "checkpoint.safetensors", "compact.onnx", "compact.safetensors", "config.toml", "dense.onnx", "env.json", "metrics.jsonl",
         "result.json", "selections.json"]
     samples = json.loads((path / "bench.json").read_text())["rows"][0]["dense"]["samples_ms"]
     assert len(samples) >= 20 and np.percentile(samples, 50) == pytest.approx(result["bench"]["dense_p50_ms"])
@@ -154,11 +156,34 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
     assert process.returncode == 1 and "The state is saved" in errors and "--resume" in errors
     assert "Finish it first" in refused("compact", tmp_path / "stopped")
     assert "--epochs 99" in refused("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 99)
+    assert "--override cannot change --budget" in refused("train", "--resume", "--override", "--out", tmp_path / "stopped", "--budget", "0.5")
     dynprune("train", "--resume", "--out", tmp_path / "stopped")
     dynprune("train", *options, "--out", tmp_path / "whole")
     from safetensors.torch import load_file
     one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("stopped", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    longer = json.loads(dynprune("train", "--resume", "--override", "--epochs", 14, "--out", tmp_path / "whole", "--json").stdout)
+    assert longer["steps"] == 14 * 20 and "epochs = 14" in (tmp_path / "whole" / "config.toml").read_text()
+
+
+def test_killed_runs_end_like_an_uninterrupted_one(capsys):
+    """Two of them; `python -m tests.kills` does twenty."""
+    assert kills.main(["--runs", "2", "--seed", "5"]) == 0, capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    path = tmp_path / "run"
+    dynprune("train", *TINY, "--epochs", 3, "--out", path)
+    whole, expected = (path / "checkpoint.safetensors").read_bytes(), kills.outcome(path)
+    (path / "checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
+    errors = dynprune("train", "--resume", "--out", path).stderr
+    assert "warning: " in errors and "is damaged" in errors and "Going on from the checkpoint before, of step 40" in errors
+    assert kills.same(kills.outcome(path), expected) and (path / "checkpoint.damaged.safetensors").is_file()
+    (path / "checkpoint.safetensors").unlink()  # killed between the two renames
+    assert "of step" in dynprune("train", "--resume", "--out", path).stderr
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (path / name).write_bytes(b"nothing")
+    assert "is damaged" in refused("train", "--resume", "--out", path)
 
 
 @pytest.mark.parametrize("options, message", [

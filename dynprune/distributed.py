@@ -1,0 +1,159 @@
+"""Several processes, started by torchrun: each runs its part of every batch, all hold the same weights and choose the same arms.
+
+Takes the narrow model's gradients, returns their mean over the processes. Only the active model's gradients travel, in one
+buffer, so communication shrinks with the budget. Rewards are read off these mean gradients, so every process's bandit sees the
+same numbers and nothing else has to be agreed on. BatchNorm takes its statistics over the whole batch, as one process would.
+Plain torch.distributed: nccl on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynprune.errors import DynpruneError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is. local: its number on this machine, which picks its GPU."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    @property
+    def first(self) -> bool:
+        """The one that writes files and reports."""
+        return self.rank == 0
+
+    def part(self, batch_size: int) -> slice:
+        """This process's images of a batch."""
+        if batch_size % self.count:
+            raise DynpruneError(f"--batch-size {batch_size} cannot be shared equally by {self.count} processes. Choose a multiple of {self.count}.")
+        own = batch_size // self.count
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+
+ALONE = Ranks()
+
+
+def join(environment: Mapping[str, str], device: str) -> Ranks:
+    """Join the processes that torchrun started; alone if it did not. device: "auto", "cpu", "cuda"."""
+    if int(environment.get("WORLD_SIZE", 1)) < 2:
+        return ALONE
+    ranks = Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0)))
+    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=ranks.rank, world_size=ranks.count)
+    return ranks
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average(parameters: Iterable[Tensor], extra: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
+    """Replace every parameter's gradient by its mean over the processes. extra: a few more numbers to average, (n,).
+
+    Returns the mean of `extra` and how many bytes this process sent to be added up. A parameter without gradient has none anywhere.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    buffer = torch.cat([*(gradient.reshape(-1).to(extra.dtype) for gradient in gradients), extra])
+    dist.all_reduce(buffer)
+    buffer /= ranks.count
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(buffer[start:start + gradient.numel()].view(gradient.shape))
+        start += gradient.numel()
+    return buffer[start:], buffer.numel() * buffer.element_size()
+
+
+def agree(numbers: list[int], ranks: Ranks, device: torch.device) -> list[int]:
+    """The first process's whole numbers, on all: for what only one can measure."""
+    if not ranks.several:
+        return numbers
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.broadcast(values, 0)
+    return values.tolist()
+
+
+# -- BatchNorm over the whole batch -------------------------------------------------------------------------------------
+
+
+class BatchStatistics(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) with mean and variance over all processes' equal parts of the batch.
+
+    Forward and backward each exchange two numbers per channel. The gradient is that of one process with the whole batch:
+    dx = (dy - mean(dy) - xhat * mean(dy * xhat)) / sigma (Ioffe & Szegedy, 2015), the means over all processes.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        variance, mean = torch.var_mean(x.to(exact), dims, correction=0)
+        mean, variance = mean.double(), variance.double()
+        moments = torch.stack([mean, variance + mean.square()])
+        dist.all_reduce(moments)
+        moments /= count
+        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
+        scale = (variance + eps).rsqrt().to(exact)
+        normal = ((x.to(exact) - mean.to(exact).view(shape)) * scale.view(shape)).to(x.dtype)
+        ctx.save_for_backward(normal, scale)
+        ctx.count, ctx.dims, ctx.shape = count, dims, shape
+        ctx.mark_non_differentiable(mean, variance)
+        return normal, mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _mean: object, _variance: object) -> tuple[Tensor, None, None]:
+        normal, scale = ctx.saved_tensors
+        gradient = gradient.to(scale.dtype)
+        means = torch.stack([gradient.mean(ctx.dims), (gradient * normal).mean(ctx.dims)])
+        dist.all_reduce(means)
+        means = (means / ctx.count).view(2, *ctx.shape)
+        return ((gradient - means[0] - normal * means[1]) * scale.view(ctx.shape)).to(normal.dtype), None, None
+
+
+def norm_over_ranks(norm: nn.modules.batchnorm._BatchNorm, count: int, x: Tensor) -> Tensor:
+    """BatchNorm's forward in training, with statistics over `count` processes; otherwise the module's own."""
+    if not (norm.training or norm.running_mean is None):
+        return type(norm).forward(norm, x)
+    normal, mean, variance = BatchStatistics.apply(x, norm.eps, count)
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+            samples = count * x.numel() // x.size(1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+            norm.running_var.lerp_((variance * samples / max(1, samples - 1)).to(norm.running_var), share)
+    if norm.affine:
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        normal = torch.addcmul(norm.bias.view(shape), normal, norm.weight.view(shape)) if x.dtype == norm.weight.dtype else \
+            (normal * norm.weight.view(shape) + norm.bias.view(shape)).to(x.dtype)
+    return normal
+
+
+def share_norms(model: nn.Module, ranks: Ranks) -> None:
+    """Let the model's BatchNorms take their statistics over all processes, in place."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.forward = functools.partial(norm_over_ranks, norm, ranks.count)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an exception says that another process is gone."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
+        sign in text for sign in ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting"))
