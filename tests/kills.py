@@ -39,7 +39,8 @@ def finish(process: subprocess.Popen) -> str:
 
 def outcome(path: Path) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return (load_file(path / "checkpoint.safetensors"), json.loads((path / "selections.json").read_text()),
+    tensors = {name: value.clone() for name, value in load_file(path / "checkpoint.safetensors").items()}  # not a view of a file that may change
+    return (tensors, json.loads((path / "selections.json").read_text()),
             [{key: value for key, value in line.items() if key not in TIMES} for line in metrics])
 
 
