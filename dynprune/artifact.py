@@ -8,19 +8,22 @@ unpickled. `load(path)` gives back an instance of the network's own class.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.labels import AxisKey
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
-from dynprune.runs import read_tensors, write_tensors
+from dynprune.runs import read_tensors, runs_code, write_tensors
 from dynprune.surgery import slim
+from dynprune.tracing import first_line
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,71 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
 
 
 def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool = False) -> tuple[nn.Module, Facts]:
+    """As `load`, with what else the file knows. Shapes are checked against the tensors in the file before memory is taken for any."""
     tensors, header = read_tensors(path, "compact")
     try:
         facts = Facts(**{field.name: header[field.name] for field in dataclasses.fields(Facts)})
         name, kept = facts.config.model, kept_of(facts)
-        assert all(isinstance(label, str) for label in facts.classes) and isinstance(facts.side, int) and len(facts.mean) == len(facts.std) == 3
+        check_facts(facts)
     except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
-        raise DynpruneError(f"{path} lacks or garbles a header entry ({error}). Write it again with dynprune compact.") from error
-    if model is None:
-        if ":" in name and not name.startswith(("torchvision:", "timm:")) and not trust:
-            raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
-        model = zoo.build(name, len(facts.classes))
+        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune compact.") from error
+    if model is None and runs_code(name) and not trust:
+        raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
     try:
-        small = slim(model, kept)
+        if model is None:
+            small = without_memory(name, kept, tensors, len(facts.classes)) or slim(zoo.build(name, len(facts.classes)), kept)
+        else:
+            small = slim(model, kept)
         small.load_state_dict(tensors)
-    except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as error:
-        raise DynpruneError(f'{path} does not fit the model "{name}" ({str(error).splitlines()[0]}). Is it the version it was made with?') from error
+    except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
     return small.eval(), facts
+
+
+def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], classes: int) -> nn.Module | None:
+    """The compact network, built on the meta device where the full one takes no memory, with unfilled tensors.
+
+    Raises ValueError if the file's tensors have other shapes. None if the network has values that its state does not hold, or cannot
+    be built there; then it has to be built in full, which the check before has shown to be what the file is about.
+    """
+    try:
+        with torch.device("meta"):
+            full = zoo.build(name, classes)
+    except (RuntimeError, NotImplementedError):
+        return None
+    shapes = {key: list(value.shape) for key, value in full.state_dict().items()}
+    for (tensor, dim), positions in kept.items():
+        if not tensor.startswith("#"):
+            if not 0 <= dim < len(shapes[tensor]) or len(positions) and not 0 <= positions.min() <= positions.max() < full.state_dict()[tensor].shape[dim]:
+                raise ValueError(f"positions beyond dimension {dim} of {tensor}")
+            shapes[tensor][dim] = len(positions)
+    found = {key: list(value.shape) for key, value in tensors.items()}
+    if shapes != found:
+        wrong = next(key for key in [*shapes, *found] if shapes.get(key) != found.get(key))
+        raise ValueError(f"{wrong} has shape {found.get(wrong)}, expected {shapes.get(wrong)}")
+    held = {id(value) for value in full.state_dict(keep_vars=True).values()}
+    loose = [value for module in full.modules() for value in [*vars(module).values(), *module._buffers.values()] if isinstance(value, Tensor) and id(value) not in held]
+    return None if loose else slim(full, kept).to_empty(device="cpu")
+
+
+def check_facts(facts: Facts) -> None:
+    """Raises AssertionError or TypeError for entries of another type, or sizes that no network has."""
+    assert isinstance(facts.classes, list) and all(isinstance(label, str) for label in facts.classes) and 0 < len(facts.classes) <= 1_000_000, "classes"
+    assert isinstance(facts.side, int) and 0 < facts.side <= 4096, "side"
+    for name, values in (("mean", facts.mean), ("std", facts.std)):
+        assert isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in values), name
+    for name in ("macs", "params", "dense_macs", "dense_params"):
+        assert isinstance(getattr(facts, name), int), name
+    assert isinstance(facts.accuracy, int | float), "accuracy"
+    assert isinstance(facts.widths, dict) and all(isinstance(width, int) for width in facts.widths.values()), "widths"
 
 
 def kept_of(facts: Facts) -> Mapping[AxisKey, np.ndarray]:
     result = {}
     for key, positions in facts.kept.items():
         tensor, _, dim = key.rpartition(":")
-        result[tensor, int(dim)] = np.asarray(positions, dtype=np.int64)
+        assert isinstance(positions, list) and all(type(position) is int for position in positions), "kept"
+        result[tensor, int(dim)] = np.array(positions, dtype=np.int64)
     return result
 
 

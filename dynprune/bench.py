@@ -19,7 +19,7 @@ import onnxruntime
 from dynprune import artifact, zoo
 from dynprune.data import Data, Images, load_data
 from dynprune.errors import DynpruneError
-from dynprune.export import check_classes
+from dynprune.export import check_classes, load_compact
 from dynprune.fit import TOLERANCE
 from dynprune.latency import interleaved
 from dynprune.limits import parse_limit
@@ -29,6 +29,7 @@ from dynprune.scores import Scores
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
 RUNS = (20, 2000)
+LARGEST_INPUT = 2**26  # numbers, 256 MiB
 FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
 
 
@@ -92,7 +93,7 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
     """
     if not run.onnx_file.is_file():
         raise DynpruneError(f"{run.path} has no ONNX file yet. Run: dynprune export {run.path} --onnx")
-    model, facts = artifact.load_with_facts(run.compact_file, trust=True)
+    _, facts = load_compact(run)
     data = data or load_data(run.config)
     check_classes(run, facts, data)
     if against is not None:
@@ -108,7 +109,7 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
     odd = [name for name, width in widths.items() if width % 4]
     dense_macs, dense_params = facts.dense_macs, facts.dense_params
     if against is not None:
-        other = artifact.load_with_facts(against.compact_file, trust=True)[1]
+        other = load_compact(against)[1]
         dense_macs, dense_params = other.macs, other.params
     result = summarise(dense_file, run.onnx_file, rows, threads, (dense_macs, facts.macs), (dense_params, facts.params),
                        accuracy, dense_accuracy, data.reports, odd, budgets_of(run, facts, rows, threads, against))
@@ -128,10 +129,18 @@ def budgets_of(run: Run, facts: artifact.Facts, rows: list[BenchRow], threads: i
             lines.append({"budget": str(limit), "limit": limit.value(dense), "predicted": actual, "actual": actual, "met": actual <= limit.value(dense)})
         elif single is not None:
             bound = limit.value(single.dense.p50_ms)
-            known = next((line["actual"] for line in run.results.get("compact", {}).get("budgets", []) if line["budget"] == str(limit)), math.nan)
+            known = recorded_ms(run, str(limit))
             lines.append({"budget": str(limit), "limit": bound, "predicted": known, "actual": single.compact.p50_ms,
                           "met": single.compact.p50_ms <= TOLERANCE * bound})
     return lines
+
+
+def recorded_ms(run: Run, budget: str) -> float:
+    """What `compact` measured for a latency budget; nan if that is not on record."""
+    try:
+        return next(float(line["actual"]) for line in run.results["compact"]["budgets"] if line["budget"] == budget)
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return math.nan
 
 
 def check_comparable(run: Run, against: Run) -> None:
@@ -198,6 +207,8 @@ def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> 
         raise DynpruneError(f"{path} has inputs {[(i.name, i.type, i.shape) for i in inputs]}. Expected one float input with a fixed image size.")
     if isinstance(inputs[0].shape[0], int) and inputs[0].shape[0] != batch:
         raise DynpruneError(f"{path} has a fixed batch of {inputs[0].shape[0]}. Pass --batch {inputs[0].shape[0]}.")
+    if math.prod(inputs[0].shape[1:]) * batch > LARGEST_INPUT:
+        raise DynpruneError(f"{path} wants an input of {batch}x{'x'.join(map(str, inputs[0].shape[1:]))} numbers. Expected at most {LARGEST_INPUT:,}.")
     values = np.random.default_rng(0).standard_normal((batch, *inputs[0].shape[1:])).astype(np.float32)
     return {inputs[0].name: values}
 

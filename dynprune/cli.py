@@ -32,6 +32,8 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
 Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")]
+Named = Annotated[str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)]
 MinRate = Annotated[float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")]
 BnImages = Annotated[int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")]
 FinetuneEpochs = Annotated[int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")]
@@ -87,6 +89,7 @@ def dynprune(_version: Annotated[bool, typer.Option("--version", callback=versio
 @with_settings
 def train(given: dict, out: Out = None, overwrite: Overwrite = False,
           resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
+          trust: Trust = False,
           override: Annotated[bool, typer.Option("--override", help="With --resume: go on with the settings given here where they differ.")] = False,
           json_output: Json = False) -> None:
     """Train with dynamic channel execution and leave a run directory.
@@ -97,19 +100,20 @@ def train(given: dict, out: Out = None, overwrite: Overwrite = False,
 
     if override and not resume:
         raise DynpruneError("--override changes the settings of a run that is resumed. Pass --resume with it, or --overwrite to begin anew.")
-    result = do_train(given, out, overwrite, resume, override)
+    result = do_train(given, out, overwrite, resume, override, trust)
     finish(json_output, dataclasses.asdict(result), lambda: [report.train_table(result), f"next: dynprune compact {result.run}"])
 
 
 @app.command()
 def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01,
-            json_output: Json = False) -> None:
+            model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
     """Remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
 
     Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
     """
     from dynprune import report
 
+    opened(run, model, trust)
     result = do_compact(run, min_rate, bn_images, finetune_epochs, finetune_lr)
     finish(json_output, dataclasses.asdict(result), lambda: [report.compact_table(result), f"next: dynprune export {run} --onnx"])
 
@@ -117,12 +121,13 @@ def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, fine
 @app.command()
 def export(run: RunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
            out: Annotated[Optional[Path], typer.Option("--out", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
-           opset: Opset = None, fold_normalization: Fold = False, json_output: Json = False) -> None:
+           opset: Opset = None, fold_normalization: Fold = False, model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
     """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch."""
     if not onnx:
         raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
     from dynprune import report
 
+    opened(run, model, trust)
     result = do_export(run, out, opset, fold_normalization)
     finish(json_output, dataclasses.asdict(result), lambda: [report.export_table(result), f"next: dynprune bench {run}"])
 
@@ -138,7 +143,7 @@ def bench(given: dict,
           steps: Annotated[int, typer.Option("--steps", help="Steps of each kind that --training times.")] = 40,
           swap_share: Annotated[float, typer.Option("--swap-share", help="Share of the arms that --training also swaps at every step, as a stress.")] = 0.05,
           memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Let --training measure peak memory too, each in its own process.")] = True,
-          json_output: Json = False) -> None:
+          trust: Trust = False, json_output: Json = False) -> None:
     """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict.
 
     Examples: `dynprune bench runs/mine`, `dynprune bench a.onnx b.onnx`, `dynprune bench --training --model resnet56 --budget 0.25`
@@ -149,8 +154,12 @@ def bench(given: dict,
         measured = do_bench_training(given, targets, steps, swap_share, memory)
         finish(json_output, dataclasses.asdict(measured), lambda: [report.training_table(measured)])
         return
+    model = given.pop("model", "")
     if given:
         raise DynpruneError(f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured with the settings it was trained with.")
+    for path in [*(targets or []), *([against] if against else [])]:
+        if path.is_dir():
+            opened(path, model, trust)
     result = do_bench(targets or [], against, batch, bench_threads)
     finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
     refuse_missed(result)
@@ -238,10 +247,19 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
         raise DynpruneError(result.problem)
 
 
+def opened(path: Path, model: str, trust: bool):
+    """The run in `path`, if its model is none of the user's own code, or code that was named or trusted."""
+    from dynprune.runs import Run
+
+    run = Run.open(path)
+    run.refuse_code(model, trust)
+    return run
+
+
 # -- what the commands share ------------------------------------------------------------------------------------------
 
 
-def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False):
+def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False, trust: bool = False):
     config = TrainConfig(**given).validate()
     from dynprune import distributed
     from dynprune.report import Display
@@ -251,7 +269,7 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
     from dynprune.train import train as run_training
 
     path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
-    found = Run.open(path) if resume else None
+    found = opened(path, given.get("model", ""), trust) if resume else None
     if resume:
         config = resumed(found.config, given, path, override)
     ranks = distributed.join(os.environ, config.device)

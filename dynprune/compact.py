@@ -155,6 +155,8 @@ def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, mi
     """The settled selection without the arms that ran in less than `min_rate` of the steps, and how many those are."""
     counts, selection, dropped = part(tensors, "explorer.executed."), {}, 0
     for name, slots in executed.slots.items():
+        if name not in counts or counts[name].shape != (executed.graph.groups[name].arms,):
+            raise DynpruneError(f"The checkpoint does not say how often the arms of {name} were executed. Expected one written by dynprune train.")
         rates = counts[name].numpy()[slots] / max(1, steps)
         keep = rates >= min_rate
         keep[rates.argmax()] = True

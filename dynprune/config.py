@@ -36,6 +36,17 @@ def fraction(value: object) -> bool:
     return 0 <= value < 1
 
 
+def of_type(value: object, wanted: type) -> bool:
+    """Whether a setting has its default's type: a whole number will do for a float, a bool for nothing else, a tuple holds text. Floats are finite."""
+    if wanted is tuple:
+        return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, wanted)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run. `validate()` raises DynpruneError for the first value that does not fit."""
@@ -47,13 +58,13 @@ class TrainConfig:
                                   "cifar100, svhn, or fashion-mnist.")
     data_root: str = setting("data", "Where torchvision's datasets are kept; downloaded there only if absent.")
     image_size: int = setting(0, "Side of the square images in pixels; 0 picks it from the data (32 for small images, 224 for photos).",
-                              check=lambda v: v >= 0, expected="0 or a number of pixels")
+                              check=lambda v: 0 <= v <= 4096, expected="0 or a number of pixels up to 4096")
     val_fraction: float = setting(0.1, "Share of the training images held back for validation where the data has no val/ split of its own.",
                                   check=lambda v: 0 < v < 1, expected="a number between 0 and 1")
     augment: str = setting("auto", "Random changes of training images: crop, crop+flip, none; auto flips except for digits.",
                            choices=("auto", "none", "crop", "crop+flip"))
     workers: int = setting(-1, "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
-                           check=lambda v: v >= -1, expected="-1 or more")
+                           check=lambda v: -1 <= v <= 256, expected="-1 to 256")
     policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
                                   "network from scratch), dense (everything).", choices=POLICIES)
     budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
@@ -89,7 +100,7 @@ class TrainConfig:
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
-    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: v >= 0, expected="0 or more")
+    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024")
     checkpoint_every: str = setting("5m", "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
                                     check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
@@ -99,6 +110,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value, meta = getattr(self, field.name), field.metadata
             flag = "--" + field.name.replace("_", "-")
+            if not of_type(value, type(field.default)):
+                raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
             if meta["choices"] and value not in meta["choices"]:
                 raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
             if meta["check"] and not meta["check"](value):
@@ -126,15 +139,15 @@ class TrainConfig:
         """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in list(values.items()):
             if name not in fields:
                 raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
             wanted = type(fields[name].default)
-            if wanted is tuple and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            if wanted is tuple and isinstance(value, list):
                 value = values[name] = tuple(value)
-            if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            if not of_type(value, wanted):
                 raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
         return cls(**values).validate()

@@ -183,9 +183,16 @@ def loader(dataset: PhotoDataset, batch_size: int, workers: int) -> Iterator:
         raise DynpruneError(str(error).strip().splitlines()[-1].partition("DynpruneError: ")[2] or str(error)) from None
 
 
+def refuse_bomb(image: Image.Image) -> None:
+    """A small file can unpack to gigabytes. Pillow only warns up to twice its limit."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels")
+
+
 def open_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            refuse_bomb(image)
             return image.convert("RGB")
     except UNREADABLE as error:
         raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
@@ -364,6 +371,7 @@ def check_readable(paths: list[str]) -> None:
     def check(path: str) -> None:
         try:
             with Image.open(path) as image:
+                refuse_bomb(image)
                 image.draft("RGB", (image.width // 8, image.height // 8))
                 image.load()
         except UNREADABLE as error:

@@ -118,8 +118,13 @@ class Explorer:
         return {**tensors, "sums": self.sums.cpu()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        if tensors["sums"].shape != self.sums.shape:
+            raise ValueError("rewards of other widths")
         self.sums = tensors["sums"].clone()
         for name, state in self.bandits.items():
+            for kind in ("counts", "means", "executed", "saliency"):
+                if tensors[f"{kind}.{name}"].shape != state.counts.shape:
+                    raise ValueError(f"{kind} of another number of arms in {name}")
             state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
             state.rounds = int(tensors[f"rounds.{name}"])
             self.executed[name], self.saliency[name] = tensors[f"executed.{name}"].clone(), tensors[f"saliency.{name}"].clone()

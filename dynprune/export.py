@@ -19,7 +19,7 @@ from dynprune import artifact
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.onnxfile import open_session, read_opset, write_onnx
-from dynprune.runs import Run
+from dynprune.runs import Run, runs_code
 from dynprune.scores import Scores, logits
 from dynprune.version import __version__
 
@@ -40,6 +40,14 @@ class ExportResult:
     top1_agreement: float
     images: int
     fold_normalization: bool
+
+
+def load_compact(run: Run) -> tuple[nn.Module, artifact.Facts]:
+    """The run's compact model. Code that its file names was allowed if the run's own settings name it; another model is refused."""
+    model, facts = artifact.load_with_facts(run.compact_file, trust=runs_code(run.config.model))
+    if facts.config.model != run.config.model:
+        raise DynpruneError(f'{run.compact_file} is of "{facts.config.model}", the run of "{run.config.model}". Compact the run again.')
+    return model, facts
 
 
 def check_classes(run: Run, facts: artifact.Facts, data: Data) -> None:
@@ -66,7 +74,7 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
     """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
-    model, facts = artifact.load_with_facts(run.compact_file, trust=True)
+    model, facts = load_compact(run)
     data = data or load_data(run.config)
     check_classes(run, facts, data)
     path = out or run.onnx_file

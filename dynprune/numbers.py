@@ -96,8 +96,11 @@ def as_numbers(value: object, path: str, attribute: str) -> object:
 
 
 def set_number(model: nn.Module, source: Source, value: int) -> None:
-    """Set the attribute, or the entry of its list or tuple."""
+    """Set the attribute, or the entry of its list or tuple. Raises AttributeError unless a whole number is there already."""
     module = model.get_submodule(source.module)
+    before = getattr(module, source.attribute)
+    if not isinstance(before if source.index < 0 else before[source.index], int):
+        raise AttributeError(f"{source.attribute} is not a whole number")
     if source.index < 0:
         setattr(module, source.attribute, value)
         return

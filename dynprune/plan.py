@@ -78,7 +78,7 @@ def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
     values = []
     for group in fitter.graph:
         saliency, slots = tensors.get(f"explorer.saliency.{group.name}"), tensors.get(f"slots.{group.name}")
-        if saliency is None or slots is None or len(saliency) != group.arms:
+        if saliency is None or slots is None or saliency.shape != (group.arms,) or not 0 < slots.numel() <= group.arms:
             raise DynpruneError(f"--from {run.path} has learned nothing about {group.name}. Expected a run of the same network, --model {run.config.model} there.")
         best = torch.sort(saliency, descending=True).values[: len(slots)]
         values.append(float(best[len(best) // 2:].mean()))

@@ -29,6 +29,7 @@ from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
 
 SCHEMA = 1
+HEADER_BYTES = 32 * 2**20  # longest JSON that is parsed; those of large networks take some hundred KB
 
 
 @dataclass
@@ -83,6 +84,14 @@ class Run:
     def config(self) -> TrainConfig:
         return TrainConfig.from_toml(self.config_file)
 
+    def refuse_code(self, model: str = "", trust: bool = False) -> None:
+        """A run's settings may name "module:factory", which would be imported and run: only if the user names it too, or trusts the run."""
+        name = self.config.model
+        if model and model != name:
+            raise DynpruneError(f'--model got "{model}", but {self.path} was trained with "{name}". Pass that, or nothing.')
+        if runs_code(name) and not trust and model != name:
+            raise DynpruneError(f'{self.path} asks to run the code "{name}". If it is yours, pass --trust or --model {name}.')
+
     @property
     def has_checkpoint(self) -> bool:
         return self.checkpoint_file.is_file() or self.previous_checkpoint_file.is_file()
@@ -119,7 +128,8 @@ class Run:
 
     def add_metrics(self, line: Mapping) -> None:
         try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could lead out of the run
+            with os.fdopen(os.open(self.path / "metrics.jsonl", flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise DynpruneError(f"Cannot write {self.path / 'metrics.jsonl'} ({error.strerror}). The checkpoint before is unchanged.") from error
@@ -128,25 +138,33 @@ class Run:
         """Drop lines of epochs that a resumed run is going to repeat."""
         file = self.path / "metrics.jsonl"
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(file, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= step))
 
     @property
     def results(self) -> dict:
         """What the commands recorded so far, by command."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            found = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # absent, or damaged: it only repeats what was printed
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def record(self, command: str, result: Mapping) -> None:
         """Keep a command's outcome in result.json, beside those of the others."""
         write_text(self.path / "result.json", json.dumps({**self.results, command: result}, indent=2))
 
 
+def runs_code(model: str) -> bool:
+    """Whether a model's name is that of a function of the user's own, which would be imported."""
+    return ":" in model and not model.startswith(("torchvision:", "timm:"))
+
+
 def step_of(line: str) -> float:
     """The step of a line of metrics; one that is damaged comes after everything."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
@@ -172,7 +190,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: beside its place, flushed to disk, then renamed."""
     temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # left by a kill, or a link that leads elsewhere
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -201,12 +220,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise DynpruneError(f"No file {path}. {wanted}.")
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("dynprune")
-            facts = json.loads(text) if text else None
+            text = (file.metadata() or {}).get("dynprune") or ""
+            facts = json.loads(text) if 0 < len(text) < HEADER_BYTES else None
             if not isinstance(facts, dict) or facts.get("kind") != kind:
                 raise DynpruneError(f"{path} is not one of ours, or of another kind. {wanted}.")
             if facts.get("schema") != SCHEMA:
-                raise DynpruneError(f"{path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}. Write it again with this version.")
+                raise DynpruneError(f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads {SCHEMA}. Write it again with this version.")
             return {name: file.get_tensor(name) for name in file.keys()}, facts
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise DynpruneError(f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0]}). {wanted}.") from error
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise DynpruneError(f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0][:200]}). {wanted}.") from error

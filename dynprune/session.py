@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -201,23 +201,29 @@ class Session:
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
         if facts["step"] > self.steps:
             raise DynpruneError(f"{run.path} is at step {facts['step']}, beyond the {self.steps} that the settings now give. Choose more --epochs.")
-        self.step = facts["step"]
-        slots, template = slots_in(tensors, self.reservoir.full, self.graph)
-        self.fit = fit_in(facts, "fit")
-        self.explorer.change_widths(self.fit.widths)
-        self.explorer.load_state(part(tensors, "explorer."))
-        self.install(self.new_reservoir(self.reservoir.full, slots, template))
+        try:
+            self.step = facts["step"]
+            slots, template = slots_in(tensors, self.reservoir.full, self.graph)
+            self.fit = fit_in(facts, "fit")
+            self.explorer.change_widths(self.fit.widths)
+            self.explorer.load_state(part(tensors, "explorer."))
+            self.install(self.new_reservoir(self.reservoir.full, slots, template))
+            self.restore_optimizer(tensors, must_fit=not override)
+            history = History(**facts["history"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise DynpruneError(f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). Resume with the run's own settings and data.") from error
+        run.keep_metrics_until(self.step)
+        return history
+
+    def restore_optimizer(self, tensors: Mapping[str, Tensor], *, must_fit: bool) -> None:
+        """Momentum and the like. Without `must_fit`, what does not fit starts anew."""
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                if (saved := tensors.get(f"optimizer.{key}.{name}")) is not None and saved.shape == value.shape:
+                saved = tensors.get(f"optimizer.{key}.{name}")
+                if saved is not None and saved.shape == value.shape:
                     value.copy_(saved)
-                elif not override:
-                    raise DynpruneError(f"{run.checkpoint_file} has no state of the optimizer for {name}. Resume with the run's own settings.")
-        run.keep_metrics_until(self.step)
-        try:
-            return History(**facts["history"])
-        except TypeError as error:
-            raise DynpruneError(f"{run.checkpoint_file} has a history that is not ours ({error}). Expected a checkpoint written by dynprune train.") from error
+                elif must_fit:
+                    raise ValueError(f"no state of the optimizer for {name}")
 
 
 def fit_in(facts: dict, name: str) -> Fit:
@@ -235,11 +241,20 @@ def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -
     """Fill `full` from a checkpoint's tensors; returns its slots and their template."""
     try:
         full.load_state_dict(part(tensors, "full."))
-        slots = {name: tensors[f"slots.{name}"].numpy() for name in graph.groups}
-        template = {name: tensors[f"template.{name}"].numpy() for name in graph.groups}
-    except (RuntimeError, KeyError) as error:
+        slots, template = ({group.name: arms_in(tensors[f"{kind}.{group.name}"], group.arms) for group in graph} for kind in ("slots", "template"))
+        if any(len(slots[name]) != len(template[name]) or (np.diff(template[name]) <= 0).any() for name in slots):
+            raise ValueError("slots and their template disagree")
+    except (RuntimeError, KeyError, ValueError) as error:
         raise DynpruneError(f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings.") from error
     return slots, template
+
+
+def arms_in(tensor: Tensor, count: int) -> np.ndarray:
+    """Arm numbers, each at most once. Raises ValueError for anything else."""
+    arms = tensor.numpy() if tensor.dtype == torch.int64 and tensor.ndim == 1 else np.array([-1])
+    if not len(arms) or arms.min() < 0 or arms.max() >= count or len(np.unique(arms)) != len(arms):
+        raise ValueError("arms that do not exist")
+    return arms
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def killed_run(path: Path, rng: random.Random, seconds: tuple[float, float]) -> 
         found.append("half a checkpoint" if any("fresh" in name or "partial" in name for name in left) else
                      "a checkpoint" if "checkpoint.safetensors" in left else
                      "only the checkpoint before" if "checkpoint.previous.safetensors" in left else "no checkpoint")
-        process = start(path, "--resume")
+        process = start(path, "--resume", "--trust")
     finish(process)
     return found
 

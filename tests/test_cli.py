@@ -20,6 +20,9 @@ TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64
 
 
 def dynprune(*args, cwd=ROOT, check=True):
+    """Run a command. The tests' runs name "tests.models:tiny" as their model, which commands that read a run must be told to trust."""
+    if args[0] in ("compact", "export") or "--resume" in args or args[0] == "bench" and len(args) > 1 and Path(args[1]).is_dir():
+        args = (*args, "--trust")
     done = subprocess.run([sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280)
     if check:
         assert done.returncode == 0, done.stderr
@@ -169,6 +172,19 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
 def test_killed_runs_end_like_an_uninterrupted_one(capsys):
     """Two of them; `python -m tests.kills` does twenty."""
     assert kills.main(["--runs", "2", "--seed", "5"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["compact"], ["export", "--onnx"], ["bench"], ["train", "--resume", "--out"]])
+def test_code_that_a_run_names_is_not_run_unasked(tmp_path, command):
+    """A stranger's run could name any function that can be imported."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text('model = "evil:build"')
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    done = subprocess.run([sys.executable, "-m", "dynprune", *command, folder], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and 'asks to run the code "evil:build"' in done.stderr and "--trust or --model evil:build" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):

@@ -67,7 +67,7 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
     assert "Lost contact with another process" in errors or "The state is saved" in errors, errors
     step = json.loads((path / "selections.json").read_text())["steps"]
     assert step >= 60
-    resumed = subprocess.Popen(torchrun(2, "--resume", "--out", path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    resumed = subprocess.Popen(torchrun(2, "--resume", "--trust", "--out", path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
     try:
         assert any(line.startswith("epoch ") and int(line.split()[1].partition("/")[0]) * 20 > step for line in resumed.stderr)
     finally:

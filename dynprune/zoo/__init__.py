@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def user_factory(module_name: str, factory_name: str) -> Callable[[int], nn.Modu
     return (lambda classes: factory(num_classes=classes)) if accepts else (lambda classes: factory())
 
 
+def refuse_packed(path: Path) -> None:
+    """torch.save writes a zip archive without compression; anything else could unpack to far more than its size, or be plain pickle."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not the zip archive that torch.save writes since version 1.6")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("a compressed archive, which torch.save does not write")
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint file, without unpickling code: safetensors, or torch.load with weights_only."""
     if not path.is_file():
@@ -99,6 +110,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        refuse_packed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DynpruneError(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
@@ -106,7 +118,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise DynpruneError(f"{path} holds {type(state).__name__}, not a state dict. Expected a mapping from names to tensors.")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
