@@ -6,6 +6,7 @@ read back, computes what was executed: the full-width network in which the remov
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -129,8 +130,11 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
             raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
         before.replace(run.compact_file)
         run.onnx_file.unlink(missing_ok=True)  # an export of an earlier compact model would be measured in its name
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {run.compact_file} ({error.strerror}). The file that was there before is unchanged.") from error
     finally:
-        before.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            before.unlink(missing_ok=True)
     params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
     result = CompactResult(
         str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,

@@ -87,7 +87,7 @@ class LayerTable:
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             self.ms = {str(key): float(ms) for key, ms in known["ms"].items() if float(ms) > 0}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.ms = {}
 
     def measure(self, layers: list[Layer], report: Report) -> None:

@@ -122,7 +122,10 @@ class Run:
                 raise
             found = read_tensors(self.previous_checkpoint_file, "checkpoint")
             if aside and self.checkpoint_file.exists():
-                os.replace(self.checkpoint_file, self.path / "checkpoint.damaged.safetensors")
+                try:
+                    os.replace(self.checkpoint_file, self.path / "checkpoint.damaged.safetensors")
+                except OSError as problem:
+                    raise DynpruneError(f"Cannot put the damaged {self.checkpoint_file} aside ({problem.strerror}). Make {self.path} writable.") from problem
             note(f"warning: {error} Going on from the checkpoint before, of step {found[1].get('step')}.")
             return found
 
