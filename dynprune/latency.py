@@ -85,7 +85,7 @@ class LayerTable:
         name = "".join(c if c.isalnum() else "-" for c in f"{processor()} onnxruntime {onnxruntime.__version__}")
         self.path = path or platformdirs.user_cache_path("dynprune") / f"layers-{name}.json"
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
+            known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"ms": {}}
             self.ms = {str(key): float(ms) for key, ms in known["ms"].items() if float(ms) > 0}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.ms = {}

@@ -147,8 +147,9 @@ class Run:
     @property
     def results(self) -> dict:
         """What the commands recorded so far, by command."""
+        file = self.path / "result.json"
         try:
-            found = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except (OSError, ValueError, RecursionError):  # absent, or damaged: it only repeats what was printed
             return {}
         return found if isinstance(found, dict) else {}

@@ -72,6 +72,8 @@ class Session:
         check_output(full, data.classes, example)
         self.graph = trace(full, example)
         self.fitter = Fitter(full, self.graph, example, config, report)
+        if fit is not None and (fit.widths.keys() != self.graph.groups.keys() or any(fit.widths[group.name] > group.arms for group in self.graph)):
+            raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
         self.fit = self.first_fit = fit or self.find_widths()
         self.widths = self.fit.widths
         if not config.weights:

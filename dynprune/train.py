@@ -89,18 +89,19 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool
             meter = EpochMeter(session, history)
             session.model.train()
             batches = timed(session.data.train_batches(config.batch_size, config.seed, epoch, start, session.part))
-            for images, labels, waited_s in batches:
-                torch.manual_seed(config.seed * 1_000_003 + session.step + (session.ranks.rank << 40))  # dropout depends on the step alone
-                meter.add(session.train_step(images, labels), waited_s)
-                if session.step % LOSS_CHECK_STEPS == 0:
-                    meter.check_loss(run)
-                    report(progress(session, meter, epoch, started, first_step, None))
-                history.seconds = seconds_before + time.perf_counter() - started
-                if session.step % session.steps_per_epoch and (session.stopping or due.now(session.step)):
-                    meter.check_loss(run)
-                    save(session, run, history)
-                    if session.stopping:
-                        raise stopped(session, run)
+            with saving_if_data_is_lost(session, run, history, meter):
+                for images, labels, waited_s in batches:
+                    torch.manual_seed(config.seed * 1_000_003 + session.step + (session.ranks.rank << 40))  # dropout depends on the step alone
+                    meter.add(session.train_step(images, labels), waited_s)
+                    if session.step % LOSS_CHECK_STEPS == 0:
+                        meter.check_loss(run)
+                        report(progress(session, meter, epoch, started, first_step, None))
+                    history.seconds = seconds_before + time.perf_counter() - started
+                    if session.step % session.steps_per_epoch and (session.stopping or due.now(session.step)):
+                        meter.check_loss(run)
+                        save(session, run, history)
+                        if session.stopping:
+                            raise stopped(session, run)
             meter.check_loss(run)
             val_accuracy = finish_epoch(session, run, meter.line(epoch))
             report(progress(session, meter, epoch, started, first_step, val_accuracy))
@@ -156,10 +157,23 @@ def telling_what_is_left(session: Session, run: Run) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
             raise DynpruneError(f"Out of memory {where} with --batch-size {session.config.batch_size}. {left(run)} Try a smaller --batch-size, a smaller --budget, "
                                 "--precision bfloat16, or --reservoir cpu on a GPU.") from error
-        if "DataLoader worker" in text:
-            raise DynpruneError(f"A process that decodes photos died {where} ({first_line(error)[:150]}). {left(run)} Often memory is short: try fewer "
-                                "--workers. Go on with --resume.") from error
         raise
+
+
+class DataLost(Exception):
+    """The next batch could not be read; the message says why."""
+
+
+@contextlib.contextmanager
+def saving_if_data_is_lost(session: Session, run: Run, history: History, meter: EpochMeter) -> Iterator[None]:
+    """When images vanish or a process that decodes them dies, the last step was whole: keep it."""
+    try:
+        yield
+    except DataLost as error:
+        meter.check_loss(run)
+        save(session, run, history)
+        raise DynpruneError(f"{error} The state at step {session.step} of {session.steps} is saved in {run.path}. When that is repaired, go on with: "
+                            f"dynprune train --resume --out {run.path}") from error
 
 
 def left(run: Run) -> str:
@@ -232,10 +246,17 @@ def progress(session: Session, meter: EpochMeter, epoch: int, started: float, fi
 
 
 def timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Each batch with the seconds that were spent waiting for it."""
+    """Each batch with the seconds that were spent waiting for it. Raises DataLost where there should be one and is none."""
     while True:
         started = time.perf_counter()
-        batch = next(batches, None)
+        try:
+            batch = next(batches, None)
+        except DynpruneError as error:
+            raise DataLost(str(error)) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataLost(f"A process that decodes photos died ({first_line(error)[:150]}); often memory is short, then try fewer --workers.") from error
         if batch is None:
             return
         yield (*batch, time.perf_counter() - started)

@@ -14,6 +14,8 @@ from dynprune.reservoir import by_tensor
 from dynprune.surgery import slim
 from dynprune.runs import Run
 from dynprune.session import History, Session, learning_rate, make_optimizer, set_learning_rate
+from dynprune.errors import DynpruneError
+from dynprune.train import Due, train
 from tests.test_reservoir import gather_back
 
 CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, explore=0.5, hold=2, budget=("0.3",), precision="float32", bonus=0.3)
@@ -191,3 +193,54 @@ def test_learned_widths_change_once_and_a_checkpoint_remembers_them(data, tmp_pa
         later.train_step(images, labels)
     for (name, value), other in zip(session.model.state_dict().items(), later.model.state_dict().values()):
         assert torch.equal(value, other), name
+
+
+class Breaking(Session):
+    """Fails as a machine without memory does, at step 25."""
+
+    def train_step(self, images, labels):
+        if self.step == 25:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return super().train_step(images, labels)
+
+
+def test_without_memory_the_message_names_the_batch_size_and_what_is_kept(data, tmp_path):
+    folder = Run.create(tmp_path / "run", CONFIG, False)
+    with pytest.raises(DynpruneError, match=r"Out of memory at step 25 of 60 with --batch-size 64. The last checkpoint is in .*run. Try a smaller --batch-size"):
+        train(CONFIG, folder, session=Breaking(CONFIG, data))
+    assert train(CONFIG, folder, session=Session(CONFIG, data), resume=True).steps == 60
+
+
+@pytest.mark.parametrize("error, message", [(DynpruneError("Cannot read the image a.jpg (FileNotFoundError)."), "Cannot read the image a.jpg"),
+                                            (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "A process that decodes photos died")])
+def test_when_data_vanishes_the_last_step_is_kept(data, tmp_path, error, message):
+    """A run that went on after that ends like one that was never disturbed."""
+    def failing(*args):
+        for number, batch in enumerate(data.train_batches(*args)):
+            if number == 7:
+                raise error
+            yield batch
+
+    whole = Session(CONFIG, data)
+    train(CONFIG, Run.create(tmp_path / "whole", CONFIG, False), session=whole)
+    folder, session = Run.create(tmp_path / "run", CONFIG, False), Session(CONFIG, copy.copy(data))
+    session.data.train_batches = failing
+    with pytest.raises(DynpruneError, match=message + ".*The state at step 7 of 60 is saved"):
+        train(CONFIG, folder, session=session)
+    resumed = Session(CONFIG, data)
+    train(CONFIG, folder, session=resumed, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()))
+
+
+def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch):
+    def due(text):
+        return Due(dataclasses.replace(CONFIG, checkpoint_every=text))
+
+    assert [step for step in range(1, 10) if due("4").now(step)] == [4, 8]
+    assert not any(due("never").now(step) for step in range(1, 1000))
+    clock = due("2m")
+    now = clock.saved
+    monkeypatch.setattr("time.monotonic", lambda: now + 119)
+    assert not clock.now(7)
+    monkeypatch.setattr("time.monotonic", lambda: now + 121)
+    assert clock.now(8) and not clock.now(9)
