@@ -192,6 +192,33 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
 
 
 @app.command()
+@with_settings
+def compare(given: dict,
+            policies: Annotated[str, typer.Option("--policies", help="Ways to train, separated by commas, yours first: cucb, cucb-paper, random, static, "
+                                                                     "static-ours, dense, dense+prune.")] = "cucb,random,static",
+            seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, with seeds from --seed on. One seed shows nothing; three begin to.")] = 3,
+            equal: Annotated[str, typer.Option("--equal", help="What all have in equal amount: images (training images seen) or cost (multiplications).")] = "images",
+            out: Annotated[Path, typer.Option("--out", help="Folder for the runs and the comparison; what is finished there is not repeated.")] = Path("runs/comparison"),
+            json_output: Json = False) -> None:
+    """Train what you would do instead, side by side: random channels, thin networks from scratch, dense, dense and pruned.
+
+    Stopped comparisons go on where they were. Example:
+    `dynprune compare --data photos/ --model resnet56 --budget 0.25 --policies cucb,random,static --seeds 3`
+    """
+    from dynprune import report
+
+    if "policy" in given or "paper" in given:
+        raise DynpruneError("compare takes --policies, several of them, in place of --policy.")
+    config = TrainConfig(**given).validate()
+    from dynprune.compare import compare as run_comparison
+
+    display = report.Display()
+    with display.live(), stop_requested() as stop:
+        result = run_comparison(config, [name.strip() for name in policies.split(",")], seeds, out, equal=equal, report=display.step, say=display.say, stop=stop)
+    finish(json_output, dataclasses.asdict(result), lambda: [report.comparison_table(result), result.verdict])
+
+
+@app.command()
 def inspect(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
             input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224. [default: what the source is used to]",
                                                      show_default=False)] = "",
@@ -283,7 +310,7 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
             if resume and not found.has_checkpoint:
                 display.say(f"{path} was stopped before its first checkpoint: it begins anew")
             again = resume and found.has_checkpoint
-            fit = fit_in(found.read_checkpoint()[1], "first_fit") if again else None
+            fit = fit_in(found.read_checkpoint(lambda _: None)[1], "first_fit") if again else None
             session = Session(config, data, fit=fit, report=display.work, ranks=ranks)
             run = found or (Run.create(path, config, overwrite) if ranks.first else Run(path))
             if resume and override and ranks.first:

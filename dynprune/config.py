@@ -84,6 +84,7 @@ class TrainConfig:
                         check=positive, expected="at least 1")
     bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
                            check=lambda v: v >= 0, expected="0 or more")
+    paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
     epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
     batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
@@ -118,6 +119,8 @@ class TrainConfig:
                 raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
         for text in self.budget:
             parse_limit(text)
+        if self.paper and self.policy != "cucb":
+            raise DynpruneError(f"--paper is a form of --policy cucb. Got --policy {self.policy}.")
         if self.allocation == "learned" and self.policy != "cucb":
             raise DynpruneError(f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; choose --allocation balanced.")
         if self.allocation == "learned" and self.compile:

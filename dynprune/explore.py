@@ -31,13 +31,15 @@ class Explorer:
     """
 
     def __init__(self, config: TrainConfig, graph: ChannelGraph, widths: Mapping[str, int], steps: int):
-        self.policy, self.bonus, self.seed = config.policy, config.bonus, config.seed
+        self.policy, self.bonus, self.seed = config.policy, 1.0 if config.paper else config.bonus, config.seed
         self.widths = dict(widths)
         self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
         explores = config.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
         rounds_needed = max((math.ceil(g.arms / widths[g.name]) for g in graph), default=1)
         exploring = min(steps - 1, max(round(config.explore * steps), rounds_needed)) if explores and config.explore > 0 else 0
-        self.hold = max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
+        if config.paper and explores:
+            exploring = steps - 1  # the last step runs what has settled, so that something is left to keep
+        self.hold = 1 if config.paper else max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold
         self.sums = torch.zeros(2, sum(self.widths.values()))  # of this round's rewards, and of the saliencies that they come from

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.bench import BenchResult
     from dynprune.bench_training import TrainingBench
     from dynprune.compact import CompactResult
+    from dynprune.compare import Comparison
     from dynprune.export import ExportResult
     from dynprune.inspect import Inspection
     from dynprune.plan import Plan
@@ -178,6 +179,16 @@ def training_table(result: TrainingBench) -> Table:
                      f"ms per step: {costs}; medians of {len(result.samples_ms['dense'])} interleaved steps; {environment['gpu'] or environment['processor']}, "
                      f"{environment['threads']} threads, torch {environment['torch']}")
     table.caption_justify = "left"
+    return table
+
+
+def comparison_table(result: Comparison) -> Table:
+    table = Table("policy", "test accuracy", "spread", "MACs", "parameters", "training MACs", "training time", "seeds",
+                  title=f"{result.model} on {result.data}, budget {result.budget}, equal {result.equal}", title_justify="left", title_style="bold")
+    for line in result.policies:
+        table.add_row(line.policy, percent(line.accuracy), "-" if line.spread is None else percent(line.spread), million(line.macs), million(line.params),
+                      f"{line.train_macs / 1e12:.3g} T", duration(line.train_seconds), str(line.seeds))
+    table.caption, table.caption_justify = f"means over seeds, tested on {result.test_data}" + (f"; {result.plot}" if result.plot else ""), "left"
     return table
 
 

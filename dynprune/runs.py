@@ -110,15 +110,15 @@ class Run:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
 
-    def read_checkpoint(self, note: Callable[[str], None] = lambda _: None, *, aside: bool = False) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and facts of the newest checkpoint that is whole; `note` hears of a damaged one that was passed over.
+    def read_checkpoint(self, note: Callable[[str], None] | None = None, *, aside: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and facts of the last checkpoint, or, if `note` wants to hear of it, of the one before where the last is damaged.
 
         aside: put the damaged one out of the way, so that the next checkpoint does not push out the whole one.
         """
         try:
             return read_tensors(self.checkpoint_file, "checkpoint")
         except DynpruneError as error:
-            if not self.previous_checkpoint_file.is_file():
+            if note is None or not self.previous_checkpoint_file.is_file():
                 raise
             found = read_tensors(self.previous_checkpoint_file, "checkpoint")
             if aside and self.checkpoint_file.exists():

@@ -53,8 +53,10 @@ class History:
 class Session:
     """Everything that one training run holds, built from its configuration or from its checkpoint."""
 
-    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent, ranks: Ranks = ALONE):
-        """fit: the widths to begin with, where they are known already; else they are found, which `report` follows."""
+    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent, ranks: Ranks = ALONE,
+                 full: nn.Module | None = None):
+        """fit: the widths to begin with, where they are known already; else they are found, which `report` follows. full: the network, with
+        its weights, in place of the one that the settings name."""
         self.config, self.data, self.ranks = config, data, ranks
         self.part = ranks.part(config.batch_size)
         self.stop: Callable[[], bool] = lambda: False
@@ -65,8 +67,9 @@ class Session:
         self.steps = self.steps_per_epoch * config.epochs
         self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
-        full = zoo.build(config.model, len(data.classes), config.seed).to(self.dtype)
-        if config.weights:
+        given = full is not None
+        full = (full if given else zoo.build(config.model, len(data.classes), config.seed)).to(self.dtype)
+        if config.weights and not given:
             zoo.load_weights(full, Path(config.weights))
         example = data.example.to(self.dtype)
         check_output(full, data.classes, example)
@@ -76,7 +79,7 @@ class Session:
             raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
         self.fit = self.first_fit = fit or self.find_widths()
         self.widths = self.fit.widths
-        if not config.weights:
+        if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.widths)
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)
         self.install(self.new_reservoir(full, self.explorer.first()))
@@ -212,6 +215,8 @@ class Session:
             self.install(self.new_reservoir(self.reservoir.full, slots, template))
             self.restore_optimizer(tensors, must_fit=not override)
             history = History(**facts["history"])
+            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()):
+                raise ValueError("a history of other types")
         except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise DynpruneError(f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). Resume with the run's own settings and data.") from error
         run.keep_metrics_until(self.step)

@@ -1,0 +1,68 @@
+"""Policies side by side: what is equal, what is repeated, and what the numbers are allowed to say."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dynprune import compare as comparing
+from dynprune.compare import ComparedRun, compare, summarise, verdict
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+from tests.test_cli import TINY, dynprune, refused
+
+CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, budget=("0.3",), threads=1)
+
+
+def one(policy, seed, accuracy):
+    return ComparedRun(policy, seed, accuracy, 100, 10, 1000, 1.0, 3)
+
+
+def test_the_verdict_asks_for_more_than_the_spread():
+    runs = [one("cucb", 0, 0.80), one("cucb", 1, 0.82), one("static", 0, 0.70), one("static", 1, 0.72), one("random", 0, 0.79), one("random", 1, 0.82)]
+    summaries = summarise(runs, ["cucb", "static", "random"])
+    assert summaries[0].accuracy == pytest.approx(0.81) and summaries[0].spread == pytest.approx(0.0141, abs=1e-4) and summaries[1].lead == pytest.approx(0.1)
+    lines = verdict(summaries).splitlines()
+    assert lines[0] == "cucb is above static: +10.00 points, spread 2.00, 2 seeds"
+    assert lines[1].startswith("cucb is not different from random: +0.50 points")
+    assert "nothing is shown" in verdict(summarise(runs[::2], ["cucb", "static", "random"]))
+
+
+def test_finished_runs_are_not_repeated_and_stopped_ones_go_on(tmp_path, monkeypatch):
+    heard = []
+    first = compare(CONFIG, ["cucb", "static"], 2, tmp_path / "all", say=heard.append)
+    assert [(run.policy, run.seed) for run in first.runs] == [("cucb", 0), ("static", 0), ("cucb", 1), ("static", 1)] and len(heard) >= 4
+    assert all(run.macs <= 0.3 * 399328 and run.train_macs == 3 * run.macs * 3 * 20 * 64 for run in first.runs)
+    (tmp_path / "all" / "static-1" / "result.json").unlink()  # as if it had been killed after its last checkpoint
+    trained = []
+    whole = comparing.train
+    monkeypatch.setattr(comparing, "train", lambda config, run, **options: trained.append((run.path.name, options["resume"])) or whole(config, run, **options))
+    again = compare(CONFIG, ["cucb", "static"], 2, tmp_path / "all")
+    assert trained == [("static-1", True)]
+    assert [run.accuracy for run in again.runs] == [run.accuracy for run in first.runs]
+    with pytest.raises(DynpruneError, match="cucb-0 was trained with other settings"):
+        compare(dataclasses.replace(CONFIG, lr=0.05), ["cucb", "static"], 1, tmp_path / "all")
+
+
+def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=8)
+    found = {run.policy: run for run in compare(config, ["cucb", "dense", "static-ours"], 1, tmp_path, equal="cost").runs}
+    assert found["static-ours"].epochs == 8 and found["static-ours"].macs == found["cucb"].macs
+    assert found["dense"].epochs == 2 and found["dense"].train_macs == pytest.approx(found["cucb"].train_macs, rel=0.2)  # whole epochs
+
+
+def test_the_command_prints_every_run(tmp_path):
+    done = dynprune("compare", *TINY, "--epochs", 2, "--policies", "cucb,cucb-paper", "--seeds", 1, "--out", tmp_path / "c", "--json")
+    runs = json.loads(done.stdout)["runs"]
+    assert [run["policy"] for run in runs] == ["cucb", "cucb-paper"]
+    assert set(runs[0]) >= {"policy", "seed", "accuracy", "macs", "params", "train_macs", "train_seconds"}
+    assert "cucb-paper, seed 0:" in done.stderr
+    assert json.loads((tmp_path / "c" / "comparison.json").read_text())["runs"] == runs
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--policies", "cucb"], "Expected at least two"), (["--policies", "cucb,best"], 'got "best". Choose from: cucb, cucb-paper'),
+    (["--policies", "static-ours,cucb"], "Put cucb before it"), (["--seeds", "0"], "--seeds got 0"), (["--equal", "time"], 'got "time". Expected images or cost'),
+    (["--policy", "dense"], "compare takes --policies"), (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone")])
+def test_comparisons_that_make_no_sense_are_refused(tmp_path, options, message):
+    assert message in refused("compare", *TINY, *options, "--out", tmp_path / "c")
