@@ -91,13 +91,8 @@ class Explorer:
         self.sums.zero_()
 
     def loss_per_arm(self) -> np.ndarray:
-        """The loss that one more arm of each group is estimated to be worth: the mean saliency of the lower half of those that would be
-        executed. Shape (groups,)."""
-        values = []
-        for name, width in self.widths.items():
-            best = torch.sort(self.saliency[name], descending=True).values[:width]
-            values.append(float(best[width // 2:].mean()))
-        return np.array(values)
+        """The loss that one more arm of each group is estimated to be worth. Shape (groups,)."""
+        return np.array([worth_of_one_more(self.saliency[name], width) for name, width in self.widths.items()])
 
     def change_widths(self, widths: Mapping[str, int]) -> None:
         """Go on with other widths; what was learned of each arm stays."""
@@ -130,3 +125,9 @@ class Explorer:
             state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
             state.rounds = int(tensors[f"rounds.{name}"])
             self.executed[name], self.saliency[name] = tensors[f"executed.{name}"].clone(), tensors[f"saliency.{name}"].clone()
+
+
+def worth_of_one_more(saliency: Tensor, width: int) -> float:
+    """The mean saliency of the lower half of the `width` best arms. saliency: of every arm, (arms,)."""
+    best = torch.sort(saliency, descending=True).values[:width]
+    return float(best[width // 2:].mean())

@@ -12,6 +12,7 @@ import torch
 
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.explore import worth_of_one_more
 from dynprune.fit import Fit, Fitter, budgets_met
 from dynprune.inspect import build_for_inspection, default_classes
 from dynprune.latency import Report, silent
@@ -73,15 +74,14 @@ def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: boo
 
 
 def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
-    """What the run's bandit found one more arm of each group to be worth: the mean saliency of the lower half of those it chose."""
+    """What the run's bandit found one more arm of each group to be worth."""
     tensors, _ = run.read_checkpoint()
     values = []
     for group in fitter.graph:
         saliency, slots = tensors.get(f"explorer.saliency.{group.name}"), tensors.get(f"slots.{group.name}")
         if saliency is None or slots is None or saliency.shape != (group.arms,) or not 0 < slots.numel() <= group.arms:
             raise DynpruneError(f"--from {run.path} has learned nothing about {group.name}. Expected a run of the same network, --model {run.config.model} there.")
-        best = torch.sort(saliency, descending=True).values[: len(slots)]
-        values.append(float(best[len(best) // 2:].mean()))
+        values.append(worth_of_one_more(saliency, len(slots)))
     if not any(values):
         raise DynpruneError(f"--from {run.path} did not explore, so it has learned nothing. Expected a run of --policy cucb.")
     return np.array(values)

@@ -1,5 +1,6 @@
 """Whole journeys through the command line on tiny networks and folders."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dynprune import cli
+from dynprune.errors import DynpruneError
 from tests import kills
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +308,26 @@ def test_plan_says_what_a_budget_gives():
     assert set(result["widths"]) == set(result["full_widths"]) and result["smallest_macs"] < result["macs"]
     done = dynprune("plan", "--model", "resnet20", "--budget", "0.001", "--no-latency", "--json", check=False)
     assert done.returncode == 1 and json.loads(done.stdout)["satisfiable"] is False and "Choose at least" in done.stderr
+
+
+def test_plan_from_a_run_uses_what_its_bandit_learned(finished):
+    path, result = finished
+    options = ["--model", "tests.models:tiny", "--input", "3x8x8", "--budget", "0.5", "--align", "1", "--no-latency", "--json"]
+    learned = json.loads(dynprune("plan", *options, "--from", path).stdout)
+    plain = json.loads(dynprune("plan", *options).stdout)
+    assert learned["satisfiable"] and learned["widths"] != plain["widths"] and learned["macs"] <= 0.5 * learned["dense_macs"]
+    assert "has learned nothing about" in refused("plan", "--model", "resnet20", "--no-latency", "--from", path)
+    assert "needs --from RUN" in refused("plan", "--allocation", "learned", "--no-latency")
+
+
+def test_budgets_are_reported_and_a_missed_one_is_an_error(finished):
+    _, result = finished
+    (line,) = result["bench"]["budgets"]
+    assert line["met"] and line["budget"] == "macs=0.5" and line["actual"] == line["predicted"] == result["compact"]["macs"] <= line["limit"]
+    assert result["compact"]["budgets"] == [line]
+    missed = dataclasses.make_dataclass("Result", ["budgets"])([{"budget": "latency=0.5", "limit": 1.0, "predicted": 1.0, "actual": 1.2, "met": False}])
+    with pytest.raises(DynpruneError, match="budget latency=0.5 missed: measured 1.2, allowed 1"):
+        cli.refuse_missed(missed)
 
 
 def test_inspect_proves_and_reports():
