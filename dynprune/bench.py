@@ -23,7 +23,7 @@ from dynprune.export import check_classes, load_compact
 from dynprune.fit import TOLERANCE
 from dynprune.latency import interleaved
 from dynprune.limits import parse_limit
-from dynprune.onnxfile import open_session, write_onnx
+from dynprune.onnxfile import open_session, run as execute, write_onnx
 from dynprune.runs import Run, environment, write_text
 from dynprune.scores import Scores
 
@@ -239,5 +239,8 @@ def accuracy_of(path: Path, data: Data, images: Images) -> float:
     mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (data.mean, data.std))
     for batch, labels in data.eval_batches(images, 100):
         values = batch.numpy() * std + mean if folded else batch.numpy()
-        right += int((session.run(None, {session.get_inputs()[0].name: values})[0].argmax(1) == labels.numpy()).sum())
+        scores = execute(session, {session.get_inputs()[0].name: values})
+        if scores.ndim != 2 or scores.shape[0] != len(labels):
+            raise DynpruneError(f"{path} gives an output of shape {'x'.join(map(str, scores.shape))} for {len(labels)} images. Expected one row of class scores for each.")
+        right += int((scores.argmax(1) == labels.numpy()).sum())
     return right / len(images)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dynprune import artifact
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
-from dynprune.onnxfile import open_session, read_opset, write_onnx
+from dynprune.onnxfile import open_session, read_opset, run as execute, write_onnx
 from dynprune.runs import Run, runs_code
 from dynprune.scores import Scores, logits
 from dynprune.version import __version__
@@ -118,7 +118,7 @@ def parity(model: nn.Module, path: Path, data: Data, facts: artifact.Facts, fold
     for batch, _ in data.eval_batches(data.val, 32):
         batch = (batch * std + mean if folded else batch)[: PARITY_IMAGES - count]
         ours = model(batch).numpy()
-        theirs = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+        theirs = execute(session, {session.get_inputs()[0].name: batch.numpy()})
         difference = max(difference, float(np.abs(ours - theirs).max()))
         largest = max(largest, float(np.abs(ours).max()))
         equal += int((ours.argmax(1) == theirs.argmax(1)).sum())

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -67,3 +68,11 @@ def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceS
     except Exception as error:
         name = "a network in memory" if isinstance(path, bytes) else path
         raise DynpruneError(f"{name} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
+
+
+def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """The first output. Raises DynpruneError for a file that opens but cannot be executed."""
+    try:
+        return session.run(None, feed)[0]
+    except Exception as error:  # onnxruntime's own kinds have no common base
+        raise DynpruneError(f"onnxruntime cannot execute this network ({first_line(error)[:200]}). Is the file damaged? Export it again.") from error
