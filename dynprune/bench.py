@@ -23,7 +23,7 @@ from dynprune.export import check_classes, load_compact
 from dynprune.fit import TOLERANCE
 from dynprune.latency import interleaved
 from dynprune.limits import parse_limit
-from dynprune.onnxfile import open_session, run as execute, write_onnx
+from dynprune.onnxfile import metadata_of, open_session, run as execute, write_onnx
 from dynprune.runs import Run, environment, write_text
 from dynprune.scores import Scores
 
@@ -210,7 +210,10 @@ def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> 
     if math.prod(inputs[0].shape[1:]) * batch > LARGEST_INPUT:
         raise DynpruneError(f"{path} wants an input of {batch}x{'x'.join(map(str, inputs[0].shape[1:]))} numbers. Expected at most {LARGEST_INPUT:,}.")
     values = np.random.default_rng(0).standard_normal((batch, *inputs[0].shape[1:])).astype(np.float32)
-    return {inputs[0].name: values}
+    try:
+        return {inputs[0].name: values}
+    except UnicodeDecodeError as error:
+        raise DynpruneError(f"{path} names its input in bytes that are not text. Is the file damaged? Export it again.") from error
 
 
 def measure(dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]) -> list[BenchRow]:
@@ -235,7 +238,7 @@ def measure(dense: Path, compact: Path, batches: list[int], threads: int, report
 def accuracy_of(path: Path, data: Data, images: Images) -> float:
     """Share of the images whose class the ONNX file predicts right."""
     session, right = open_session(path), 0
-    folded = session.get_modelmeta().custom_metadata_map.get("mean") == "[0.0, 0.0, 0.0]"
+    folded = metadata_of(session).get("mean") == "[0.0, 0.0, 0.0]"
     mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (data.mean, data.std))
     for batch, labels in data.eval_batches(images, 100):
         values = batch.numpy() * std + mean if folded else batch.numpy()

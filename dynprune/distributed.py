@@ -92,45 +92,56 @@ def agree(numbers: list[int], ranks: Ranks, device: torch.device) -> list[int]:
 # -- BatchNorm over the whole batch -------------------------------------------------------------------------------------
 
 
-class BatchStatistics(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) with mean and variance over all processes' equal parts of the batch.
+class NormOverRanks(torch.autograd.Function):
+    """BatchNorm with mean and variance over all processes' equal parts of the batch: weight * (x - mean) / sqrt(variance + eps) + bias.
 
     Forward and backward each exchange two numbers per channel. The gradient is that of one process with the whole batch:
-    dx = (dy - mean(dy) - xhat * mean(dy * xhat)) / sigma (Ioffe & Szegedy, 2015), the means over all processes.
+    dx = weight / sigma * (dy - mean(dy) - xhat * mean(dy * xhat)) (Ioffe & Szegedy, 2015), the means over all processes. PyTorch's own
+    kernels do the passes over x: statistics by its training form, the rest by its inference form, corrected by one line per channel.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(x.dtype, torch.float32)
-        variance, mean = torch.var_mean(x.to(exact), dims, correction=0)
-        mean, variance = mean.double(), variance.double()
-        moments = torch.stack([mean, variance + mean.square()])
+        ones = x.new_ones(x.size(1), dtype=exact)  # with a weight in float32, bfloat16 inputs get their statistics in float32
+        _, mean, scale = torch.native_batch_norm(x, ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
+        mean = mean.double()
+        moments = torch.stack([mean, scale.double().pow(-2) - eps + mean.square()])
         dist.all_reduce(moments)
         moments /= count
-        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
-        scale = (variance + eps).rsqrt().to(exact)
-        normal = ((x.to(exact) - mean.to(exact).view(shape)) * scale.view(shape)).to(x.dtype)
-        ctx.save_for_backward(normal, scale)
-        ctx.count, ctx.dims, ctx.shape = count, dims, shape
+        mean = moments[0]
+        variance = (moments[1] - mean.square()).clamp(min=0)
+        mean, variance = mean.to(exact), variance.to(exact)
+        y = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.count = eps, count
         ctx.mark_non_differentiable(mean, variance)
-        return normal, mean, variance
+        return y, mean, variance
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _mean: object, _variance: object) -> tuple[Tensor, None, None]:
-        normal, scale = ctx.saved_tensors
-        gradient = gradient.to(scale.dtype)
-        means = torch.stack([gradient.mean(ctx.dims), (gradient * normal).mean(ctx.dims)])
+    def backward(ctx, gradient: Tensor, _mean: object, _variance: object) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        empty = mean.new_empty(0)
+        gradient = gradient.contiguous(memory_format=torch.channels_last if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format)
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(gradient, x, weight, mean, variance, empty, empty, False, ctx.eps,
+                                                                       [True, True, True])
+        means = torch.stack([dbias, dweight]).to(mean.dtype)  # sums of dy and of dy * xhat
         dist.all_reduce(means)
-        means = (means / ctx.count).view(2, *ctx.shape)
-        return ((gradient - means[0] - normal * means[1]) * scale.view(ctx.shape)).to(normal.dtype), None, None
+        means /= ctx.count * x.numel() // x.size(1)
+        scale = (variance + ctx.eps).rsqrt()
+        outer = scale if weight is None else scale * weight.to(scale.dtype)
+        slope = -outer * means[1] * scale
+        offset = -outer * means[0] - slope * mean
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dx = dx.add_(torch.addcmul(offset.to(x.dtype).view(shape), x, slope.to(x.dtype).view(shape)))
+        return dx, None if weight is None else dweight, None if weight is None else dbias, None, None
 
 
 def norm_over_ranks(norm: nn.modules.batchnorm._BatchNorm, count: int, x: Tensor) -> Tensor:
     """BatchNorm's forward in training, with statistics over `count` processes; otherwise the module's own."""
     if not (norm.training or norm.running_mean is None):
         return type(norm).forward(norm, x)
-    normal, mean, variance = BatchStatistics.apply(x, norm.eps, count)
+    y, mean, variance = NormOverRanks.apply(x, norm.weight, norm.bias, norm.eps, count)
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         with torch.no_grad():
             norm.num_batches_tracked += 1
@@ -138,11 +149,7 @@ def norm_over_ranks(norm: nn.modules.batchnorm._BatchNorm, count: int, x: Tensor
             samples = count * x.numel() // x.size(1)
             norm.running_mean.lerp_(mean.to(norm.running_mean), share)
             norm.running_var.lerp_((variance * samples / max(1, samples - 1)).to(norm.running_var), share)
-    if norm.affine:
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        normal = torch.addcmul(norm.bias.view(shape), normal, norm.weight.view(shape)) if x.dtype == norm.weight.dtype else \
-            (normal * norm.weight.view(shape) + norm.bias.view(shape)).to(x.dtype)
-    return normal
+    return y
 
 
 def share_norms(model: nn.Module, ranks: Ranks) -> None:

@@ -70,6 +70,14 @@ def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceS
         raise DynpruneError(f"{name} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
 
 
+def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, str]:
+    """What the file says of itself. Raises DynpruneError where that is not text."""
+    try:
+        return session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise DynpruneError(f"The ONNX file's metadata is not text ({first_line(error)[:100]}). Is the file damaged? Export it again.") from error
+
+
 def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> np.ndarray:
     """The first output. Raises DynpruneError for a file that opens but cannot be executed."""
     try:
