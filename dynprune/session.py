@@ -205,7 +205,7 @@ class Session:
             raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
                                 f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
         if not 0 <= facts["step"] <= self.steps:
-            raise DynpruneError(f"{run.path} is at step {facts["step"]}, outside the {self.steps} that the settings now give. Choose more --epochs.")
+            raise DynpruneError(f"{run.path} is at step {facts['step']}, outside the {self.steps} that the settings now give. Choose more --epochs.")
         try:
             self.step = facts["step"]
             slots, template = slots_in(tensors, self.reservoir.full, self.graph)
