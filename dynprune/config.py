@@ -43,7 +43,7 @@ def of_type(value: object, wanted: type) -> bool:
     if isinstance(value, bool) or wanted is bool:
         return isinstance(value, bool) and wanted is bool
     if wanted is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) < 1e18  # neither nan, nor a whole number that no float holds
     return isinstance(value, wanted)
 
 
