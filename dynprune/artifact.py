@@ -96,10 +96,11 @@ def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mappi
             full = zoo.build(name, classes)
     except (RuntimeError, NotImplementedError):
         return None
-    shapes = {key: list(value.shape) for key, value in full.state_dict().items()}
+    whole = {key: value.shape for key, value in full.state_dict().items()}
+    shapes = {key: list(shape) for key, shape in whole.items()}
     for (tensor, dim), positions in kept.items():
         if not tensor.startswith("#"):
-            if not 0 <= dim < len(shapes[tensor]) or len(positions) and not 0 <= positions.min() <= positions.max() < full.state_dict()[tensor].shape[dim]:
+            if not 0 <= dim < len(shapes[tensor]) or len(positions) and not 0 <= positions.min() <= positions.max() < whole[tensor][dim]:
                 raise ValueError(f"positions beyond dimension {dim} of {tensor}")
             shapes[tensor][dim] = len(positions)
     found = {key: list(value.shape) for key, value in tensors.items()}

@@ -52,7 +52,6 @@ class Group:
         """Names of the layers whose tensors the arms touch, in order of execution."""
         return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.members if not tensor.startswith("#")))
 
-
     @property
     def makers(self) -> list[str]:
         """Names of the layers that produce or scale the arms, in order of execution."""

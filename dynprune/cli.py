@@ -274,6 +274,9 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
         raise DynpruneError(result.problem)
 
 
+# -- what the commands share ------------------------------------------------------------------------------------------
+
+
 def opened(path: Path, model: str, trust: bool):
     """The run in `path`, if its model is none of the user's own code, or code that was named or trusted."""
     from dynprune.runs import Run
@@ -281,9 +284,6 @@ def opened(path: Path, model: str, trust: bool):
     run = Run.open(path)
     run.refuse_code(model, trust)
     return run
-
-
-# -- what the commands share ------------------------------------------------------------------------------------------
 
 
 def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False, trust: bool = False):

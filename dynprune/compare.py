@@ -140,9 +140,9 @@ class Trial:
         if self.policy == "dense+prune":
             return self.prune_and_train_on(settings, epochs, reference)
         fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy == "static-ours" else None
-        session = Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit)
         if epochs is None:
-            epochs = affordable(reference.train_macs, self.per_epoch(session.macs))
+            macs = Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).macs
+            epochs = affordable(reference.train_macs, self.per_epoch(macs))
         return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), fit=fit)
 
     def per_epoch(self, macs: int) -> int:
