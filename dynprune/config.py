@@ -18,6 +18,7 @@ import tomli_w
 from dynprune.errors import DynpruneError
 from dynprune.limits import parse_limit
 
+LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 POLICIES = ("cucb", "random", "static", "dense")
 
 
@@ -37,13 +38,13 @@ def fraction(value: object) -> bool:
 
 
 def of_type(value: object, wanted: type) -> bool:
-    """Whether a setting has its default's type: a whole number will do for a float, a bool for nothing else, a tuple holds text. Floats are finite."""
+    """Whether a setting has its default's type: a whole number will do for a float, a bool for nothing else, a tuple holds text."""
     if wanted is tuple:
         return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
     if isinstance(value, bool) or wanted is bool:
         return isinstance(value, bool) and wanted is bool
     if wanted is float:
-        return isinstance(value, int | float) and abs(value) < 1e18  # neither nan, nor a whole number that no float holds
+        return isinstance(value, int | float)
     return isinstance(value, wanted)
 
 
@@ -113,6 +114,8 @@ class TrainConfig:
             flag = "--" + field.name.replace("_", "-")
             if not of_type(value, type(field.default)):
                 raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
+            if isinstance(value, int | float) and not abs(value) < LARGEST:
+                raise DynpruneError(f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}.")
             if meta["choices"] and value not in meta["choices"]:
                 raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
             if meta["check"] and not meta["check"](value):
