@@ -195,7 +195,7 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
 @with_settings
 def compare(given: dict,
             policies: Annotated[str, typer.Option("--policies", help="Ways to train, separated by commas, yours first: cucb, cucb-paper, random, static, "
-                                                                     "static-ours, dense, dense+prune.")] = "cucb,random,static",
+                                                                     "static-ours, dense, dense+prune. With settings of its own: cucb:explore=0.03.")] = "cucb,random,static",
             seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, with seeds from --seed on. One seed shows nothing; three begin to.")] = 3,
             equal: Annotated[str, typer.Option("--equal", help="What all have in equal amount: images (training images seen) or cost (multiplications).")] = "images",
             out: Annotated[Path, typer.Option("--out", help="Folder for the runs and the comparison; what is finished there is not repeated.")] = Path("runs/comparison"),

@@ -10,6 +10,8 @@ finished and goes on with what was stopped. Returns every run's accuracy, size a
     static-ours  a thin network of the widths that cucb ended with, from scratch
     dense        the whole network
     dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest
+
+A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a setting's worth is shown.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from dynprune.tracing import trace
 from dynprune.train import Progress, train
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
+COMMON = ("model", "weights", "data", "data_root", "image_size", "val_fraction", "policy", "budget", "paper", "epochs", "batch_size", "seed")  # what rivals share
 PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
 
 
@@ -89,7 +92,7 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
     """
     check(config, policies, seeds, equal, out)
     data, found = load_data(config), []
-    if "dense+prune" in policies:
+    if any(policy.startswith("dense+prune") for policy in policies):
         torch_pruning()
     for seed in range(seeds):
         reference: ComparedRun | None = None
@@ -109,20 +112,39 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
 
 def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path) -> None:
     for policy in policies:
-        if policy not in POLICIES:
-            raise DynpruneError(f'--policies got "{policy}". Choose from: {", ".join(POLICIES)}.')
+        if policy.partition(":")[0] not in POLICIES:
+            raise DynpruneError(f'--policies got "{policy}". Choose from: {", ".join(POLICIES)}, each with changed settings if need be, such as cucb:explore=0.03.')
+        variant(config, policy)
     if len(set(policies)) < 2 or len(set(policies)) < len(policies):
         raise DynpruneError(f"--policies got {','.join(policies)}. Expected at least two, each once, separated by commas.")
-    if "static-ours" in policies and "cucb" not in policies[: policies.index("static-ours")]:
+    names = [policy.split(":")[0] for policy in policies]
+    if "static-ours" in names and "cucb" not in policies[: names.index("static-ours")]:
         raise DynpruneError("--policies static-ours takes the widths that cucb ended with. Put cucb before it.")
     if seeds < 1:
         raise DynpruneError(f"--seeds got {seeds}. Expected at least 1.")
     if equal not in ("images", "cost"):
         raise DynpruneError(f'--equal got "{equal}". Expected images or cost.')
-    if "dense+prune" in policies and any(parse_limit(text).quantity != "macs" for text in config.budget):
+    if any(policy.startswith("dense+prune") for policy in policies) and any(parse_limit(text).quantity != "macs" for text in config.budget):
         raise DynpruneError("--policies dense+prune cuts to a budget of MACs alone. Leave it out, or give one budget in MACs.")
     if out.exists() and not out.is_dir():
         raise DynpruneError(f"--out got {out}, which is a file. Expected a folder for the runs.")
+
+
+def variant(config: TrainConfig, policy: str) -> TrainConfig:
+    """The settings that a policy such as cucb:explore=0.03:hold=40 trains with."""
+    name, *changes = policy.split(":")
+    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainConfig) if field.name not in COMMON and type(field.default) in (int, float, str)}
+    changed = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        key = key.replace("-", "_")
+        try:
+            changed[key] = fields[key](value)
+        except (KeyError, ValueError) as error:
+            raise DynpruneError(f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.') from error
+    own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
+    allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
+    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, **changed}).validate()
 
 
 class Trial:
@@ -130,16 +152,14 @@ class Trial:
 
     def __init__(self, config: TrainConfig, policy: str, out: Path, data: Data, report: Callable[[Progress], None], stop: Callable[[], bool]):
         self.config, self.policy, self.out, self.data, self.report, self.stop = config, policy, out, data, report, stop
-        self.path = out / f"{policy}-{config.seed}"
+        self.path = out / f"{policy.replace(':', ',')}-{config.seed}"
 
     def run(self, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
         """Train for so many epochs or, with None, as long as costs what `reference` cost."""
-        own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(self.policy, self.policy)
-        settings = dataclasses.replace(self.config, policy=own, paper=self.policy == "cucb-paper",
-                                       allocation="balanced" if own != "cucb" and self.config.allocation == "learned" else self.config.allocation)
-        if self.policy == "dense+prune":
+        settings = variant(self.config, self.policy)
+        if self.policy.startswith("dense+prune"):
             return self.prune_and_train_on(settings, epochs, reference)
-        fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy == "static-ours" else None
+        fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy.startswith("static-ours") else None
         if epochs is None:
             macs = Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).macs
             epochs = affordable(reference.train_macs, self.per_epoch(macs))

@@ -51,6 +51,12 @@ def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
     assert found["dense"].epochs == 2 and found["dense"].train_macs == pytest.approx(found["cucb"].train_macs, rel=0.2)  # whole epochs
 
 
+def test_a_policy_with_other_settings_is_a_rival(tmp_path):
+    compare(CONFIG, ["cucb", "cucb:explore=0.5:hold=3", "static"], 1, tmp_path)
+    plain, other = (TrainConfig.from_toml(tmp_path / f"{name}-0" / "config.toml") for name in ("cucb", "cucb,explore=0.5,hold=3"))
+    assert other == dataclasses.replace(plain, explore=0.5, hold=3) != plain
+
+
 def test_the_command_prints_every_run(tmp_path):
     done = dynprune("compare", *TINY, "--epochs", 2, "--policies", "cucb,cucb-paper", "--seeds", 1, "--out", tmp_path / "c", "--json")
     runs = json.loads(done.stdout)["runs"]
@@ -63,6 +69,7 @@ def test_the_command_prints_every_run(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--policies", "cucb"], "Expected at least two"), (["--policies", "cucb,best"], 'got "best". Choose from: cucb, cucb-paper'),
     (["--policies", "static-ours,cucb"], "Put cucb before it"), (["--seeds", "0"], "--seeds got 0"), (["--equal", "time"], 'got "time". Expected images or cost'),
-    (["--policy", "dense"], "compare takes --policies"), (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone")])
+    (["--policies", "cucb,static:epochs=9"], 'got "epochs=9" in "static:epochs=9"'), (["--policies", "cucb,static:lr=fast"], "Expected NAME=VALUE"),
+    (["--policies", "cucb,static:lr=-1"], "--lr got -1"), (["--policy", "dense"], "compare takes --policies"), (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone")])
 def test_comparisons_that_make_no_sense_are_refused(tmp_path, options, message):
     assert message in refused("compare", *TINY, *options, "--out", tmp_path / "c")
