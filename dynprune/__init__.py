@@ -1,4 +1,4 @@
-"""dynprune: compact CNNs by dynamic channel execution. `load(path)` opens a compact file, `trace` finds channel structure."""
+"""dynprune: compact CNNs by dynamic channel execution. `load(path)` opens a compact or gated file, `trace` finds channel structure."""
 
 from dynprune.version import __version__
 
@@ -7,7 +7,7 @@ __all__ = ["__version__", "load", "trace"]
 
 def __getattr__(name: str) -> object:  # torch takes seconds to import: `dynprune --help` does without
     if name == "load":
-        from dynprune.artifact import load
+        from dynprune.gated_file import load
         return load
     if name == "trace":
         from dynprune.tracing import trace

@@ -21,7 +21,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dynprune.config import TrainConfig
+from dynprune.config import GateConfig, Recipe, TrainConfig
 from dynprune.errors import DynpruneError
 from dynprune.version import __version__
 
@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   context_settings={"help_option_names": ["-h", "--help"]})
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` wrote.")]
+AnyRunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` or `dynprune gate` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
 Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
@@ -43,15 +44,16 @@ Fold = Annotated[bool, typer.Option("--fold-normalization", help="Put input norm
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
 BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 
-PANELS = {"model": "Model and data", "policy": "Method", "epochs": "Training recipe", "precision": "Machine"}
+PANELS = {"model": "Model and data", "epochs": "Training recipe", "precision": "Machine", "policy": "Method", "reservoir": "Machine", "target": "Method"}
 
 
-def with_settings(command: Callable) -> Callable:
-    """Give a command an option per TrainConfig field; it receives the ones that were given as the dict `given`."""
+def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
+    """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
+    fields = [field for field in dataclasses.fields(kind) if field.name not in without]
     hints = typing.get_type_hints(command, include_extras=True)
     own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in python_inspect.signature(command).parameters.values() if p.name != "given"]
     options, panel = [], ""
-    for field in dataclasses.fields(TrainConfig):
+    for field in fields:
         panel = PANELS.get(field.name, panel)
         several = isinstance(field.default, tuple)
         shown = (" ".join(field.default) if several else str(field.default)) or False
@@ -60,7 +62,7 @@ def with_settings(command: Callable) -> Callable:
                                          annotation=Annotated[Optional[list[str] if several else type(field.default)], option]))
 
     def wrapper(**values: object) -> None:
-        given = {field.name: values.pop(field.name) for field in dataclasses.fields(TrainConfig)}
+        given = {field.name: values.pop(field.name) for field in fields}
         command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
 
     wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
@@ -82,6 +84,8 @@ def dynprune(_version: Annotated[bool, typer.Option("--version", callback=versio
     what comes out is already small. `dynprune run` does everything in one go; or step by step:
 
     **train** the channels that matter · **compact** them into a file · **export** it to ONNX · **bench** it against the dense network
+
+    **gate** then lets each image decide which of the remaining channels to compute.
     """
 
 
@@ -119,15 +123,23 @@ def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, fine
 
 
 @app.command()
-def export(run: RunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
+def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
            out: Annotated[Optional[Path], typer.Option("--out", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
            opset: Opset = None, fold_normalization: Fold = False, model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
-    """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch."""
+    """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch.
+
+    A run of `dynprune gate` gives a graph for one image at a time, in which closed gates mean less work; the form of each layer is measured.
+    """
     if not onnx:
         raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
     from dynprune import report
+    from dynprune.runs import GateRun
 
-    opened(run, model, trust)
+    found = opened(run, model, trust)
+    if isinstance(found, GateRun):
+        gated = do_export_gated(found, out, opset, fold_normalization)
+        finish(json_output, dataclasses.asdict(gated), lambda: [report.gated_export_table(gated), f"next: dynprune bench {run}"])
+        return
     result = do_export(run, out, opset, fold_normalization)
     finish(json_output, dataclasses.asdict(result), lambda: [report.export_table(result), f"next: dynprune bench {run}"])
 
@@ -146,6 +158,8 @@ def bench(given: dict,
           trust: Trust = False, json_output: Json = False) -> None:
     """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict.
 
+    A run of `dynprune gate` is measured over real images, against the network without gates and a static one of the same mean cost.
+
     Examples: `dynprune bench runs/mine`, `dynprune bench a.onnx b.onnx`, `dynprune bench --training --model resnet56 --budget 0.25`
     """
     from dynprune import report
@@ -160,9 +174,37 @@ def bench(given: dict,
     for path in [*(targets or []), *([against] if against else [])]:
         if path.is_dir():
             opened(path, model, trust)
+    if len(targets or []) == 1 and against is None and (gated := gate_run(targets[0])):
+        measured = do_bench_gated(gated, batch, bench_threads)
+        finish(json_output, measured.without_samples(), lambda: [*report.gated_bench_tables(measured), measured.verdict])
+        if not measured.met:
+            raise DynpruneError(f"target {measured.target} missed: an image costs {measured.stats.share:.4f} of the ungated network. Train the gates with a smaller --target.")
+        return
     result = do_bench(targets or [], against, batch, bench_threads)
     finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
     refuse_missed(result)
+
+
+def gate(given: dict,
+         base: Annotated[Optional[Path], typer.Argument(metavar="[RUN]", help="Finished and compacted run whose network gets the gates; its data settings are taken over. "
+                                                                             "Without it, a new network of --model.")] = None,
+         out: Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False)] = None,
+         overwrite: Overwrite = False,
+         resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
+         trust: Trust = False, json_output: Json = False) -> None:
+    """Put gates into a network that decide per image which channels to compute, and train both to a mean cost.
+
+    Then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1` nothing is closed: what to compare with.
+
+    Example: `dynprune gate runs/mine --target 0.33 --epochs 10`
+    """
+    from dynprune import report
+
+    result = do_gate(given, base, out, overwrite, resume, trust)
+    finish(json_output, dataclasses.asdict(result), lambda: [*report.gate_tables(result), f"next: dynprune export {result.run} --onnx"])
+
+
+app.command()(with_settings(gate, GateConfig, without=("base",)))
 
 
 @app.command()
@@ -278,12 +320,19 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
 
 
 def opened(path: Path, model: str, trust: bool):
-    """The run in `path`, if its model is none of the user's own code, or code that was named or trusted."""
-    from dynprune.runs import Run
+    """The run in `path`, of train or gate, if its model is none of the user's own code, or code that was named or trusted."""
+    from dynprune.runs import open_any
 
-    run = Run.open(path)
+    run = open_any(path)
     run.refuse_code(model, trust)
     return run
+
+
+def gate_run(path: Path):
+    """The run of gates in `path`, or None."""
+    from dynprune.runs import GateRun
+
+    return GateRun.open(path) if GateRun(path).config_file.is_file() else None
 
 
 def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False, trust: bool = False):
@@ -296,7 +345,9 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
     from dynprune.train import train as run_training
 
     path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
-    found = opened(path, given.get("model", ""), trust) if resume else None
+    found = Run.open(path) if resume else None
+    if found:
+        found.refuse_code(given.get("model", ""), trust)
     if resume:
         config = resumed(found.config, given, path, override)
     ranks = distributed.join(os.environ, config.device)
@@ -329,12 +380,12 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
 WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
 
 
-def resumed(config: TrainConfig, given: dict, path: Path, override: bool) -> TrainConfig:
+def resumed(config: Recipe, given: dict, path: Path, override: bool) -> Recipe:
     """The run's own settings; options given beside --resume must agree with them, or are taken with --override."""
     differing = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
                  if value != getattr(config, name) and name != "checkpoint_every"]
     if differing and not override:
-        raise DynpruneError(f"--resume goes on with the settings in {path}/config.toml, which differ: {', '.join(differing)}. Drop those options, or pass "
+        raise DynpruneError(f"--resume goes on with the settings that {path} was started with, which differ: {', '.join(differing)}. Drop those options, or pass "
                             "--override to go on with them.")
     fixed = [name for name in ("model", "data", "image_size", "policy", "seed", "optimizer", *WIDTHS) if name in given and given[name] != getattr(config, name)]
     if fixed:
@@ -352,6 +403,69 @@ def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int,
         display.note("compacting and proving")
         return make_compact(Run.open(run), min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr,
                             report=display.step, work=display.work)
+
+
+INHERITED = ("data", "data_root", "image_size", "val_fraction", "augment", "workers", "batch_size", "label_smoothing", "threads", "seed")  # from the run that is gated
+GENTLE_LR = 0.02  # for a network that is trained already
+
+
+def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, resume: bool, trust: bool):
+    from dynprune.data import load_data
+    from dynprune.gate import GateSession, gate as run_gate
+    from dynprune.report import Display
+    from dynprune.runs import GateRun, Run
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DynpruneError("gate works in one process. Start it without torchrun.")
+    if resume:
+        if out is None or base is not None:
+            raise DynpruneError("--resume goes on with the run in --out, with its settings. Pass --out, and no other run.")
+        run = GateRun.open(out)
+        run.refuse_code(given.get("model", ""), trust)
+        config = resumed(run.config, given, out, False)
+    else:
+        if base is not None:
+            source = Run.open(base)
+            source.refuse_code(given.get("model", ""), trust)
+            known = source.config
+            if given.get("model", known.model) != known.model:
+                raise DynpruneError(f'--model got "{given["model"]}", but {base} is of "{known.model}". Leave one of the two out.')
+            if "weights" in given:
+                raise DynpruneError(f"--weights got {given['weights']}, but the weights are those of {base}. Leave one of the two out.")
+            given = {"lr": GENTLE_LR, **{name: getattr(known, name) for name in INHERITED}, **given, "model": known.model, "base": str(base)}
+        config = GateConfig(**given).validate()
+        path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, "gate"))
+        Run.refuse_existing(path, overwrite)
+    display = Display()
+    with display.live(), stop_requested() as stop:
+        display.note(f"reading {config.data}")
+        session = GateSession(config, load_data(config))
+        run = run if resume else GateRun.create(path, config, overwrite)
+        display.say(f"{config.base or config.model} on {config.data}: {len(session.model.gates)} gated groups with {sum(len(gate.sizes) for gate in session.model.gates)} gates; "
+                    f"validation is {session.data.chooses}, test is {session.data.reports}")
+        if resume and not run.has_checkpoint:
+            display.say(f"{run.path} was stopped before its first checkpoint: it begins anew")
+        return run_gate(config, run, resume=resume and run.has_checkpoint, report=display.step, note=display.say if resume else display.note, stop=stop, session=session)
+
+
+def do_export_gated(run, out: Path | None, opset: int | None, fold_normalization: bool):
+    from dynprune.gated_export import export_gated
+    from dynprune.report import Display
+
+    display = Display()
+    with display.live():
+        return export_gated(run, out=out, opset=opset, fold_normalization=fold_normalization, report=display.work)
+
+
+def do_bench_gated(run, batch: str, threads: int):
+    from dynprune.gated_bench import bench_gated
+    from dynprune.report import Display
+
+    if batch not in ("1", "1,8,32"):
+        raise DynpruneError(f"--batch got {batch}. A gated network takes one image at a time: leave --batch out.")
+    display = Display()
+    with display.live():
+        return bench_gated(run, threads=threads, report=display.note, work=display.work)
 
 
 def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization: bool):

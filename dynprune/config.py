@@ -1,6 +1,6 @@
 """Every setting once: its type, default, check and meaning.
 
-`TrainConfig` is what the Python API takes. The command line builds its options from the same fields (`cli.py`), and a run
+`TrainConfig` (`train`) and `GateConfig` (`gate`) are what the Python API takes. The command line builds its options from the same fields (`cli.py`), and a run
 directory keeps the resolved values as `config.toml`.
 """
 
@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import tomli_w
 
@@ -20,6 +21,7 @@ from dynprune.limits import parse_limit
 
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 POLICIES = ("cucb", "random", "static", "dense")
+ESTIMATORS = ("reinforce", "gumbel", "random")
 
 
 def setting(default: object, meaning: str, *, choices: tuple[str, ...] = (), check: Callable[[object], bool] | None = None,
@@ -49,8 +51,8 @@ def of_type(value: object, wanted: type) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one training run. `validate()` raises DynpruneError for the first value that does not fit."""
+class Recipe:
+    """What every kind of training needs: network, data, recipe, machine. `validate()` raises DynpruneError for the first value that does not fit."""
 
     model: str = setting("vgg16", "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), torchvision:NAME, "
                                   "timm:NAME, or package.module:factory for your own code.")
@@ -66,6 +68,72 @@ class TrainConfig:
                            choices=("auto", "none", "crop", "crop+flip"))
     workers: int = setting(-1, "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
                            check=lambda v: -1 <= v <= 256, expected="-1 to 256")
+    epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
+    batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
+    optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
+    lr: float = setting(0.1, "Peak learning rate.", check=positive, expected="more than 0")
+    momentum: float = setting(0.9, "Momentum of sgd.", check=fraction, expected="a number in [0, 1)")
+    weight_decay: float = setting(5e-4, "Weight decay.", check=lambda v: v >= 0, expected="0 or more")
+    schedule: str = setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
+    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises linearly to its peak.",
+                            check=fraction, expected="a share in [0, 1)")
+    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)")
+    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
+                             choices=("auto", "float32", "bfloat16", "float64"))
+    device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
+    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024")
+    checkpoint_every: str = setting("5m", "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
+                                    check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
+    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
+                        expected="a number from 0 to 4294967295")
+
+    def validate(self) -> Self:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            flag = "--" + field.name.replace("_", "-")
+            if not of_type(value, type(field.default)):
+                raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
+            if isinstance(value, int | float) and not abs(value) < LARGEST:
+                raise DynpruneError(f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}.")
+            if meta["choices"] and value not in meta["choices"]:
+                raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
+            if meta["check"] and not meta["check"](value):
+                raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
+        return self
+
+    @property
+    def checkpoint_interval(self) -> tuple[float, float]:
+        """Steps and seconds between checkpoints; the one that was not asked for is infinite."""
+        number = math.inf if self.checkpoint_every == "never" else float(self.checkpoint_every.rstrip("smh"))
+        unit = self.checkpoint_every[-1]
+        return (math.inf, number * {"s": 1, "m": 60, "h": 3600}[unit]) if unit in "smh" and number < math.inf else (number, math.inf)
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in list(values.items()):
+            if name not in fields:
+                raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
+            wanted = type(fields[name].default)
+            if wanted is tuple and isinstance(value, list):
+                value = values[name] = tuple(value)
+            if not of_type(value, wanted):
+                raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
+        return cls(**values).validate()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """Settings of one training run with dynamic channel execution, or of what it is compared with."""
+
     policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
                                   "network from scratch), dense (everything).", choices=POLICIES)
     budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
@@ -86,40 +154,12 @@ class TrainConfig:
     bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
                            check=lambda v: v >= 0, expected="0 or more")
     paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
-    epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
-    batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
-    optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
-    lr: float = setting(0.1, "Peak learning rate.", check=positive, expected="more than 0")
-    momentum: float = setting(0.9, "Momentum of sgd.", check=fraction, expected="a number in [0, 1)")
-    weight_decay: float = setting(5e-4, "Weight decay.", check=lambda v: v >= 0, expected="0 or more")
-    schedule: str = setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
-    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises linearly to its peak.",
-                            check=fraction, expected="a share in [0, 1)")
-    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)")
-    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
-                             choices=("auto", "float32", "bfloat16", "float64"))
-    device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
-    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024")
-    checkpoint_every: str = setting("5m", "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
-                                    check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
-    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
-                        expected="a number from 0 to 4294967295")
 
-    def validate(self) -> TrainConfig:
-        for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
-            flag = "--" + field.name.replace("_", "-")
-            if not of_type(value, type(field.default)):
-                raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
-            if isinstance(value, int | float) and not abs(value) < LARGEST:
-                raise DynpruneError(f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}.")
-            if meta["choices"] and value not in meta["choices"]:
-                raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
-            if meta["check"] and not meta["check"](value):
-                raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
+    def validate(self) -> Self:
+        super().validate()
         for text in self.budget:
             parse_limit(text)
         if self.paper and self.policy != "cucb":
@@ -130,30 +170,29 @@ class TrainConfig:
             raise DynpruneError("--allocation learned changes widths during training, so what --compile made would be thrown away. Choose one of the two.")
         return self
 
-    @property
-    def checkpoint_interval(self) -> tuple[float, float]:
-        """Steps and seconds between checkpoints; the one that was not asked for is infinite."""
-        number = math.inf if self.checkpoint_every == "never" else float(self.checkpoint_every.rstrip("smh"))
-        unit = self.checkpoint_every[-1]
-        return (math.inf, number * {"s": 1, "m": 60, "h": 3600}[unit]) if unit in "smh" and number < math.inf else (number, math.inf)
 
-    def to_toml(self) -> str:
-        return tomli_w.dumps(dataclasses.asdict(self))
+@dataclasses.dataclass(frozen=True)
+class GateConfig(Recipe):
+    """Settings of one training run of gates that decide per image which channels to compute."""
 
-    @classmethod
-    def from_toml(cls, path: Path) -> TrainConfig:
-        """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in list(values.items()):
-            if name not in fields:
-                raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
-            wanted = type(fields[name].default)
-            if wanted is tuple and isinstance(value, list):
-                value = values[name] = tuple(value)
-            if not of_type(value, wanted):
-                raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
-        return cls(**values).validate()
+    base: str = setting("", "Run whose compact (or dense) network gets the gates; empty for a new network.")
+    target: float = setting(0.33, "Mean share of the ungated network's multiply-accumulates that an image may cost, gates included; 1 leaves every gate open: "
+                                  "the ungated network on the same schedule.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
+    estimator: str = setting("reinforce", "How gates learn: reinforce (policy gradient), gumbel (straight-through), or random (gates that learn nothing, to compare with).",
+                             choices=ESTIMATORS)
+    block: int = setting(16, "Neighbouring channels that share a gate: 16 is what onnxruntime computes at once, 1 gates every channel, 0 whole layers.",
+                         check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
+    hidden: int = setting(16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096")
+    gate_lr: float = setting(0.02, "Learning rate of the gates (Adam).", check=positive, expected="more than 0")
+    entropy: float = setting(0.01, "Weight of the gates' entropy, which keeps them from deciding too early.", check=lambda v: v >= 0, expected="0 or more")
+    gates_first: float = setting(0.0, "Share of the steps in which only the gates learn, before the weights join.", check=fraction, expected="a share in [0, 1)")
+    settle: float = setting(0.3, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
+                            check=fraction, expected="a share in [0, 1)")
+
+    def validate(self) -> Self:
+        super().validate()
+        if self.gates_first + self.settle >= 1:
+            raise DynpruneError(f"--gates-first {self.gates_first} and --settle {self.settle} leave no steps to learn both. Their sum must be below 1.")
+        if self.precision == "float64":
+            raise DynpruneError("--precision got float64. gate works in float32 or bfloat16.")
+        return self

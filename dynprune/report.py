@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.compact import CompactResult
     from dynprune.compare import Comparison
     from dynprune.export import ExportResult
+    from dynprune.gate import GateResult
+    from dynprune.gate_stats import GateStats
+    from dynprune.gated_bench import GatedBenchResult
+    from dynprune.gated_export import GatedExportResult
     from dynprune.inspect import Inspection
     from dynprune.plan import Plan
     from dynprune.train import Progress, TrainResult
@@ -197,6 +201,63 @@ def used(line: dict) -> str:
     if line["budget"].startswith("latency"):
         return f"{line['actual']:.3g} of {line['limit']:.3g} ms (predicted {line['predicted']:.3g})"
     return f"{line['actual']:,} of {line['limit']:,.0f}"
+
+
+def gate_tables(result: GateResult) -> list:
+    """What gates reached, and each gated group."""
+    stats = result.stats
+    facts = pairs("gate", [
+        ("estimator", result.estimator),
+        ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
+        ("mean cost of an image", f"{million(result.macs)} of {million(result.dense_macs)} MACs ({percent(stats.share)}; target {percent(result.target)}, "
+                                  f"{'met' if result.met else 'MISSED'}; gates {million(result.gate_macs)})"),
+        ("cost, 5th to 95th percentile", f"{percent(stats.percentiles['5'])} to {percent(stats.percentiles['95'])}"),
+        ("gates that vary with the image", percent(stats.varying_share)),
+        ("accuracy with frozen gates", f"{percent(stats.frozen_accuracy)} at {percent(stats.frozen_share)} of the MACs"),
+        ("time", f"{duration(result.seconds)} for {result.steps} steps"),
+        ("file", result.path),
+    ])
+    table = Table("group", "gates", "open", "vary", "entropy", "information on the class", title="gates", title_justify="left", title_style="bold")
+    for line in stats.layers:
+        table.add_row(line.group, str(line.units), percent(line.open_share), percent(line.varying_share), f"{line.entropy_bits:.3f} bit", f"{line.information_bits:.3f} bit")
+    return [facts, table]
+
+
+def gated_export_table(result: GatedExportResult) -> Table:
+    return pairs("export", [
+        ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time)"),
+        ("forms of gated layers", ", ".join(f"{count} {form}" for form, count in sorted(result.forms.items())) + " (the quickest of each was measured)"),
+        ("parity with torch", f"largest difference {result.max_abs_diff:.1e} with the same gates, same class on {percent(result.top1_agreement)} of {result.images} images"),
+        ("gates", f"opened alike on {percent(result.gates_agree)} of the images"),
+    ])
+
+
+def gated_bench_tables(result: GatedBenchResult) -> list:
+    table = Table("", "MACs", "p50", "p95", "mean", "speed-up", title=f"bench: {result.images} real images one by one, {result.threads or 'default'} thread(s)",
+                  title_justify="left", title_style="bold")
+    for kind, rows in (("onnxruntime", result.rows), ("torch", result.torch_rows)):
+        for row in rows:
+            table.add_row(f"{kind}, {row.network}", million(row.macs), f"{row.p50_ms:.3g} ms", f"{row.p95_ms:.3g} ms", f"{row.mean_ms:.3g} ms", f"{row.speedup_p50:.2f}x")
+        table.add_section()
+    environment = result.environment
+    table.caption = (f"gated images from {result.quick_ms:.3g} ms (cheapest tenth) to {result.slow_ms:.3g} ms (dearest tenth); accuracy {percent(result.accuracy)} on "
+                     f"{result.test_data}, {percent(result.accuracy_onnx)} of the timed images in onnxruntime; {environment['processor']}, onnxruntime {environment['onnxruntime']}")
+    table.caption_justify = "left"
+    return [table, cost_table(result.stats)]
+
+
+def cost_table(stats: GateStats) -> Table:
+    """Who pays what."""
+    table = Table("images", "mean cost", title="cost of an image over the ungated network", title_justify="left", title_style="bold")
+    table.add_row("all", f"{percent(stats.share)} ({', '.join(f'{p}th {percent(value)}' for p, value in stats.percentiles.items())})")
+    table.add_row("classified right / wrong", f"{percent(stats.right_share)} / {percent(stats.wrong_share)}")
+    for name, share in sorted(stats.by_class.items(), key=lambda entry: entry[1]):
+        table.add_row(name, percent(share))
+    table.add_section()
+    for title, examples in (("cheapest", stats.easiest), ("dearest", stats.hardest)):
+        for image, share, label in examples:
+            table.add_row(f"{title}: {image} ({label})", percent(share))
+    return table
 
 
 def plan_table(result: Plan) -> Table:

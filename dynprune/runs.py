@@ -19,13 +19,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dynprune.config import TrainConfig
+from dynprune.config import GateConfig, Recipe, TrainConfig
 from dynprune.errors import DynpruneError
 
 SCHEMA = 1
@@ -37,6 +38,7 @@ class Run:
     """Paths of one run directory."""
 
     path: Path
+    command: ClassVar[str] = "train"
 
     config_file = property(lambda self: self.path / "config.toml")
     checkpoint_file = property(lambda self: self.path / "checkpoint.safetensors")
@@ -51,11 +53,11 @@ class Run:
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not overwrite:
                 raise DynpruneError(f"{path} exists. Pass --overwrite to replace it, --out for another place, or go on with dynprune train --resume.")
-            if not (path / "config.toml").is_file():
+            if not any((path / name).is_file() for name in ("config.toml", "gate.toml")):
                 raise DynpruneError(f"{path} exists and is not a run directory (no config.toml), so it is not overwritten. Choose another --out.")
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, overwrite: bool) -> Run:
+    def create(cls, path: Path, config: Recipe, overwrite: bool) -> Self:
         """A new, empty run directory, with the settings and the environment written down."""
         cls.refuse_existing(path, overwrite)
         try:
@@ -70,14 +72,16 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: Path) -> Self:
+        """The run in `path`. Raises DynpruneError if there is none, or one of another command."""
         run = cls(path)
         if not run.config_file.is_file():
-            what = "has no config.toml" if path.is_dir() else "is not a directory"
-            raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune train wrote.")
+            other = next((kind for kind in (Run, GateRun) if kind(path).config_file.is_file()), None)
+            what = f"is a run of dynprune {other.command}" if other else f"has no {run.config_file.name}" if path.is_dir() else "is not a directory"
+            raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune {cls.command} wrote.")
         return run
 
-    def write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: Recipe) -> None:
         write_text(self.config_file, config.to_toml())
 
     @property
@@ -157,6 +161,27 @@ class Run:
     def record(self, command: str, result: Mapping) -> None:
         """Keep a command's outcome in result.json, beside those of the others."""
         write_text(self.path / "result.json", json.dumps({**self.results, command: result}, indent=2))
+
+
+class GateRun(Run):
+    """Paths of a run directory of `dynprune gate`: gate.toml in place of config.toml, gated.safetensors and its ONNX files."""
+
+    command: ClassVar[str] = "gate"
+
+    config_file = property(lambda self: self.path / "gate.toml")
+    gated_file = property(lambda self: self.path / "gated.safetensors")
+    onnx_file = property(lambda self: self.path / "gated.onnx")
+    ungated_onnx_file = property(lambda self: self.path / "ungated.onnx")
+    static_onnx_file = property(lambda self: self.path / "static.onnx")
+
+    @property
+    def config(self) -> GateConfig:
+        return GateConfig.from_toml(self.config_file)
+
+
+def open_any(path: Path) -> Run:
+    """The run in `path`, of whichever command."""
+    return GateRun.open(path) if GateRun(path).config_file.is_file() else Run.open(path)
 
 
 def runs_code(model: str) -> bool:

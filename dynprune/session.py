@@ -108,6 +108,10 @@ class Session:
         self.ledger = prepare(shapes, places, {name: self.graph.groups[name].made for name in places}, self.device)
 
     @property
+    def policy(self) -> str:
+        return self.config.policy
+
+    @property
     def macs(self) -> int:
         return self.graph.macs(self.widths)
 
@@ -164,8 +168,14 @@ class Session:
         self.install(self.new_reservoir(self.reservoir.full, self.explorer.select(self.step)))
         self.model.train()
 
-    def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str]:
-        """Compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
+    def phase(self, step: int) -> str:
+        """What a step is for, in one word."""
+        return "exploring" if self.explorer.explores_at(step) else "settled" if self.explorer.steps else self.config.policy
+
+    def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str] | None:
+        """With --compile, compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
+        if not self.config.compile:
+            return None
         x, _ = next(iter(self.data.train_batches(self.config.batch_size, self.config.seed, 0)))
         x = x.to(self.device, memory_format=torch.channels_last)
         forward, facts = try_compiling(self.model, x, autocast=self.autocast, steps_left=self.steps - self.step, note=note)

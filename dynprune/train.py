@@ -80,7 +80,7 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool
     session.stop = stop
     with torch.random.fork_rng(), threads(config.threads), telling_what_is_left(session, run):
         started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
-        compiled = session.compile(note) if config.compile else None
+        compiled = session.compile(note)
         due = Due(config)
         if session.ranks.several and not resume:
             save(session, run, history)  # so that there is something to go on from when a process dies
@@ -136,7 +136,7 @@ def conclude(session: Session, run: Run, history: History, val_accuracy: float |
         val_accuracy = evaluate(session.model, data, data.val, session.device) if first else math.nan
     dense, seconds = session.graph.macs({}), history.seconds
     result = TrainResult(
-        str(run.path), config.policy, accuracy, val_accuracy, data.reports, data.chooses, seconds,
+        str(run.path), session.policy, accuracy, val_accuracy, data.reports, data.chooses, seconds,
         session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
         history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled, session.ranks.count, session.sent_bytes,
         session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0)
@@ -228,7 +228,7 @@ class EpochMeter:
         session, seconds = self.session, time.perf_counter() - self.started
         return {"epoch": epoch + 1, "step": session.step, "loss": self.mean_loss,
                 "lr": learning_rate(session.config, session.step - 1, session.steps),
-                "macs_share": session.macs / session.graph.macs({}), "exploring": session.explorer.explores_at(self.first_step),
+                "macs_share": session.macs / session.graph.macs({}), "exploring": session.phase(self.first_step) == "exploring",
                 "seconds": seconds, "images_per_second": (session.step - self.first_step) * session.config.batch_size / seconds,
                 "data_wait_share": self.waited_s / seconds}
 
@@ -240,9 +240,8 @@ def stopped(session: Session, run: Run) -> DynpruneError:
 
 def progress(session: Session, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None) -> Progress:
     per_step = (time.perf_counter() - started) / max(1, session.step - first_step)
-    phase = "exploring" if session.explorer.explores_at(session.step) else "settled" if session.explorer.steps else session.config.policy
     return Progress(session.step, session.steps, epoch + 1, session.config.epochs, meter.mean_loss, val_accuracy,
-                    session.macs / session.graph.macs({}), phase, per_step * (session.steps - session.step), val_accuracy is not None)
+                    session.macs / session.graph.macs({}), session.phase(session.step), per_step * (session.steps - session.step), val_accuracy is not None)
 
 
 def timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float]]:

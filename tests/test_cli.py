@@ -24,7 +24,7 @@ TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64
 
 def dynprune(*args, cwd=ROOT, check=True):
     """Run a command. The tests' runs name "tests.models:tiny" as their model, which commands that read a run must be told to trust."""
-    if args[0] in ("compact", "export") or "--resume" in args or args[0] == "bench" and len(args) > 1 and Path(args[1]).is_dir():
+    if args[0] in ("compact", "export") or args[0] == "gate" and not str(args[1]).startswith("-") or "--resume" in args or args[0] == "bench" and len(args) > 1 and Path(args[1]).is_dir():
         args = (*args, "--trust")
     done = subprocess.run([sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280)
     if check:

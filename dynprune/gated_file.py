@@ -1,0 +1,99 @@
+"""A gated network as a file, and back; `load` opens this and a compact file alike.
+
+A gated file is safetensors: the network's weights under "network.", the gates' under "predictors.", and in its header what a compact
+file says (how to build the network, what was kept of it) and how the gates are laid out. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dynprune import artifact, zoo
+from dynprune.config import TrainConfig
+from dynprune.errors import DynpruneError
+from dynprune.gating import GatedNetwork
+from dynprune.runs import read_tensors, runs_code, write_tensors
+from dynprune.session import part
+from dynprune.surgery import slim
+from dynprune.tracing import first_line, trace
+
+
+@dataclass(frozen=True)
+class GateFacts:
+    """How the gates are laid out and what they were trained for. cuts: groups of which one unit is always open. share: mean cost of a test
+    image over the ungated network's."""
+
+    block: int
+    hidden: int
+    cuts: list[str]
+    estimator: str
+    target: float
+    share: float
+
+
+def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts) -> None:
+    write_tensors(path, model.state_dict(), {"kind": "gated", **asdict(facts), "gates": asdict(gates)})
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+    """The network in a compact or gated file, in eval mode on the CPU. See `artifact.load` for the rules.
+
+    A gated network computes of a single image (under `torch.no_grad()`) only what its gates open, and masks larger batches.
+    """
+    path = Path(path)
+    try:
+        return artifact.load(path, model, trust=trust)
+    except DynpruneError as error:
+        if "of another kind" not in str(error):
+            raise
+    return load_gated(path, model, trust=trust)[0]
+
+
+def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
+    """The gated network in `path`, what its file says of the network, and of the gates."""
+    tensors, header = read_tensors(path, "gated")
+    try:
+        facts = artifact.Facts(**{field.name: header[field.name] for field in dataclasses.fields(artifact.Facts)})
+        name, kept = facts.config.model, artifact.kept_of(facts)
+        artifact.check_facts(facts)
+        gates = GateFacts(**header["gates"])
+        check_gates(gates)
+    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
+        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune gate.") from error
+    if full is None and runs_code(name) and not trust:
+        raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
+    try:
+        weights = part(tensors, "network.")
+        if full is None:
+            network = artifact.without_memory(name, kept, weights, len(facts.classes)) or slim(zoo.build(name, len(facts.classes)), kept)
+        else:
+            network = slim(full, kept)
+        network.load_state_dict(weights)
+        network.eval()
+        example = torch.randn(1, 3, facts.side, facts.side, generator=torch.Generator().manual_seed(0))
+        model = GatedNetwork(network, trace(network, example), example, block=gates.block, hidden=gates.hidden, cuts=gates.cuts)
+        model.load_state_dict(tensors)
+    except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
+    return model.eval(), facts, gates
+
+
+def check_gates(gates: GateFacts) -> None:
+    """Raises AssertionError for entries of another type or size."""
+    assert type(gates.block) is int and 0 <= gates.block <= 4096, "block"
+    assert type(gates.hidden) is int and 0 < gates.hidden <= 4096, "hidden"
+    assert isinstance(gates.cuts, list) and all(isinstance(name, str) for name in gates.cuts), "cuts"
+    assert isinstance(gates.estimator, str), "estimator"
+    assert all(isinstance(value, int | float) for value in (gates.target, gates.share)), "target"
+
+
+def facts_of_new(settings: dict, classes: list[str], side: int, mean: list[float], std: list[float], macs: int, params: int, accuracy: float) -> artifact.Facts:
+    """What a file says of a network that was never narrowed. settings: of any kind of training."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(policy="dense", **{name: value for name, value in settings.items() if name in known})
+    return artifact.Facts(asdict(config), classes, side, mean, std, {}, {}, macs, params, macs, params, accuracy)
