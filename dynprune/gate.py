@@ -5,7 +5,7 @@ estimator, on a price per multiply-accumulate that steers the mean cost of an im
 
     warming   with `gates_first`: the weights rest while the gates learn
     gating    both learn; the target falls from 1 to the one asked for in the first half
-    settled   the gates are set to the threshold that meets the target, and stay; the weights learn to live with them
+    settled   the gates are set to the threshold that meets the target, and stay but for that threshold; the weights learn to live with them
 
 It has the face of a `Session`, so that the training loop, its checkpoints and its resume serve both methods.
 """
@@ -41,7 +41,8 @@ FALLING = 0.5  # share of the gating phase in which the target falls to its valu
 PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves with the excess, and how hard an excess pulls at once
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
-CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 1000, 10
+CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 8
+SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
 MARGIN = 0.99  # the threshold aims this far below the target, so that other images meet it too
 
@@ -158,6 +159,8 @@ class GateSession:
         self.weights.step()
         if total is not loss:
             self.gates.step()
+        if phase == "settled" and self.config.estimator != "random":
+            self.model.shift += SHIFT_STEP * (MARGIN * self.config.target - self.share)
         self.stopping = self.stop()
         self.step += 1
         if self.step == self.steps and not self.ungated:
@@ -181,7 +184,7 @@ class GateSession:
         """What the gates are to lower: the price of what they open, and with REINFORCE the images' loss. each: that loss, (batch,)."""
         expected = self.model.executed_share(choices, [torch.sigmoid(own) for own in choices.logits])
         spent = expected if self.config.estimator == "reinforce" else self.model.executed_share(choices)
-        excess = float(expected.detach().mean()) - self.target_at(self.step)
+        excess = self.share - self.target_at(self.step)  # of what was really opened; the expectation takes gates for independent
         self.price = max(0.0, self.price + PRICE_STEP * excess)
         cost = max(0.0, self.price + PRICE_PULL * excess) * spent.mean().float()
         cost = cost - self.entropy_weight * estimators.entropy(choices.logits)
@@ -209,13 +212,14 @@ class GateSession:
         if self.config.estimator == "random":
             self.model.shift.fill_(self.even_logit(MARGIN * self.config.target))
             return
-        was_training = self.model.training
+        was_training, settling = self.model.training, self.step < self.steps
         self.model.eval()
+        self.network.train(settling)  # while settling, with the statistics of each batch, as the steps that follow use them
         try:
             batches = [batch for batch, _ in self.data.eval_batches(self.data.val.take(torch.arange(min(CALIBRATION_IMAGES, len(self.data.val)))), 100)]
-            if self.step == self.steps and self.mean_share(batches) <= MARGIN * self.config.target:
+            if not settling and self.mean_share(batches) <= self.config.target:
                 return  # what the weights have learned to live with meets the target as it is
-            low, high = -8.0, 8.0
+            low, high = -4.0, 4.0
             for _ in range(CALIBRATION_ROUNDS):
                 middle = (low + high) / 2
                 self.model.shift.fill_(middle)
@@ -229,7 +233,7 @@ class GateSession:
         shares = []
         for batch in batches:
             batch = batch.to(self.device, memory_format=torch.channels_last)
-            with self.autocast():
+            with self.autocast(), statistics_kept(self.network):
                 shares.append(self.model.executed_share(self.model.run(batch, self.model.threshold)[1]))
         return float(torch.cat(shares).mean())
 

@@ -205,6 +205,14 @@ CASES: list[tuple[str, list[str], int]] = [  # file to damage, command, weight
     ("photos/train/a/3.png", ["train", "--data", "photos", *TINY, "--epochs", "1", "--out", "new"], 5),
     ("run/checkpoint.safetensors", ["plan", "--model", "resnet20", "--from", "run", "--no-latency"], 2),
     ("layers.json", ["layers", "layers.json"], 1),
+    ("gates/gated.safetensors", ["load", "gates/gated.safetensors"], 6),
+    ("gates/gated.safetensors", ["export", "gates", "--onnx", "--trust"], 5),
+    ("gates/gate.toml", ["export", "gates", "--onnx", "--trust"], 3),
+    ("gates/gate.toml", ["gate", "--resume", "--trust", "--out", "gates"], 3),
+    ("gates/checkpoint.safetensors", ["gate", "--resume", "--trust", "--out", "gates"], 5),
+    ("gates/gated.onnx", ["bench", "gates", "--trust"], 4),
+    ("gates/result.json", ["bench", "gates", "--trust"], 2),
+    ("run/compact.safetensors", ["gate", "run", *TINY[2:], "--trust", "--epochs", "1", "--target", "0.8", "--out", "new"], 3),
 ]
 
 
@@ -216,6 +224,8 @@ def prepare(folder: Path) -> None:
     call("run", *TINY, "--epochs", "2", "--out", "run", "--batch", "1")
     call("train", "--model", "resnet20", "--image-size", "16", "--epochs", "1", "--batch-size", "256", "--out", "zoo")
     call("compact", "zoo")
+    call("gate", *TINY, "--epochs", "1", "--target", "0.8", "--block", "4", "--out", "gates")
+    call("export", "gates", "--onnx", "--trust")
     import numpy as np
     import torch
     from PIL import Image
@@ -237,11 +247,13 @@ def prepare(folder: Path) -> None:
 
 def run_command(command: list[str]) -> None:
     """In the child: as `dynprune` would, with short timings."""
-    from dynprune import artifact, bench, cli, latency
+    from dynprune import bench, cli, gated_bench, gated_export, gated_file, gated_onnx, latency
 
     bench.SECONDS_PER_BATCH_SIZE, bench.RUNS = 0.01, (2, 3)
+    gated_onnx.SITE_SECONDS, gated_onnx.SITE_RUNS, gated_export.TRIAL_SECONDS, gated_export.TRIAL_RUNS = 0.0, (1, 1), 0.0, (1, 1)
+    gated_bench.IMAGES, gated_bench.REPEATS, gated_bench.TORCH_IMAGES = 3, 1, 2
     if command[0].startswith("load"):
-        artifact.load(command[1], trust=command[0] == "load")
+        gated_file.load(command[1], trust=command[0] == "load")
     elif command[0] == "layers":
         latency.LayerTable(Path(command[1]))
     else:
@@ -295,9 +307,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", default="", help="only cases whose damaged file has this in its name")
     options = parser.parse_args(argv)
+    cases = [case for case in CASES if options.file in case[0]]
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    from dynprune import artifact, bench, cli, compact, export, latency, plan, report, train  # noqa: F401 (before the forks, which then start at once)
+    from dynprune import artifact, bench, cli, compact, export, gate, gated_bench, gated_export, latency, plan, report, train  # noqa: F401 (before the forks, which then start at once)
     import torchvision.transforms.v2  # noqa: F401
 
     rng, failures, ends, peak, slowest = random.Random(options.seed), [], Counter(), 0.0, 0.0
@@ -310,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["HOME"] = str(work)
         before = fingerprint(outside)
         for number in range(options.count):
-            name, command, _ = rng.choices(CASES, [weight for _, _, weight in CASES])[0]
+            name, command, _ = rng.choices(cases, [weight for _, _, weight in cases])[0]
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(pristine, work)
             (work / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\ndef build(): pass\n")
