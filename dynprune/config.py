@@ -180,8 +180,8 @@ class GateConfig(Recipe):
                                   "the ungated network on the same schedule.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
     estimator: str = setting("reinforce", "How gates learn: reinforce (policy gradient), gumbel (straight-through), or random (gates that learn nothing, to compare with).",
                              choices=ESTIMATORS)
-    block: int = setting(16, "Neighbouring channels that share a gate: 16 is what onnxruntime computes at once, 1 gates every channel, 0 whole layers.",
-                         check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
+    block: int = setting(0, "Neighbouring channels that share a gate. 0 gates whole layers, which saves most time, and blocks of 16 in layers that the network cannot "
+                            "do without; 1 gates every channel, 16 is what onnxruntime computes at once.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
     hidden: int = setting(16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096")
     gate_lr: float = setting(0.02, "Learning rate of the gates (Adam).", check=positive, expected="more than 0")
     entropy: float = setting(0.01, "Weight of the gates' entropy, which keeps them from deciding too early.", check=lambda v: v >= 0, expected="0 or more")

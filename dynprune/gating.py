@@ -36,6 +36,7 @@ from dynprune.tracing import evaluating
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d}
 LINEAR = {F.linear}
 KINDS = {"conv1d", "conv2d", "conv3d", "linear"}
+SPLIT = 16  # arms per gate in a layer that must not be closed as a whole
 OPEN = 2.0  # the gates' first logits: most are open
 
 
@@ -160,27 +161,31 @@ class GatedNetwork(nn.Module):
     shift: added to every logit at inference, so that the mean cost meets the target. dense_macs: of the ungated network, per image.
     """
 
-    def __init__(self, network: nn.Module, graph: ChannelGraph, example: Tensor, *, block: int = 16, hidden: int = 16, seed: int = 0,
+    def __init__(self, network: nn.Module, graph: ChannelGraph, example: Tensor, *, block: int = 0, hidden: int = 16, seed: int = 0,
                  cuts: Collection[str] | None = None):
-        """cuts: the groups that carry everything, where they are known already."""
+        """block: arms per gate; 0 gates whole groups, and blocks of 16 where the network cannot do without the group. cuts: the groups that carry everything, where they are
+        known already."""
         super().__init__()
         self.network, self.graph = network, graph
         gated = gateable(graph)
         if not gated:
             raise DynpruneError("No channel of this network can be gated. See what it is made of: dynprune inspect.")
-        gates = {name: Gate(name, units_of(graph.groups[name].arms, block)) for name in gated}
-        self.sites = find_sites(graph, gated, gates)
-        deciding = [site for site in self.sites.values() if site.decides]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.predictors = nn.ModuleList(Predictor(graph.shapes[site.op.weight][1] * site.op.groups, hidden, site.units) for site in deciding)
-        self.predictor_of = {site.op.weight: number for number, site in enumerate(deciding)}
+        self.place(gated, {name: Gate(name, units_of(graph.groups[name].arms, block)) for name in gated}, hidden, seed)
+        cuts = self.find_cuts(example) if cuts is None else cuts
+        self.place(gated, {name: Gate(name, units_of(graph.groups[name].arms, block or (SPLIT if name in cuts else 0)), name in cuts) for name in gated}, hidden, seed)
         self.register_buffer("shift", torch.zeros(()))
         cost = CostModel(graph)
         self.cost, self.dense_macs = Cost(cost), cost.cost("macs", cost.arms)
-        self.gate_macs = sum(gate_cost(graph, site, hidden) for site in deciding)
-        for name in self.find_cuts(example) if cuts is None else cuts:
-            self.sites = {weight: with_cut(site, name) for weight, site in self.sites.items()}
+        self.gate_macs = sum(gate_cost(graph, site, hidden) for site in self.sites.values() if site.decides)
+
+    def place(self, gated: dict[str, str], gates: dict[str, Gate], hidden: int, seed: int) -> None:
+        """Put fresh predictors before the layers that make these groups."""
+        self.sites = find_sites(self.graph, gated, gates)
+        deciding = [site for site in self.sites.values() if site.decides]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.predictors = nn.ModuleList(Predictor(self.graph.shapes[site.op.weight][1] * site.op.groups, hidden, site.units) for site in deciding)
+        self.predictor_of = {site.op.weight: number for number, site in enumerate(deciding)}
 
     @property
     def gates(self) -> list[Gate]:
@@ -238,11 +243,6 @@ def find_sites(graph: ChannelGraph, gated: dict[str, str], gates: dict[str, Gate
         if inputs or outputs:
             sites[op.weight] = Site(op, inputs, outputs, decides)
     return sites
-
-
-def with_cut(site: Site, name: str) -> Site:
-    decides = tuple(Gate(gate.group, gate.sizes, True) if gate.group == name else gate for gate in site.decides)
-    return Site(site.op, site.inputs, site.outputs, decides)
 
 
 def gate_cost(graph: ChannelGraph, site: Site, hidden: int) -> int:

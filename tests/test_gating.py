@@ -105,6 +105,13 @@ def test_units_and_what_can_be_gated():
     assert not any(gate.cuts for gate in model.gates)  # a residual block can be skipped
 
 
+def test_whole_layers_are_gated_where_the_network_can_do_without_them():
+    network, example = zoo.build("vgg16", 10, 0).eval(), torch.randn(1, 3, 32, 32)
+    assert {gate.sizes[0] for gate in GatedNetwork(network, dynprune.trace(network, example), example).gates} == {16}
+    model, _ = gated("resnet18")
+    assert [gate.sizes for gate in model.gates] == [(64,), (64,), (128,), (128,), (256,), (256,), (512,), (512,)]
+
+
 def test_a_group_that_carries_everything_keeps_its_best_unit():
     model, images = gated("vgg16")
     assert all(gate.cuts for gate in model.gates)
