@@ -126,6 +126,11 @@ class Data:
         return (pixels - mean) / std
 
 
+def some(images: Images, count: int) -> Images:
+    """At most `count` of the images, chosen by chance but always the same: the first ones may be of one class."""
+    return images.take(torch.randperm(len(images), generator=generator(0))[:count])
+
+
 def generator(*numbers: int) -> torch.Generator:
     """A random generator that is a function of the given numbers."""
     mixed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -5,7 +5,8 @@ estimator, on a price per multiply-accumulate that steers the mean cost of an im
 
     warming   with `gates_first`: the weights rest while the gates learn
     gating    both learn; the target falls from 1 to the one asked for in the first half
-    settled   the gates are set to the threshold that meets the target, and stay but for that threshold; the weights learn to live with them
+    settled   the gates are set to the threshold that meets the target, and stay but for that threshold and the statistics that normalise what they see;
+              the weights learn to live with them
 
 It has the face of a `Session`, so that the training loop, its checkpoints and its resume serve both methods.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from dynprune import artifact, estimators, gated_file, zoo
 from dynprune.config import GateConfig
-from dynprune.data import Data, load_data
+from dynprune.data import Data, load_data, some
 from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
 from dynprune.export import load_compact
@@ -38,10 +39,11 @@ from dynprune.tracing import first_line, trace
 from dynprune.train import Progress, train
 
 FALLING = 0.5  # share of the gating phase in which the target falls to its value
+COLDEST = 0.2
 PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves with the excess, and how hard an excess pulls at once
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
-CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 8
+CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 9
 SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
 MARGIN = 0.99  # the threshold aims this far below the target, so that other images meet it too
@@ -118,6 +120,11 @@ class GateSession:
         """Falls to 0 while gates learn, so that they are decided when they settle."""
         return self.config.entropy * max(0.0, 1 - self.step / max(1, self.settled_at))
 
+    @property
+    def temperature(self) -> float:
+        """Divides the logits while gates learn, falling from 1, so that what they draw becomes what the threshold will say."""
+        return 1 + (COLDEST - 1) * min(1.0, self.step / max(1, self.settled_at))
+
     def target_at(self, step: int) -> float:
         """The mean share that gates are steered to now."""
         done = min(1.0, step / max(1, FALLING * self.settled_at))
@@ -142,8 +149,6 @@ class GateSession:
             self.calibrate()
         set_learning_rate(self.weights, 0.0 if phase == "warming" else learning_rate(self.config, self.step, self.steps))
         images, labels = images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
-        if phase == "settled":
-            self.model.predictors.eval()
         with self.autocast():
             output, choices = self.model.run(images, self.choose(phase))
         each = F.cross_entropy(logits(output).float(), labels, reduction="none", label_smoothing=self.config.label_smoothing)
@@ -178,22 +183,24 @@ class GateSession:
         if phase == "settled":
             return lambda scores, site: self.model.threshold(scores, site).detach()
         draw = estimators.straight_through if self.config.estimator == "gumbel" else estimators.sample
-        return lambda scores, _: draw(scores)
+        temperature = self.temperature
+        return lambda scores, _: draw(scores / temperature)
 
     def loss_of_gates(self, choices: Choices, each: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """What the gates are to lower: the price of what they open, and with REINFORCE the images' loss. each: that loss, (batch,)."""
-        expected = self.model.executed_share(choices, [torch.sigmoid(own) for own in choices.logits])
+        cooled = [own / self.temperature for own in choices.logits]
+        expected = self.model.executed_share(choices, [torch.sigmoid(own) for own in cooled])
         spent = expected if self.config.estimator == "reinforce" else self.model.executed_share(choices)
         excess = self.share - self.target_at(self.step)  # of what was really opened; the expectation takes gates for independent
         self.price = max(0.0, self.price + PRICE_STEP * excess)
         cost = max(0.0, self.price + PRICE_PULL * excess) * spent.mean().float()
-        cost = cost - self.entropy_weight * estimators.entropy(choices.logits)
+        cost = cost - self.entropy_weight * estimators.entropy(cooled)
         if self.config.estimator == "gumbel":
             return cost
         with torch.no_grad(), self.autocast(), statistics_kept(self.model):
             whole = logits(self.model.run(images, all_open)[0]).float()
         baseline = F.cross_entropy(whole, labels, reduction="none", label_smoothing=self.config.label_smoothing)
-        return cost + estimators.reinforce(choices.logits, choices.open, estimators.advantage_over(each, baseline))
+        return cost + estimators.reinforce(cooled, choices.open, estimators.advantage_over(each, baseline))
 
     # -- the threshold ----------------------------------------------------------------------------------------------
 
@@ -215,11 +222,12 @@ class GateSession:
         was_training, settling = self.model.training, self.step < self.steps
         self.model.eval()
         self.network.train(settling)  # while settling, with the statistics of each batch, as the steps that follow use them
+        self.model.predictors.train(settling)
         try:
-            batches = [batch for batch, _ in self.data.eval_batches(self.data.val.take(torch.arange(min(CALIBRATION_IMAGES, len(self.data.val)))), 100)]
+            batches = [batch for batch, _ in self.data.eval_batches(some(self.data.val, CALIBRATION_IMAGES), 100)]
             if not settling and self.mean_share(batches) <= self.config.target:
                 return  # what the weights have learned to live with meets the target as it is
-            low, high = -4.0, 4.0
+            low, high = -8.0, 8.0
             for _ in range(CALIBRATION_ROUNDS):
                 middle = (low + high) / 2
                 self.model.shift.fill_(middle)
@@ -233,7 +241,7 @@ class GateSession:
         shares = []
         for batch in batches:
             batch = batch.to(self.device, memory_format=torch.channels_last)
-            with self.autocast(), statistics_kept(self.network):
+            with self.autocast(), statistics_kept(self.model):
                 shares.append(self.model.executed_share(self.model.run(batch, self.model.threshold)[1]))
         return float(torch.cat(shares).mean())
 

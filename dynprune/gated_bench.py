@@ -17,7 +17,7 @@ import torch
 
 from dynprune.bench import FASTER
 from dynprune.budget import allocate
-from dynprune.data import Data, load_data
+from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
 from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gated_export import load_run, run_both
@@ -88,9 +88,7 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
         raise DynpruneError(f"{run.gated_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(data.classes[:8])}. Use the data it was trained on.")
     stats = gate_stats(model, data, data.test, report)
     static_macs = static_network(run, model, stats.share, data)
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:IMAGES]
-    chosen = data.test.take(order)
-    images = [(image[None], int(label)) for batch, labels in data.eval_batches(chosen) for image, label in zip(batch, labels)]
+    images = [(image[None], int(label)) for batch, labels in data.eval_batches(some(data.test, IMAGES)) for image, label in zip(batch, labels)]
     sessions = [open_session(path, threads) for path in (run.ungated_onnx_file, run.onnx_file, run.static_onnx_file)]
     folded = run.results.get("export", {}).get("fold_normalization") is True
     mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (facts.mean, facts.std))

@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from dynprune.data import Data, load_data
+from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
 from dynprune.export import TOLERANCE, Normalised, metadata
 from dynprune.gated_file import GateFacts, load_gated
@@ -81,7 +81,7 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
         report("exporting the network without gates", 0, 0)
         write_onnx(network.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
         rewriter = Rewriter(onnx.load(partial), model, "model.")
-        images = next(iter(data.eval_batches(data.val, TRIAL_IMAGES)))[0][:TRIAL_IMAGES]
+        images = next(iter(data.eval_batches(some(data.val, TRIAL_IMAGES), TRIAL_IMAGES)))[0]
         with torch.no_grad():
             choices = model.run(images, model.threshold)[1]
         layers = choose_forms(rewriter, choices, report)
@@ -128,8 +128,8 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
     equal = agree = count = 0
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
     sizes = [len(gate.sizes) for gate in model.gates]
-    for batch, _ in data.eval_batches(data.val, 1 if len(data.val) < PARITY_IMAGES else PARITY_IMAGES):
-        for image in batch[: PARITY_IMAGES - count].split(1):
+    for batch, _ in data.eval_batches(some(data.val, PARITY_IMAGES)):
+        for image in batch.split(1):
             theirs, opened = run_both(session, (image * std + mean if folded else image).numpy())
             ours = logits(model.run(image, replayed(model, opened, sizes))[0]).numpy()
             own = torch.cat(model.run(image, model.threshold)[1].open, 1)
@@ -137,8 +137,6 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
             equal += int(ours.argmax() == theirs.argmax())
             agree += int(bool((own.numpy() == opened).all()))
             count += 1
-        if count >= PARITY_IMAGES:
-            break
     return {"difference": difference, "largest": largest, "top1": equal / count, "agree": agree / count, "images": count}
 
 

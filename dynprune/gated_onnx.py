@@ -287,18 +287,14 @@ class Rewriter:
 
     def decide(self, builder: Builder, x: str, site: Site, seen: str | None) -> None:
         gated = self.gated
-        predictor = gated.predictors[gated.predictor_of[site.op.weight]]
-        norm, first, second = predictor.norm, predictor.hidden, predictor.out
-        scale = 1 / torch.sqrt(norm.running_var + norm.eps)
-        weight = (first.weight * scale).detach()
-        bias = (first.bias - weight @ norm.running_mean).detach()
+        weight, bias, second, second_bias = (value.numpy() for value in gated.predictors[gated.predictor_of[site.op.weight]].folded())
         pooled = x
         if len(self.shapes[x]) > 2:
             pooled = builder.node("Flatten", builder.node("GlobalAveragePool", x), axis=1)
         if seen is not None:
             pooled = builder.node("Mul", pooled, seen)
-        hidden = builder.node("Relu", builder.node("Gemm", pooled, builder.constant(weight.numpy()), builder.constant(bias.numpy()), transB=1))
-        logits = builder.node("Gemm", hidden, builder.constant(second.weight.detach().numpy()), builder.constant((second.bias + gated.shift).detach().numpy()), transB=1)
+        hidden = builder.node("Relu", builder.node("Gemm", pooled, builder.constant(weight), builder.constant(bias), transB=1))
+        logits = builder.node("Gemm", hidden, builder.constant(second), builder.constant(second_bias + float(gated.shift)), transB=1)
         zero, start = builder.constant(np.zeros((), dtype=np.float32)), 0
         for gate in site.decides:
             own = logits

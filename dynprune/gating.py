@@ -37,6 +37,7 @@ CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.
 LINEAR = {F.linear}
 KINDS = {"conv1d", "conv2d", "conv3d", "linear"}
 SPLIT = 16  # arms per gate in a layer that must not be closed as a whole
+SOFTENING = 0.01  # added to a pooled input's variance: one that is nearly always closed must not be blown up when it opens
 OPEN = 2.0  # the gates' first logits: most are open
 
 
@@ -139,17 +140,29 @@ def units_of(arms: int, block: int) -> tuple[int, ...]:
 
 
 class Predictor(nn.Module):
-    """Gates of one layer from its pooled input, (batch, channels) to (batch, units): normalised, one hidden layer."""
+    """Gates of one layer from its pooled input, (batch, channels) to logits (batch, units): one hidden layer between two normalisations.
+
+    The second gives every unit's logit a variance over images from the start: gates whose logits differ too little between images soon
+    ignore them, and become a static choice of channels.
+    """
 
     def __init__(self, inputs: int, hidden: int, units: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(inputs, affine=False)
-        self.hidden, self.out = nn.Linear(inputs, hidden), nn.Linear(hidden, units)
-        nn.init.normal_(self.out.weight, std=0.01)
-        nn.init.constant_(self.out.bias, OPEN)
+        self.norm = nn.BatchNorm1d(inputs, eps=SOFTENING, affine=False)
+        self.hidden, self.out = nn.Linear(inputs, hidden), nn.Linear(hidden, units, bias=False)
+        self.spread = nn.BatchNorm1d(units)
+        nn.init.constant_(self.spread.bias, OPEN)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.out(F.relu(self.hidden(self.norm(pooled))))
+        return self.spread(self.out(F.relu(self.hidden(self.norm(pooled)))))
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the two linear layers with the normalisations inside, as in eval mode."""
+        before, after = (1 / torch.sqrt(norm.running_var + norm.eps) for norm in (self.norm, self.spread))
+        first = self.hidden.weight * before
+        second = self.out.weight * (after * self.spread.weight)[:, None]
+        return first, self.hidden.bias - first @ self.norm.running_mean, second, self.spread.bias - self.spread.running_mean * after * self.spread.weight
 
 
 Choose = Callable[[Tensor, Site], Tensor]  # logits of all units that a site decides, (batch, units), to what is opened, 0 or 1

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dynprune.config import TrainConfig
-from dynprune.data import augment_batch, decode, fit, generator, load_data, scan
+from dynprune.data import ImagesInMemory, augment_batch, decode, fit, generator, load_data, scan, some
 from dynprune.errors import DynpruneError
 from tests.test_cli import write_folder
 
@@ -93,3 +93,11 @@ def test_small_images_are_framed_and_large_ones_resized():
 def test_classes_too_small_to_split_are_refused(tmp_path):
     with pytest.raises(DynpruneError, match="cannot be split"):
         load_data(TrainConfig(data=str(write_folder(tmp_path, splits=(".",), images=1)), batch_size=2))
+
+
+def test_some_images_are_of_many_classes_and_always_the_same():
+    """Folders are sorted by class: the first images would all be of one."""
+    sorted_by_class = ImagesInMemory(torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(10).repeat_interleave(100))
+    chosen = some(sorted_by_class, 200)
+    assert len(chosen) == 200 and torch.bincount(chosen.labels, minlength=10).min() > 8
+    assert torch.equal(chosen.labels, some(sorted_by_class, 200).labels) and len(some(sorted_by_class, 5000)) == 1000

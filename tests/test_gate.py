@@ -71,6 +71,9 @@ def test_the_phases_follow_each_other(data):
     before = [value.clone() for value in session.network.parameters()]
     session.train_step(*next(iter(data.train_batches(64, 0, 0))))
     assert all(torch.equal(a, b) for a, b in zip(before, session.network.parameters()))  # warming: the weights rest
+    assert session.temperature == pytest.approx(1, abs=0.05)
+    session.step = session.settled_at
+    assert session.temperature == pytest.approx(0.2) and session.entropy_weight == 0
     assert session.target_at(0) == 1 and session.target_at(session.settled_at) == pytest.approx(0.7)
 
 

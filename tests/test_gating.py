@@ -29,9 +29,8 @@ def deciding(name):
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for predictor in model.predictors:
-            predictor.out.weight.normal_()
-            predictor.out.bias.normal_(std=0.1)
-            predictor.norm.momentum = 1.0
+            predictor.spread.bias.normal_(std=0.1)
+            predictor.norm.momentum = predictor.spread.momentum = 1.0
         model.predictors.train()
         model.run(images, lambda scores, _: torch.ones_like(scores))
         model.eval()
