@@ -31,7 +31,7 @@ from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
 from dynprune.export import load_compact
 from dynprune.gate_stats import GateStats, gate_stats
-from dynprune.gating import Choices, Choose, GatedNetwork, Site, all_open, statistics_kept
+from dynprune.gating import Choices, Choose, GatedNetwork, Site, all_open, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
 from dynprune.scores import check_output, logits
 from dynprune.session import History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
@@ -363,11 +363,5 @@ def file_difference(path: Path, session: GateSession, config: GateConfig) -> flo
     loaded = gated_file.load_gated(path, network)[0]
     batch = next(iter(session.data.eval_batches(session.data.val, 16)))[0]
     output, choices = session.model.run(batch, session.model.threshold)
-    ours, theirs = logits(output), logits(loaded.run(batch, replay(choices))[0])
+    ours, theirs = logits(output), logits(loaded.run(batch, fixed({own.group: opened for own, opened in zip(choices.gates, choices.open)}))[0])
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
-
-
-def replay(choices: Choices) -> Choose:
-    """Open what was opened before."""
-    known = {own.group: opened for own, opened in zip(choices.gates, choices.open)}
-    return lambda _scores, site: torch.cat([known[own.group] for own in site.decides], 1)

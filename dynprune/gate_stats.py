@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynprune.data import Data, Images
-from dynprune.gating import Choices, Choose, GatedNetwork, Site
+from dynprune.gating import Choices, Choose, GatedNetwork, fixed
 from dynprune.scores import logits
 
 NEVER, ALWAYS = 0.01, 0.99  # a unit that opens for fewer or more of the images than this does not vary
@@ -148,9 +148,4 @@ def frozen_pattern(model: GatedNetwork, seen: Observed) -> Choose:
     while low < high:  # cost grows with the count
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) >= wanted else (middle + 1, high)
-    chosen = {gate.group: part for gate, part in zip(model.gates, pattern(low))}
-
-    def choose(scores: Tensor, site: Site) -> Tensor:
-        return torch.cat([chosen[gate.group] for gate in site.decides], 1).to(scores).expand(len(scores), -1)
-
-    return choose
+    return fixed({gate.group: part for gate, part in zip(model.gates, pattern(low))})

@@ -19,6 +19,7 @@ from dynprune.bench import FASTER
 from dynprune.budget import allocate
 from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
+from dynprune.gate import TOLERANCE
 from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gated_export import load_run, run_both
 from dynprune.gating import GatedNetwork
@@ -110,7 +111,7 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
     torch_rows = rows_of(("ungated", "gated"), (model.dense_macs, round(stats.share * model.dense_macs)), in_torch(model, [image for image, _ in images[:TORCH_IMAGES]], threads))
     ranked = np.sort(samples[1])
     tenth = max(1, len(ranked) // 10)
-    result = GatedBenchResult(str(run.path), gates.target, stats.share <= 1.02 * gates.target, threads, len(images), rows, torch_rows, rows[1].speedup_p50,
+    result = GatedBenchResult(str(run.path), gates.target, stats.share <= TOLERANCE * gates.target, threads, len(images), rows, torch_rows, rows[1].speedup_p50,
                               rows[2].p50_ms / rows[1].p50_ms, stats.accuracy, right / len(images), run.results.get("export", {}).get("forms", {}),
                               float(ranked[-tenth:].mean()), float(ranked[:tenth].mean()), stats, data.reports, verdict(rows, stats), {**environment(), "threads": threads})
     write_text(run.path / "bench.json", json.dumps(asdict(result)))

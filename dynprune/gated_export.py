@@ -23,7 +23,7 @@ from dynprune.errors import DynpruneError
 from dynprune.export import TOLERANCE, Normalised, metadata
 from dynprune.gated_file import GateFacts, load_gated
 from dynprune.gated_onnx import Rewriter, choose_forms
-from dynprune.gating import GatedNetwork, Site
+from dynprune.gating import GatedNetwork, fixed
 from dynprune.latency import Report, interleaved, silent
 from dynprune.onnxfile import open_session, read_opset, write_onnx
 from dynprune.runs import GateRun, runs_code, write_bytes
@@ -131,7 +131,8 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
     for batch, _ in data.eval_batches(some(data.val, PARITY_IMAGES)):
         for image in batch.split(1):
             theirs, opened = run_both(session, (image * std + mean if folded else image).numpy())
-            ours = logits(model.run(image, replayed(model, opened, sizes))[0]).numpy()
+            again = fixed({gate.group: part for gate, part in zip(model.gates, torch.from_numpy(opened).split(sizes, 1))})
+            ours = logits(model.run(image, again)[0]).numpy()
             own = torch.cat(model.run(image, model.threshold)[1].open, 1)
             difference, largest = max(difference, float(np.abs(ours - theirs).max())), max(largest, float(np.abs(ours).max()))
             equal += int(ours.argmax() == theirs.argmax())
@@ -147,13 +148,3 @@ def run_both(session: onnxruntime.InferenceSession, image: np.ndarray) -> tuple[
     except Exception as error:  # onnxruntime's own kinds have no common base
         raise DynpruneError(f"onnxruntime cannot execute this gated network ({str(error).splitlines()[0][:200]}). Export it again.") from error
     return scores, gates
-
-
-def replayed(model: GatedNetwork, opened: np.ndarray, sizes: list[int]):
-    """Open exactly these units: (1, units of all gates)."""
-    known = {gate.group: part for gate, part in zip(model.gates, torch.from_numpy(opened).split(sizes, 1))}
-
-    def choose(_scores: Tensor, site: Site) -> Tensor:
-        return torch.cat([known[gate.group] for gate in site.decides], 1)
-
-    return choose

@@ -14,7 +14,7 @@ Bar-Hillel, "Input-Dependently Feature-Map Pruning", ICANN 2018. Their formulas 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -391,6 +391,14 @@ def with_groups(rest: list, kwargs: dict, groups: int) -> tuple[list, dict]:
 
 def all_open(scores: Tensor, _site: Site) -> Tensor:
     return torch.ones_like(scores)
+
+
+def fixed(opened: Mapping[str, Tensor]) -> Choose:
+    """Open what is given, whatever the images: per group (images, units), or (1, units) for all of them."""
+    def choose(scores: Tensor, site: Site) -> Tensor:
+        return torch.cat([opened[gate.group] for gate in site.decides], 1).to(scores).expand(len(scores), -1)
+
+    return choose
 
 
 @contextmanager
