@@ -38,7 +38,7 @@ LINEAR = {F.linear}
 KINDS = {"conv1d", "conv2d", "conv3d", "linear"}
 SPLIT = 16  # arms per gate in a layer that must not be closed as a whole
 SOFTENING = 0.01  # added to a pooled input's variance: one that is nearly always closed must not be blown up when it opens
-OPEN = 2.0  # the gates' first logits: most are open
+OPEN, SPREAD = 2.0, 0.3  # mean and standard deviation over images of the gates' first logits: most are open
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class Predictor(nn.Module):
         self.hidden, self.out = nn.Linear(inputs, hidden), nn.Linear(hidden, units, bias=False)
         self.spread = nn.BatchNorm1d(units)
         nn.init.constant_(self.spread.bias, OPEN)
+        nn.init.constant_(self.spread.weight, SPREAD)
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.spread(self.out(F.relu(self.hidden(self.norm(pooled)))))

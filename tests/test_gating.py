@@ -30,6 +30,7 @@ def deciding(name):
         torch.manual_seed(0)
         for predictor in model.predictors:
             predictor.spread.bias.normal_(std=0.1)
+            predictor.spread.weight.fill_(1.0)
             predictor.norm.momentum = predictor.spread.momentum = 1.0
         model.predictors.train()
         model.run(images, lambda scores, _: torch.ones_like(scores))
