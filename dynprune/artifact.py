@@ -66,12 +66,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
 def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool = False) -> tuple[nn.Module, Facts]:
     """As `load`, with what else the file knows. Shapes are checked against the tensors in the file before memory is taken for any."""
     tensors, header = read_tensors(path, "compact")
-    try:
-        facts = Facts(**{field.name: header[field.name] for field in dataclasses.fields(Facts)})
-        name, kept = facts.config.model, kept_of(facts)
-        check_facts(facts)
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
-        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune compact.") from error
+    facts, name, kept = facts_in(path, header)
     if model is None and runs_code(name) and not trust:
         raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
     try:
@@ -83,6 +78,17 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
     return small.eval(), facts
+
+
+def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, np.ndarray]]:
+    """What a file's header says, the name of its network, and the positions that were kept. Raises DynpruneError for entries that are absent or wrong."""
+    try:
+        facts = Facts(**{field.name: header[field.name] for field in dataclasses.fields(Facts)})
+        name, kept = facts.config.model, kept_of(facts)
+        check_facts(facts)
+    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
+        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune {header['kind'].replace('gated', 'gate')}.") from error
+    return facts, name, kept
 
 
 def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], classes: int) -> nn.Module | None:

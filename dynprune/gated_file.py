@@ -57,13 +57,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
 def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
     """The gated network in `path`, what its file says of the network, and of the gates."""
     tensors, header = read_tensors(path, "gated")
+    facts, name, kept = artifact.facts_in(path, header)
     try:
-        facts = artifact.Facts(**{field.name: header[field.name] for field in dataclasses.fields(artifact.Facts)})
-        name, kept = facts.config.model, artifact.kept_of(facts)
-        artifact.check_facts(facts)
         gates = GateFacts(**header["gates"])
         check_gates(gates)
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
+    except (KeyError, TypeError, AssertionError) as error:
         raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune gate.") from error
     if full is None and runs_code(name) and not trust:
         raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
