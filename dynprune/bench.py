@@ -95,7 +95,7 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
         raise DynpruneError(f"{run.path} has no ONNX file yet. Run: dynprune export {run.path} --onnx")
     _, facts = load_compact(run)
     data = data or load_data(run.config)
-    check_classes(run, facts, data)
+    check_classes(run.compact_file, facts, data.classes)
     if against is not None:
         check_comparable(run, against)
     dense_file = dense_twin(run, facts, data, report) if against is None else against.onnx_file

@@ -50,10 +50,10 @@ def load_compact(run: Run) -> tuple[nn.Module, artifact.Facts]:
     return model, facts
 
 
-def check_classes(run: Run, facts: artifact.Facts, data: Data) -> None:
-    if facts.classes != data.classes:
-        raise DynpruneError(f"{run.compact_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(data.classes[:8])}. Use the data "
-                            "it was trained on.")
+def check_classes(path: Path, facts: artifact.Facts, classes: list[str]) -> None:
+    """Refuse data of other classes than those that the file in `path` knows."""
+    if facts.classes != classes:
+        raise DynpruneError(f"{path} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(classes[:8])}. Use the data it was trained on.")
 
 
 class Normalised(nn.Module):
@@ -76,7 +76,7 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
     data = data or load_data(run.config)
-    check_classes(run, facts, data)
+    check_classes(run.compact_file, facts, data.classes)
     path = out or run.onnx_file
     wrapped = Normalised(model, facts.mean, facts.std) if fold_normalization else Scores(model)
     if not path.name or path.is_dir():

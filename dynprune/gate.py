@@ -29,7 +29,7 @@ from dynprune.config import GateConfig
 from dynprune.data import Data, load_data, some
 from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
-from dynprune.export import load_compact
+from dynprune.export import check_classes, load_compact
 from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gating import Choices, Choose, GatedNetwork, Site, all_open, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
@@ -39,7 +39,7 @@ from dynprune.tracing import first_line, trace
 from dynprune.train import Progress, train
 
 FALLING = 0.5  # share of the gating phase in which the target falls to its value
-COLDEST = 0.2
+COLDEST = 0.2  # temperature at which gates stop learning
 PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves with the excess, and how hard an excess pulls at once
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
@@ -60,8 +60,7 @@ def base_network(config: GateConfig, classes: list[str]) -> tuple[nn.Module, art
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     network, facts = load_compact(run)
-    if facts.classes != classes:
-        raise DynpruneError(f"{run.compact_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(classes[:8])}. Use the data it was trained on.")
+    check_classes(run.compact_file, facts, classes)
     return network, facts
 
 
@@ -215,7 +214,8 @@ class GateSession:
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Shift all logits so that validation images cost at most the target on average; refuses a target that no shift reaches."""
+        """Shift all logits so that validation images cost at most the target on average. Where no shift within its range does, gates are closed as far as it goes,
+        and the result says that the target is missed."""
         if self.config.estimator == "random":
             self.model.shift.fill_(self.even_logit(MARGIN * self.config.target))
             return

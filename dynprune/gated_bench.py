@@ -19,6 +19,7 @@ from dynprune.bench import FASTER
 from dynprune.budget import allocate
 from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
+from dynprune.export import check_classes
 from dynprune.gate import TOLERANCE
 from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gated_export import load_run, run_both
@@ -85,8 +86,7 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
             raise DynpruneError(f"{run.path} has no {path.name} yet. Run: dynprune export {run.path} --onnx")
     model, facts, gates = load_run(run)
     data = data or load_data(run.config)
-    if facts.classes != data.classes:
-        raise DynpruneError(f"{run.gated_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(data.classes[:8])}. Use the data it was trained on.")
+    check_classes(run.gated_file, facts, data.classes)
     stats = gate_stats(model, data, data.test, report)
     static_macs = static_network(run, model, stats.share, data)
     images = [(image[None], int(label)) for batch, labels in data.eval_batches(some(data.test, IMAGES)) for image, label in zip(batch, labels)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
-from dynprune.export import TOLERANCE, Normalised, metadata
+from dynprune.export import TOLERANCE, Normalised, check_classes, metadata
 from dynprune.gated_file import GateFacts, load_gated
 from dynprune.gated_onnx import Rewriter, choose_forms
 from dynprune.gating import GatedNetwork, fixed
@@ -69,8 +69,7 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
     if gates.estimator == "random":
         raise DynpruneError(f"{run.path} has random gates, which only serve to compare with. Export one of --estimator reinforce or gumbel.")
     data = data or load_data(run.config)
-    if facts.classes != data.classes:
-        raise DynpruneError(f"{run.gated_file} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(data.classes[:8])}. Use the data it was trained on.")
+    check_classes(run.gated_file, facts, data.classes)
     path = out or run.onnx_file
     if not path.name or path.is_dir():
         raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
