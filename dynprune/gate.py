@@ -46,6 +46,7 @@ FILE_TOLERANCE = 1e-4  # float32, and sums in another order
 CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 9
 SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
+CLOSE = 0.9  # share of the target that images must cost at the end; below it, as above it, the threshold is set anew
 MARGIN = 0.99  # the threshold aims this far below the target, so that other images meet it too
 
 
@@ -225,7 +226,7 @@ class GateSession:
         self.model.predictors.train(settling)
         try:
             batches = [batch for batch, _ in self.data.eval_batches(some(self.data.val, CALIBRATION_IMAGES), 100)]
-            if not settling and self.mean_share(batches) <= self.config.target:
+            if not settling and CLOSE * self.config.target <= self.mean_share(batches) <= self.config.target:
                 return  # what the weights have learned to live with meets the target as it is
             low, high = -8.0, 8.0
             for _ in range(CALIBRATION_ROUNDS):

@@ -64,6 +64,18 @@ def test_resumed_gates_equal_uninterrupted_ones(tmp_path, data, estimator):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_gates_that_closed_too_much_are_opened_at_the_end(data):
+    session = GateSession(CONFIG, data)
+    for images, labels in data.train_batches(64, 0, 0):
+        session.train_step(images, labels)
+    session.step, session.model.shift = session.steps, torch.tensor(-8.0)
+    batches = [batch for batch, _ in data.eval_batches(data.val, 100)]
+    session.model.eval()
+    closed = session.mean_share(batches)
+    session.calibrate()
+    assert closed < 0.6 * CONFIG.target < session.mean_share(batches) <= 1.02 * CONFIG.target
+
+
 def test_the_phases_follow_each_other(data):
     session = GateSession(dataclasses.replace(CONFIG, gates_first=0.2, settle=0.3), data)
     phases = [session.phase(step) for step in range(session.steps)]
