@@ -32,13 +32,12 @@ from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.limits import parse_limit
 from dynprune.runs import Run, environment, write_text
-from dynprune.session import Session, fit_in, part
+from dynprune.session import PASSES, Session, fit_in, part
 from dynprune.tracing import trace
 from dynprune.train import Progress, train
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
 COMMON = ("model", "weights", "data", "data_root", "image_size", "val_fraction", "policy", "budget", "paper", "epochs", "batch_size", "seed")  # what rivals share
-PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,8 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
             raise DynpruneError(f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.') from error
     own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
     allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
-    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, **changed}).validate()
+    grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0  # a thin network from scratch is an ordinary one
+    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, **changed}).validate()
 
 
 class Trial:
@@ -161,8 +161,7 @@ class Trial:
             return self.prune_and_train_on(settings, epochs, reference)
         fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy.startswith("static-ours") else None
         if epochs is None:
-            macs = Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).macs
-            epochs = affordable(reference.train_macs, self.per_epoch(macs))
+            epochs = affordable(reference.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs)
         return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), fit=fit)
 
     def per_epoch(self, macs: int) -> int:
@@ -175,14 +174,14 @@ class Trial:
         if not known and run.config_file.is_file():
             raise DynpruneError(f"{path} was trained with other settings. Choose another --out, or remove it.")
         recorded = run.results.get("train", {}) if known else {}
-        if not {"accuracy", "macs", "seconds", "params"} <= recorded.keys():
+        if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
             session = Session(settings, self.data, fit=fit, full=full)
             run = run if known else Run.create(path, settings, overwrite=False)
             result = train(settings, run, session=session, resume=known and run.has_checkpoint, report=self.report, stop=self.stop)
             recorded = {**dataclasses.asdict(result), "params": session.graph.params(session.widths)}
             run.record("train", recorded)
         return ComparedRun(self.policy, settings.seed, recorded["accuracy"], recorded["macs"], recorded["params"],
-                           settings.epochs * self.per_epoch(recorded["macs"]), recorded["seconds"], settings.epochs)
+                           recorded["train_macs"], recorded["seconds"], settings.epochs)
 
     def prune_and_train_on(self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
         """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from a tenth of its learning rate."""

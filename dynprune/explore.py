@@ -72,6 +72,20 @@ class Explorer:
             selection[name] = arms.numpy()
         return selection
 
+    def more(self, step: int, slots: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Selections of larger widths that keep the arms in `slots`: those of the others join that look best, the lower ones where nothing is known of
+        them, or any with the random policy."""
+        selection = {}
+        for number, (name, width) in enumerate(widths.items()):
+            state = self.bandits[name]
+            if self.policy == "random":
+                worth = torch.rand(len(state.counts), generator=generator(self.seed, step, number), dtype=torch.float64)
+            else:
+                worth = torch.where(state.counts == 0, -torch.inf, state.means)
+            worth[torch.from_numpy(slots[name])] = torch.inf
+            selection[name] = bandit.select(worth, width).numpy()
+        return selection
+
     def reward(self, parameters: Mapping[str, Tensor], ledger: Ledger) -> None:
         """Add this step's rewards, after `backward`. They stay on the device until the round ends."""
         saliency = taylor(parameters, ledger)

@@ -34,7 +34,7 @@ from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gating import Choices, Choose, GatedNetwork, Site, all_open, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
 from dynprune.scores import check_output, logits
-from dynprune.session import History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
+from dynprune.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
 from dynprune.tracing import first_line, trace
 from dynprune.train import Progress, train
 
@@ -90,6 +90,8 @@ class GateSession:
         self.weights = make_optimizer(config, self.network, self.device)
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
+        baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0  # a forward pass each
+        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines)
         if self.ungated:
             self.model.shift.fill_(ALWAYS)
         elif config.estimator == "random":

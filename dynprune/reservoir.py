@@ -232,6 +232,17 @@ def by_tensor(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, dict[int, Tensor]
 
 
 @torch.no_grad()
+def silence(full: nn.Module, graph: ChannelGraph, arms: Mapping[str, np.ndarray]) -> None:
+    """Set the weights that read these arms to zero, in place: who executes them computes what it did before, and they can learn."""
+    parameters = dict(full.named_parameters())
+    for name, own in arms.items():
+        group = graph.groups[name]
+        for tensor, dim in group.reads:
+            if tensor in parameters:
+                parameters[tensor].index_fill_(dim, torch.from_numpy(group.members[tensor, dim][own].reshape(-1)).to(parameters[tensor].device), 0)
+
+
+@torch.no_grad()
 def scale_for_narrow_fan_in(full: nn.Module, graph: ChannelGraph, widths: Mapping[str, int]) -> None:
     """Scale each filter bank's initial weights by sqrt(full fan-in / narrow fan-in), in place.
 

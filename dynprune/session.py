@@ -29,11 +29,14 @@ from dynprune.errors import DynpruneError
 from dynprune.explore import Explorer
 from dynprune.fit import Fit, Fitter, Latency
 from dynprune.latency import Report, silent
-from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in
+from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.runs import Run, write_text
 from dynprune.saliency import prepare
 from dynprune.scores import check_output, logits
 from dynprune.tracing import first_line, trace
+
+NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
+PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
 
 
 @dataclass
@@ -78,10 +81,13 @@ class Session:
         if fit is not None and (fit.widths.keys() != self.graph.groups.keys() or any(fit.widths[group.name] > group.arms for group in self.graph)):
             raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
         self.fit = self.first_fit = fit or self.find_widths()
-        self.widths = self.fit.widths
         if not (config.weights or given):
-            scale_for_narrow_fan_in(full, self.graph, self.widths)
+            scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
+        self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
         self.explorer = Explorer(config, self.graph, self.widths, self.steps)
+        self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
+        self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(self.fit.widths)
+        self.train_macs *= PASSES * config.batch_size
         self.install(self.new_reservoir(full, self.explorer.first()))
 
     def find_widths(self, loss: np.ndarray | None = None) -> Fit:
@@ -132,6 +138,8 @@ class Session:
                 self.reallocate()
             else:
                 self.reservoir.swap(self.explorer.select(self.step))
+        if self.step >= self.growth_step and self.widths != self.fit.widths:
+            self.grow()
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
@@ -168,9 +176,22 @@ class Session:
         self.install(self.new_reservoir(self.reservoir.full, self.explorer.select(self.step)))
         self.model.train()
 
+    def grow(self) -> None:
+        """Widen every layer to its width. What the network computes stays the same; momentum starts at zero."""
+        self.explorer.count(self.reservoir.slots)
+        self.reservoir.write_back()
+        slots, full = self.reservoir.slots, self.reservoir.full
+        selection = self.explorer.more(self.step, slots, self.fit.widths)
+        silence(full, self.graph, {name: np.setdiff1d(arms, slots[name]) for name, arms in selection.items()})
+        self.explorer.change_widths(self.fit.widths)
+        self.install(self.new_reservoir(full, selection))
+        self.model.train()
+
     def phase(self, step: int) -> str:
         """What a step is for, in one word."""
-        return "exploring" if self.explorer.explores_at(step) else "settled" if self.explorer.steps else self.config.policy
+        if self.explorer.explores_at(step):
+            return "exploring"
+        return "narrow" if self.config.grow and step < self.growth_step else "settled" if self.explorer.steps else self.config.policy
 
     def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str] | None:
         """With --compile, compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
@@ -220,7 +241,9 @@ class Session:
             self.step = facts["step"]
             slots, template = slots_in(tensors, self.reservoir.full, self.graph)
             self.fit = fit_in(facts, "fit")
-            self.explorer.change_widths(self.fit.widths)
+            if any(len(arms) > self.fit.widths[name] for name, arms in slots.items()):
+                raise ValueError("more arms than the widths allow")
+            self.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
             self.explorer.load_state(part(tensors, "explorer."))
             self.install(self.new_reservoir(self.reservoir.full, slots, template))
             self.restore_optimizer(tensors, must_fit=not override)

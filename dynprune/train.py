@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use.
+    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use. train_macs: of all steps, forward and backward.
     gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would send."""
 
     run: str
@@ -58,6 +58,7 @@ class TrainResult:
     images_per_second: float
     steps: int
     macs: int
+    train_macs: int
     dense_macs: int
     macs_executed_share: float
     data_wait_share: float
@@ -137,7 +138,7 @@ def conclude(session: Session, run: Run, history: History, val_accuracy: float |
     dense, seconds = session.graph.macs({}), history.seconds
     result = TrainResult(
         str(run.path), session.policy, accuracy, val_accuracy, data.reports, data.chooses, seconds,
-        session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, dense, session.macs / dense,
+        session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, session.train_macs, dense, session.macs / dense,
         history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled, session.ranks.count, session.sent_bytes,
         session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0)
     if first:

@@ -51,6 +51,14 @@ def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
     assert found["dense"].epochs == 2 and found["dense"].train_macs == pytest.approx(found["cucb"].train_macs, rel=0.2)  # whole epochs
 
 
+def test_what_grows_costs_less_and_thin_networks_do_not_grow(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=5, grow=0.5)
+    found = {run.policy: run for run in compare(config, ["cucb", "random", "static", "static:grow=0.5"], 1, tmp_path, equal="cost").runs}
+    assert found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 20 * 64 and found["cucb"].macs == found["static"].macs
+    affordable = round(found["cucb"].train_macs / (3 * found["static"].macs * 20 * 64))
+    assert affordable < 5 and [found[name].epochs for name in found] == [5, 5, affordable, 5] and found["random"].train_macs == found["cucb"].train_macs
+
+
 def test_a_policy_with_other_settings_is_a_rival(tmp_path):
     compare(CONFIG, ["cucb", "cucb:explore=0.5:hold=3", "static"], 1, tmp_path)
     plain, other = (TrainConfig.from_toml(tmp_path / f"{name}-0" / "config.toml") for name in ("cucb", "cucb,explore=0.5,hold=3"))

@@ -195,6 +195,53 @@ def test_learned_widths_change_once_and_a_checkpoint_remembers_them(data, tmp_pa
         assert torch.equal(value, other), name
 
 
+@pytest.mark.parametrize("policy", ["cucb", "random", "static"])
+def test_layers_grow_once_and_lose_nothing(data, policy):
+    """Half of the multiplications until the growth step, then all; the arms that ran stay, and the network computes what it did."""
+    session = Session(dataclasses.replace(CONFIG, policy=policy, grow=0.6, explore=0.3, align="1", precision="float64"), data)
+    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    session.model.train()
+    at, goal = session.growth_step, session.graph.macs(session.fit.widths)
+    assert at == 36 and 0.4 * goal < session.macs <= 0.5 * goal
+    narrow_macs = session.macs
+    for images, labels in batches[:at]:
+        session.train_step(images, labels)
+    assert session.macs == narrow_macs and session.phase(at - 1) == "narrow"
+    before, slots = session.model.eval(), {name: set(arms) for name, arms in session.reservoir.slots.items()}
+    images = batches[0][0].double()
+    expected = before(images)
+    session.grow()
+    assert session.macs == goal <= 0.3 * session.graph.macs({}) and all(arms < set(session.reservoir.slots[name]) for name, arms in slots.items())
+    assert torch.allclose(session.model.eval()(images), expected, rtol=1e-9, atol=1e-9)
+    session.model.train()
+    for images, labels in batches[at:]:
+        session.train_step(images, labels)
+    assert session.macs == goal and session.train_macs == 3 * 64 * (at * narrow_macs + (len(batches) - at) * goal)
+    newcomers = [(name, sorted(set(session.reservoir.slots[name]) - arms)) for name, arms in slots.items()]
+    session.reservoir.write_back()
+    read = [dict(session.reservoir.full.named_parameters())[tensor].index_select(dim, torch.from_numpy(session.graph.groups[name].members[tensor, dim][own].reshape(-1)))
+            for name, own in newcomers for tensor, dim in session.graph.groups[name].reads]
+    assert read and all(weights.abs().max() > 0 for weights in read)  # they have begun to be read
+
+
+@pytest.mark.parametrize("stopped_at", [20, 36, 40])
+def test_a_run_that_grows_goes_on_from_any_step(data, tmp_path, stopped_at):
+    config = dataclasses.replace(CONFIG, grow=0.6, explore=0.3, align="1")
+    whole, interrupted = Session(config, data), Session(config, data)
+    run(whole, whole.steps)
+    run(interrupted, stopped_at)
+    folder = Run.create(tmp_path / "run", config, False)
+    interrupted.save(folder, History())
+    later = Session(config, data, fit=interrupted.first_fit)
+    later.restore(folder)
+    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    later.model.train()
+    for images, labels in batches[stopped_at:]:
+        later.train_step(images, labels)
+    for (name, value), other in zip(whole.model.state_dict().items(), later.model.state_dict().values()):
+        assert torch.equal(value, other), name
+
+
 class Breaking(Session):
     """Fails as a machine without memory does, at step 25."""
 
