@@ -260,17 +260,14 @@ def learned(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constr
 
 
 def narrower(model: CostModel, allowed: Constraints, widths: np.ndarray, share: float) -> np.ndarray:
-    """Widths of the same proportions that cost at most this share of the MACs of `widths`, as close to it as one factor for all comes. Where even
-    the narrowest cost more, the narrowest."""
-    bound, low, high = share * model.cost("macs", widths), 0.0, 1.0
-
-    def at(factor: float) -> np.ndarray:
-        return np.minimum(widths, round_widths(model, allowed, factor * widths / model.arms))
-
+    """Widths of much the same proportions that cost at most this share of the MACs of `widths`. Where even the narrowest cost more, the narrowest."""
+    bounds = [(Limit("macs", bound := share * model.cost("macs", widths), True), bound)]
+    within = Constraints(allowed.steps, np.minimum(allowed.smallest, widths), widths)
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if model.cost("macs", at(middle)) <= bound else (low, middle)
-    return at(low)
+        low, high = (middle, high) if meets(model, bounds, round_widths(model, within, middle * widths / model.arms)) else (low, middle)
+    return fill(model, bounds, within, round_widths(model, within, low * widths / model.arms))
 
 
 def round_widths(model: CostModel, allowed: Constraints, shares: np.ndarray) -> np.ndarray:
