@@ -9,7 +9,8 @@ finished and goes on with what was stopped. Returns every run's accuracy, size a
     static       a thin network of the widths that --allocation gives, from scratch
     static-ours  a thin network of the widths that cucb ended with, from scratch
     dense        the whole network
-    dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest
+    dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest; where --weights gives a
+                 trained network, cut at once
 
 A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a setting's worth is shown.
 """
@@ -184,8 +185,13 @@ class Trial:
                            recorded["train_macs"], recorded["seconds"], settings.epochs)
 
     def prune_and_train_on(self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
-        """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from a tenth of its learning rate."""
+        """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from a tenth of its learning rate. Where --weights gives a
+        trained network, it is cut at once and trained on like its rivals."""
         graph = trace(zoo.build(settings.model, len(self.data.classes)), self.data.example)
+        if settings.weights:
+            small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
+            epochs = epochs or affordable(reference.train_macs, self.per_epoch(trace(copy.deepcopy(small), self.data.example).macs({})))
+            return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), full=small)
         dense_epoch = self.per_epoch(graph.macs({}))
         before = max(1, epochs // 2) if epochs else affordable(reference.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
@@ -194,6 +200,11 @@ class Trial:
         after = max(1, epochs - before) if epochs else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
         second = self.finish(self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 10), full=small)
         return dataclasses.replace(second, train_macs=first.train_macs + second.train_macs, train_seconds=first.train_seconds + second.train_seconds, epochs=before + after)
+
+    def given_model(self) -> nn.Module:
+        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed)
+        zoo.load_weights(model, Path(self.config.weights))
+        return model
 
     def dense_model(self) -> nn.Module:
         model = zoo.build(self.config.model, len(self.data.classes), self.config.seed)

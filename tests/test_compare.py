@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from dynprune import compare as comparing
+from dynprune import compare as comparing, zoo
 from dynprune.compare import ComparedRun, compare, summarise, verdict
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
@@ -57,6 +58,20 @@ def test_what_grows_costs_less_and_thin_networks_do_not_grow(tmp_path):
     assert found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 20 * 64 and found["cucb"].macs == found["static"].macs
     affordable = round(found["cucb"].train_macs / (3 * found["static"].macs * 20 * 64))
     assert affordable < 5 and [found[name].epochs for name in found] == [5, 5, affordable, 5] and found["random"].train_macs == found["cucb"].train_macs
+
+
+def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
+    """Without weights, half of the images go into the dense network first."""
+    pytest.importorskip("torch_pruning")
+    weights = tmp_path / "trained.pt"
+    torch.save(zoo.build("resnet20", 10).state_dict(), weights)
+    config = dataclasses.replace(CONFIG, model="resnet20", epochs=2)
+    for given, trained in (("", ["dense", "pruned"]), (str(weights), [])):
+        out = tmp_path / ("given" if given else "fresh")
+        found = compare(dataclasses.replace(config, weights=given), ["cucb", "dense+prune"], 1, out).runs[1]
+        assert sorted(path.name for path in (out / "dense+prune-0").iterdir() if path.is_dir()) == trained
+        assert found.epochs == 2 and found.accuracy > 0
+        assert (found.train_macs > 3 * found.macs * 2 * 20 * 64) == (not given)
 
 
 def test_a_policy_with_other_settings_is_a_rival(tmp_path):
