@@ -27,13 +27,17 @@ ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be playe
 class Explorer:
     """The policy of one run. widths: of every group, to begin with. Nothing is explored when every arm runs, or by a static network.
 
+    magnitudes: of every arm of a trained network, (arms,) per group. Over the largest of the group, they count as the reward of one round in which all arms were played, so
+    that the bandit starts from what the weights say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is played once first.
     saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can be compared.
     """
 
-    def __init__(self, config: TrainConfig, graph: ChannelGraph, widths: Mapping[str, int], steps: int):
+    def __init__(self, config: TrainConfig, graph: ChannelGraph, widths: Mapping[str, int], steps: int, magnitudes: Mapping[str, Tensor] | None = None):
         self.policy, self.bonus, self.seed = config.policy, 1.0 if config.paper else config.bonus, config.seed
         self.widths = dict(widths)
         self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
+        for name, sizes in (magnitudes or {}).items():
+            bandit.update(self.bandits[name], torch.arange(len(sizes)), sizes / sizes.max().clamp(min=1e-30))
         explores = config.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
         rounds_needed = max((math.ceil(g.arms / widths[g.name]) for g in graph), default=1)
         exploring = min(steps - 1, max(round(config.explore * steps), rounds_needed)) if explores and config.explore > 0 else 0
@@ -49,8 +53,8 @@ class Explorer:
         self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
 
     def first(self) -> dict[str, np.ndarray]:
-        """The selection to start with."""
-        return self.select(0) if self.rounds else {name: np.arange(width) for name, width in self.widths.items()}
+        """The selection to start with. Without exploring, the arms that look best, or the lower ones of an untrained network."""
+        return self.select(0) if self.rounds else {name: bandit.settle(self.bandits[name], width).numpy() for name, width in self.widths.items()}
 
     def changes_at(self, step: int) -> bool:
         return 0 < step <= self.steps and step % self.hold == 0

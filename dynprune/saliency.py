@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynprune.channels import ChannelGraph
 from dynprune.labels import AxisKey
 
 
@@ -79,6 +80,25 @@ def taylor(parameters: Mapping[str, Tensor], ledger: Ledger) -> Tensor:
             along = (value.detach() * value.grad).sum([d for d in range(value.ndim) if d != dim]).float()
             total[first:first + len(positions)] += along[positions].sum(1)
     return total[:-1].abs()
+
+
+@torch.no_grad()
+def magnitude(parameters: Mapping[str, Tensor], graph: ChannelGraph) -> dict[str, Tensor]:
+    """How large the weights are that belong to each arm, those that make it and those that read it: per group, float64 of shape (arms,).
+
+    Of each tensor the squares along the arm are summed and divided by their mean over the group's arms, so that large tensors do not decide alone; then the mean over
+    tensors is taken. What a trained network says of its channels without any data (Li et al. 2017; over groups, Fang et al. 2023).
+    """
+    found = {}
+    for group in graph:
+        shares = []
+        for (tensor, dim), positions in group.members.items():
+            if tensor in parameters:
+                value = parameters[tensor].detach().double().cpu()
+                squares = value.square().movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)[torch.from_numpy(positions)].sum(1)
+                shares.append(squares / squares.mean().clamp(min=1e-30))
+        found[group.name] = torch.stack(shares).mean(0) if shares else torch.zeros(group.arms, dtype=torch.float64)
+    return found
 
 
 def normalise(saliency: Tensor, ledger: Ledger) -> Tensor:

@@ -31,7 +31,7 @@ from dynprune.fit import Fit, Fitter, Latency
 from dynprune.latency import Report, silent
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.runs import Run, write_text
-from dynprune.saliency import prepare
+from dynprune.saliency import magnitude, prepare
 from dynprune.scores import check_output, logits
 from dynprune.tracing import first_line, trace
 
@@ -84,7 +84,8 @@ class Session:
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
         self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
-        self.explorer = Explorer(config, self.graph, self.widths, self.steps)
+        trained = magnitude(dict(full.named_parameters()), self.graph) if (config.weights or given) and not config.paper else None
+        self.explorer = Explorer(config, self.graph, self.widths, self.steps, trained)
         self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
         self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(self.fit.widths)
         self.train_macs *= PASSES * config.batch_size

@@ -2,7 +2,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynprune.saliency import normalise, prepare, taylor
+from dynprune.saliency import magnitude, normalise, prepare, taylor
+from dynprune.tracing import trace
 
 
 def ledger_for(module, axes, multiplicity=1):
@@ -59,3 +60,13 @@ def test_rewards_lie_between_0_and_1_in_each_group():
     places = {"one": {("a", 0): np.arange(3)[:, None]}, "two": {("b", 0): np.arange(2)[:, None]}}
     ledger = prepare(shapes, places, {"one": (("a", 0),), "two": (("b", 0),)}, "cpu")
     assert normalise(torch.tensor([0.5, 2.0, 0.0, 0.0, 0.0]), ledger).tolist() == [0.25, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_magnitudes_count_who_makes_an_arm_and_who_reads_it():
+    """By hand: filters of squares 1 and 9, read by weights of squares 4 and 4. Shares of the means: 0.2 and 1.8, 1 and 1; their means 0.6 and 1.4."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -3.0]).view(2, 1, 1, 1))
+        model[2].weight.copy_(torch.tensor([-2.0, 2.0]).view(1, 2, 1, 1))
+    found = magnitude(dict(model.named_parameters()), trace(model, torch.randn(1, 1, 4, 4)))
+    assert len(found) == 1 and torch.allclose(found["0"], torch.tensor([0.6, 1.4], dtype=torch.float64))

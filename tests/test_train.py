@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dynprune import zoo
 from dynprune.config import TrainConfig
 from dynprune.data import load_data
 from dynprune.reservoir import by_tensor
 from dynprune.surgery import slim
 from dynprune.runs import Run
+from dynprune.tracing import trace
 from dynprune.session import History, Session, learning_rate, make_optimizer, set_learning_rate
 from dynprune.errors import DynpruneError
 from dynprune.train import Due, train
@@ -126,6 +128,28 @@ def test_rivals_run_through_the_same_loop(data, policy):
         assert session.macs <= 0.3 * session.graph.macs({})
     moved = any((chosen[0][name] != chosen[-1][name]).any() for name in widths)
     assert moved == (policy == "random")
+
+
+def test_with_trained_weights_the_largest_arms_come_first(data, tmp_path):
+    """Without exploring they stay; the bandit begins with them, and an untrained network with the lower arms."""
+    full = zoo.build(CONFIG.model, 10, 0)
+    with torch.no_grad():  # make the upper half of every layer's channels large
+        for group in trace(full, data.example):
+            for (tensor, dim), positions in group.members.items():
+                own = dict(full.named_parameters()).get(tensor)
+                if own is not None:
+                    index = torch.from_numpy(positions[group.arms // 2:].reshape(-1))
+                    own.index_copy_(dim, index, own.index_select(dim, index) * 4)
+    torch.save(full.state_dict(), tmp_path / "trained.pt")
+    for policy in ("static", "cucb"):
+        given = Session(dataclasses.replace(CONFIG, policy=policy, weights=str(tmp_path / "trained.pt")), data)
+        fresh = Session(dataclasses.replace(CONFIG, policy=policy), data)
+        for group in given.graph:
+            width, upper = given.widths[group.name], set(range(group.arms // 2, group.arms))
+            assert len(upper & set(given.reservoir.slots[group.name])) == min(width, len(upper))
+            assert fresh.reservoir.slots[group.name].tolist() == list(range(width))
+    run(given, given.explorer.steps)
+    assert all((state.counts >= 1).all() for state in given.explorer.bandits.values())
 
 
 def test_the_global_random_state_is_left_alone(data):
