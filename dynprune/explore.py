@@ -36,6 +36,7 @@ class Explorer:
         self.policy, self.bonus, self.seed = config.policy, 1.0 if config.paper else config.bonus, config.seed
         self.widths = dict(widths)
         self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
+        self.told_rounds = 1 if magnitudes else 0  # of each arm's count, those that no step has played
         for name, sizes in (magnitudes or {}).items():
             bandit.update(self.bandits[name], torch.arange(len(sizes)), sizes / sizes.max().clamp(min=1e-30))
         explores = config.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
@@ -104,7 +105,7 @@ class Explorer:
             own = slice(first, first + len(arms))
             chosen, state = torch.from_numpy(arms), self.bandits[name]
             bandit.update(state, chosen, means[0, own])
-            self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / state.counts[chosen]
+            self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / (state.counts[chosen] - self.told_rounds)
             first += len(arms)
         self.sums.zero_()
 

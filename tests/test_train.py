@@ -17,6 +17,7 @@ from dynprune.runs import Run
 from dynprune.tracing import trace
 from dynprune.session import History, Session, learning_rate, make_optimizer, set_learning_rate
 from dynprune.errors import DynpruneError
+from dynprune.explore import Explorer
 from dynprune.train import Due, train
 from tests.test_reservoir import gather_back
 
@@ -217,6 +218,20 @@ def test_learned_widths_change_once_and_a_checkpoint_remembers_them(data, tmp_pa
         later.train_step(images, labels)
     for (name, value), other in zip(session.model.state_dict().items(), later.model.state_dict().values()):
         assert torch.equal(value, other), name
+
+
+def test_what_the_weights_say_is_not_mistaken_for_measured_saliency(data):
+    """Magnitudes count as one round's reward; the mean saliency is that of the rounds that were played."""
+    graph = Session(CONFIG, data).graph
+    widths = {group.name: group.arms // 2 for group in graph}
+    explorer = Explorer(CONFIG, graph, widths, 60, {group.name: torch.ones(group.arms, dtype=torch.float64) for group in graph})
+    slots = explorer.first()
+    for reward, saliency in ((0.2, 6.0), (0.4, 2.0)):
+        explorer.sums[0], explorer.sums[1] = reward * explorer.hold, saliency * explorer.hold
+        explorer.end_round(slots)
+    for name, arms in slots.items():
+        assert torch.allclose(explorer.saliency[name][arms], torch.tensor(4.0, dtype=torch.float64))
+        assert torch.allclose(explorer.bandits[name].means[arms], torch.tensor((1 + 0.2 + 0.4) / 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("policy", ["cucb", "random", "static"])
