@@ -6,7 +6,7 @@ finished and goes on with what was stopped. Returns every run's accuracy, size a
     cucb         dynamic channel execution: the bandit chooses the channels
     cucb-paper   the same as published, with a new selection at every step
     random       the same schedule, channels chosen by chance
-    static       a thin network of the widths that --allocation gives, from scratch
+    static       a thin network of the widths that --allocation gives: from scratch or, where --weights gives a trained network, its largest channels
     static-ours  a thin network of the widths that cucb ended with, from scratch
     dense        the whole network
     dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest; where --weights gives a

@@ -134,8 +134,8 @@ class Recipe:
 class TrainConfig(Recipe):
     """Settings of one training run with dynamic channel execution, or of what it is compared with."""
 
-    policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a uniformly thin "
-                                  "network from scratch), dense (everything).", choices=POLICIES)
+    policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a thin network "
+                                  "of the same widths; with --weights, of the largest channels), dense (everything).", choices=POLICIES)
     budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
                                                  "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
                                                  "Several hold at once.")
@@ -154,7 +154,7 @@ class TrainConfig(Recipe):
     bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
                            check=lambda v: v >= 0, expected="0 or more")
     grow: float = setting(0.0, "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its multiplications; then they grow to "
-                               "their widths. Training gets cheaper: 0.4 saves a fifth. It pays where training time is what is short.", check=fraction, expected="a share in [0, 1)")
+                               "their widths. Training gets cheaper: 0.4 saves a fifth.", check=fraction, expected="a share in [0, 1)")
     paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
