@@ -14,6 +14,7 @@ It has the face of a `Session`, so that the training loop, its checkpoints and i
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
 from dynprune.export import check_classes, load_compact
 from dynprune.gate_stats import GateStats, gate_stats
-from dynprune.gating import Choices, Choose, GatedNetwork, Site, all_open, fixed, statistics_kept
+from dynprune.gating import Choices, Choose, GatedNetwork, Site, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
 from dynprune.scores import check_output, logits
 from dynprune.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
@@ -44,6 +45,7 @@ PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves wi
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
 CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 9
+SOFTER = 2.0  # divides the logits of teacher and student, so that what the teacher holds for less likely counts too (Hinton, Vinyals & Dean, 2015)
 SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
 CLOSE = 0.9  # share of the target that images must cost at the end; below it, as above it, the threshold is set anew
@@ -82,6 +84,7 @@ class GateSession:
         network, self.facts = base_network(config, data.classes)
         check_output(network, data.classes, data.example)
         self.graph = trace(network, data.example)
+        self.teacher = copy.deepcopy(network).to(self.device, memory_format=torch.channels_last).eval() if config.distill else None
         self.model = GatedNetwork(network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed).to(self.device)
         self.network = self.model.network
         if config.target < self.model.least_share:
@@ -91,7 +94,7 @@ class GateSession:
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
         baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0  # a forward pass each
-        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines)
+        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * (config.distill > 0))
         if self.ungated:
             self.model.shift.fill_(ALWAYS)
         elif config.estimator == "random":
@@ -152,14 +155,15 @@ class GateSession:
         set_learning_rate(self.weights, 0.0 if phase == "warming" else learning_rate(self.config, self.step, self.steps))
         images, labels = images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
         with self.autocast():
-            output, choices = self.model.run(images, self.choose(phase))
-        each = F.cross_entropy(logits(output).float(), labels, reduction="none", label_smoothing=self.config.label_smoothing)
+            output, choices = (self.network(images), Choices()) if phase == "ungated" else self.model.run(images, self.choose(phase))
+        taught = self.teach(images)
+        each = self.loss_of(output, labels, taught)
         loss = each.mean()
         if phase != "ungated":
             self.share = float(self.model.executed_share(Choices(choices.gates, choices.logits, [value.detach() for value in choices.open])).mean())
         total = loss
         if phase in ("warming", "gating") and self.config.estimator != "random":
-            total = loss + self.loss_of_gates(choices, each, images, labels)
+            total = loss + self.loss_of_gates(choices, each, images, labels, taught)
         self.weights.zero_grad(set_to_none=True)
         self.gates.zero_grad(set_to_none=True)
         total.backward()
@@ -174,10 +178,25 @@ class GateSession:
             self.calibrate()
         return loss.detach()
 
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor | None:
+        """What the network said before it had gates: (batch, classes); None without `distill`."""
+        if self.teacher is None:
+            return None
+        with self.autocast():
+            return logits(self.teacher(images)).float()
+
+    def loss_of(self, output: object, labels: Tensor, taught: Tensor | None) -> Tensor:
+        """Loss of each image, (batch,): from its label and, with `distill`, from what the teacher says of it."""
+        scores = logits(output).float()
+        each = F.cross_entropy(scores, labels, reduction="none", label_smoothing=self.config.label_smoothing)
+        if taught is None:
+            return each
+        apart = F.kl_div(F.log_softmax(scores / SOFTER, 1), F.log_softmax(taught / SOFTER, 1), reduction="none", log_target=True).sum(1)
+        return torch.lerp(each, SOFTER**2 * apart, self.config.distill)
+
     def choose(self, phase: str) -> Choose:
         """How gates open in this phase."""
-        if phase == "ungated":
-            return all_open
         if self.config.estimator == "random":
             if phase != "settled":
                 self.model.shift.fill_(self.even_logit(self.target_at(self.step)))
@@ -188,7 +207,7 @@ class GateSession:
         temperature = self.temperature
         return lambda scores, _: draw(scores / temperature)
 
-    def loss_of_gates(self, choices: Choices, each: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def loss_of_gates(self, choices: Choices, each: Tensor, images: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
         """What the gates are to lower: the price of what they open, and with REINFORCE the images' loss. each: that loss, (batch,)."""
         cooled = [own / self.temperature for own in choices.logits]
         expected = self.model.executed_share(choices, [torch.sigmoid(own) for own in cooled])
@@ -200,8 +219,7 @@ class GateSession:
         if self.config.estimator == "gumbel":
             return cost
         with torch.no_grad(), self.autocast(), statistics_kept(self.model):
-            whole = logits(self.model.run(images, all_open)[0]).float()
-        baseline = F.cross_entropy(whole, labels, reduction="none", label_smoothing=self.config.label_smoothing)
+            baseline = self.loss_of(self.network(images), labels, taught)
         return cost + estimators.reinforce(cooled, choices.open, estimators.advantage_over(each, baseline))
 
     # -- the threshold ----------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ class Gating(TorchFunctionMode):
 
     def decide(self, site: Site, x: Tensor, channel: int, seen: Tensor | None) -> None:
         """Pool what the layer sees, and open units for it."""
-        pooled = x.float().mean([d for d in range(1, x.ndim) if d != channel]) if x.ndim > 2 else x.float()
+        pooled = x.detach().mean([d for d in range(1, x.ndim) if d != channel], dtype=torch.float32) if x.ndim > 2 else x.detach().float()
         if seen is not None:
             pooled = pooled * seen
         with torch.autocast(x.device.type, enabled=False):
@@ -388,10 +388,6 @@ def with_groups(rest: list, kwargs: dict, groups: int) -> tuple[list, dict]:
     if len(rest) > 4:
         return [*rest[:4], groups, *rest[5:]], kwargs
     return rest, {**kwargs, "groups": groups}
-
-
-def all_open(scores: Tensor, _site: Site) -> Tensor:
-    return torch.ones_like(scores)
 
 
 def fixed(opened: Mapping[str, Tensor]) -> Choose:

@@ -108,6 +108,21 @@ def test_random_gates_cost_the_target_and_are_not_exported(tmp_path, data):
     assert "only serve to compare with" in refused("export", run.path, "--onnx")
 
 
+def test_distilling_follows_the_network_without_gates(tmp_path, data):
+    weights = tmp_path / "weights.pt"
+    torch.save(GateSession(CONFIG, data).network.state_dict(), weights)
+    session = GateSession(dataclasses.replace(CONFIG, distill=0.25, weights=str(weights)), data)
+    images, labels = next(iter(data.train_batches(64, 0, 0)))
+    before = session.teach(images)
+    said, plain = torch.randn(64, 10), GateSession(CONFIG, data)
+    soft = [torch.softmax(logits / 2, 1) for logits in (before, said)]
+    apart = 4 * (soft[0] * (soft[0] / soft[1]).log()).sum(1)
+    assert torch.allclose(session.loss_of(said, labels, before), 0.75 * plain.loss_of(said, labels, plain.teach(images)) + 0.25 * apart, atol=1e-5)
+    session.train_step(images, labels)
+    assert torch.equal(session.teach(images), before)  # the teacher does not learn
+    assert session.train_macs - plain.train_macs == 64 * session.steps * session.model.dense_macs
+
+
 def test_targets_out_of_reach_are_refused_before_training(data):
     with pytest.raises(DynpruneError, match="--target 0.05 is below what gates can reach here: with as little open as possible an image costs 0."):
         GateSession(dataclasses.replace(CONFIG, target=0.05), data)
@@ -132,7 +147,8 @@ def test_a_whole_journey_from_a_compact_run(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--target", "0"], "--target got 0"), (["--estimator", "guess"], "Choose one of: reinforce, gumbel, random"), (["--settle", "0.6", "--gates-first", "0.4"], "leave no steps"),
-    (["--precision", "float64"], "gate works in float32"), (["nowhere"], "is not a directory"), (["--resume"], "Pass --out"), (["--block", "-1"], "--block got -1")])
+    (["--precision", "float64"], "gate works in float32"), (["nowhere"], "is not a directory"), (["--resume"], "Pass --out"), (["--block", "-1"], "--block got -1"),
+    (["--distill", "0.5"], "learns from a trained network")])
 def test_bad_options_give_one_line(tmp_path, options, message):
     assert message in refused("gate", *options, *([] if "--resume" in options else ["--out", tmp_path / "out"]))
 
