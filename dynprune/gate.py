@@ -34,6 +34,7 @@ from dynprune.export import check_classes, load_compact
 from dynprune.gate_stats import GateStats, gate_stats
 from dynprune.gating import Choices, Choose, GatedNetwork, Site, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
+from dynprune.saliency import magnitude
 from dynprune.scores import check_output, logits
 from dynprune.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
 from dynprune.tracing import first_line, trace
@@ -87,6 +88,8 @@ class GateSession:
         self.teacher = copy.deepcopy(network).to(self.device, memory_format=torch.channels_last).eval() if config.distill else None
         self.model = GatedNetwork(network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed).to(self.device)
         self.network = self.model.network
+        if config.base or config.weights:
+            self.model.begin_with(magnitude(dict(self.network.named_parameters()), self.graph))
         if config.target < self.model.least_share:
             raise DynpruneError(f"--target {config.target} is below what gates can reach here: with as little open as possible an image costs {self.model.least_share:.3f} of the "
                                 "ungated network. Choose more, or gate a compact network.")

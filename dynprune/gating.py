@@ -38,6 +38,7 @@ LINEAR = {F.linear}
 KINDS = {"conv1d", "conv2d", "conv3d", "linear"}
 SPLIT = 16  # arms per gate in a layer that must not be closed as a whole
 SOFTENING = 0.01  # added to a pooled input's variance: one that is nearly always closed must not be blown up when it opens
+SIZED = 1.0  # spread of the first logits over the units of a group of a trained network, by the size of its weights
 OPEN, SPREAD = 2.0, 0.3  # mean and standard deviation over images of the gates' first logits: most are open
 
 
@@ -200,6 +201,17 @@ class GatedNetwork(nn.Module):
             torch.manual_seed(seed)
             self.predictors = nn.ModuleList(Predictor(self.graph.shapes[site.op.weight][1] * site.op.groups, hidden, site.units) for site in deciding)
         self.predictor_of = {site.op.weight: number for number, site in enumerate(deciding)}
+
+    @torch.no_grad()
+    def begin_with(self, magnitudes: Mapping[str, Tensor]) -> None:
+        """Of a trained network: units of small weights are the first to close. magnitudes: (arms,) per group, `saliency.magnitude`."""
+        for site in self.sites.values():
+            if not site.decides:
+                continue
+            means = [torch.stack([part.mean() for part in magnitudes[gate.group].split(gate.sizes)]) for gate in site.decides]
+            scores = torch.cat([(own - own.mean()) / own.std(correction=0).clamp(min=1e-12) for own in means])
+            bias = self.predictors[self.predictor_of[site.op.weight]].spread.bias
+            bias.copy_(OPEN + SIZED * scores)
 
     @property
     def gates(self) -> list[Gate]:

@@ -7,7 +7,8 @@ import torch
 import dynprune
 from dynprune import estimators, zoo
 from dynprune.gate_stats import Observed, bits, frozen_pattern, information
-from dynprune.gating import Choices, Gate, GatedNetwork, gateable, units_of
+from dynprune.gating import OPEN, Choices, Gate, GatedNetwork, gateable, units_of
+from dynprune.saliency import magnitude
 from dynprune.surgery import slim
 from tests.models import Grouped, Tiny, perturb
 
@@ -129,6 +130,22 @@ def test_probabilities_give_the_expected_cost_with_a_gradient():
     share = model.executed_share(choices, units).mean()
     share.backward()
     assert float(share.detach()) < float(model.executed_share(choices).mean()) and all((own.grad > 0).all() for own in units)
+
+
+def test_small_units_of_a_trained_network_are_the_first_to_close():
+    model, _ = gated("tiny, every channel")
+    sizes = magnitude(dict(model.network.named_parameters()), model.graph)
+    model.begin_with(sizes)
+    for site in model.sites.values():
+        biases = iter(model.predictors[model.predictor_of[site.op.weight]].spread.bias.split([len(gate.sizes) for gate in site.decides]) if site.decides else ())
+        for gate in site.decides:
+            first = next(biases)
+            assert torch.equal(torch.argsort(first), torch.argsort(sizes[gate.group])) and first.mean().item() == pytest.approx(OPEN, abs=1e-5)
+    whole, _ = gated("resnet18")  # a layer alone in its group has none to be compared with
+    whole.begin_with(magnitude(dict(whole.network.named_parameters()), whole.graph))
+    alone = [gate.group for gate in whole.gates if len(gate.sizes) == 1]
+    assert alone and all(torch.allclose(whole.predictors[whole.predictor_of[site.op.weight]].spread.bias, torch.tensor(OPEN))
+                         for site in whole.sites.values() if [gate.group for gate in site.decides] == alone[:1])
 
 
 def test_a_network_without_gateable_channels_is_refused():
