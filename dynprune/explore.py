@@ -27,8 +27,9 @@ ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be playe
 class Explorer:
     """The policy of one run. widths: of every group, to begin with. Nothing is explored when every arm runs, or by a static network.
 
-    magnitudes: of every arm of a trained network, (arms,) per group. Over the largest of the group, they count as the reward of one round in which all arms were played, so
-    that the bandit starts from what the weights say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is played once first.
+    magnitudes: of every arm of a trained network, (arms,) per group. They count as the reward of one round in which all arms were played, on the scale of the first rewards
+    that are seen, so that the bandit starts from what the weights say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is
+    played once first.
     saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can be compared.
     """
 
@@ -104,6 +105,8 @@ class Explorer:
         for name, arms in slots.items():
             own = slice(first, first + len(arms))
             chosen, state = torch.from_numpy(arms), self.bandits[name]
+            if self.told_rounds and bool((state.counts == self.told_rounds).all()):
+                state.means *= float(means[0, own].mean()) / state.means[chosen].mean().clamp(min=1e-30)  # on the scale of rewards, or whatever was played would look worse
             bandit.update(state, chosen, means[0, own])
             self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / (state.counts[chosen] - self.told_rounds)
             first += len(arms)

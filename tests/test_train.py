@@ -231,7 +231,10 @@ def test_what_the_weights_say_is_not_mistaken_for_measured_saliency(data):
         explorer.end_round(slots)
     for name, arms in slots.items():
         assert torch.allclose(explorer.saliency[name][arms], torch.tensor(4.0, dtype=torch.float64))
-        assert torch.allclose(explorer.bandits[name].means[arms], torch.tensor((1 + 0.2 + 0.4) / 3, dtype=torch.float64))
+        means, played = explorer.bandits[name].means, torch.zeros(graph.groups[name].arms, dtype=torch.bool)
+        played[arms] = True
+        assert torch.allclose(means[played], torch.tensor((0.2 + 0.2 + 0.4) / 3, dtype=torch.float64))
+        assert torch.allclose(means[~played], torch.tensor(0.2, dtype=torch.float64))  # on the scale of the first round's rewards
 
 
 @pytest.mark.parametrize("policy", ["cucb", "random", "static"])
