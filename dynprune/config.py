@@ -196,13 +196,11 @@ class GateConfig(Recipe):
     settle: float = setting(0.3, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
                             check=fraction, expected="a share in [0, 1)")
 
-    distill: float = setting(0.0, "Weight of what the network said before it had gates, in the loss of the weights (its labels have the rest): closed gates lose less, for one more "
-                                  "forward pass per step. For a RUN or --weights.", check=lambda v: 0 <= v <= 1, expected="a share in [0, 1]")
+    distill: float = setting(0.7, "Of a trained network (RUN or --weights): weight in the loss of what it said before it had gates; the labels have the rest. Closed gates lose "
+                                  "less, for one more forward pass per step.", check=lambda v: 0 <= v <= 1, expected="a share in [0, 1]")
 
     def validate(self) -> Self:
         super().validate()
-        if self.distill and not self.base and not self.weights:
-            raise DynpruneError(f"--distill {self.distill} learns from a trained network. Give a finished RUN, or --weights.")
         if self.gates_first + self.settle >= 1:
             raise DynpruneError(f"--gates-first {self.gates_first} and --settle {self.settle} leave no steps to learn both. Their sum must be below 1.")
         if self.precision == "float64":

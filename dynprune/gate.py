@@ -85,10 +85,12 @@ class GateSession:
         network, self.facts = base_network(config, data.classes)
         check_output(network, data.classes, data.example)
         self.graph = trace(network, data.example)
-        self.teacher = copy.deepcopy(network).to(self.device, memory_format=torch.channels_last).eval() if config.distill else None
+        self.trained = bool(config.base or config.weights)
+        distills = self.trained and config.distill > 0 and not self.ungated  # a network that stays as it is would only be held back by itself
+        self.teacher = copy.deepcopy(network).to(self.device, memory_format=torch.channels_last).eval() if distills else None
         self.model = GatedNetwork(network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed).to(self.device)
         self.network = self.model.network
-        if config.base or config.weights:
+        if self.trained:
             self.model.begin_with(magnitude(dict(self.network.named_parameters()), self.graph))
         if config.target < self.model.least_share:
             raise DynpruneError(f"--target {config.target} is below what gates can reach here: with as little open as possible an image costs {self.model.least_share:.3f} of the "
@@ -97,7 +99,7 @@ class GateSession:
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
         baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0  # a forward pass each
-        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * (config.distill > 0))
+        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * distills)
         if self.ungated:
             self.model.shift.fill_(ALWAYS)
         elif config.estimator == "random":
@@ -183,14 +185,14 @@ class GateSession:
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor | None:
-        """What the network said before it had gates: (batch, classes); None without `distill`."""
+        """What the network said before it had gates: (batch, classes); None where there is nothing to distill."""
         if self.teacher is None:
             return None
         with self.autocast():
             return logits(self.teacher(images)).float()
 
     def loss_of(self, output: object, labels: Tensor, taught: Tensor | None) -> Tensor:
-        """Loss of each image, (batch,): from its label and, with `distill`, from what the teacher says of it."""
+        """Loss of each image, (batch,): from its label and, where there is a teacher, from what that says of it."""
         scores = logits(output).float()
         each = F.cross_entropy(scores, labels, reduction="none", label_smoothing=self.config.label_smoothing)
         if taught is None:

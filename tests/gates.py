@@ -34,7 +34,7 @@ def train(out: Path, estimator: str, target: float, options: list[str]) -> None:
     if (path / "checkpoint.safetensors").is_file():
         command = ["gate", "--resume", "--out", str(path)]
     else:
-        chosen = ["--distill", "0"] if estimator == "ungated" else ["--estimator", estimator]  # it would learn from itself, which holds it back
+        chosen = [] if estimator == "ungated" else ["--estimator", estimator]
         command = ["gate", *options, "--target", str(target), *chosen, "--out", str(path), "--overwrite"]
     print(path.name, file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "dynprune", *command], check=True, stdout=subprocess.DEVNULL)

@@ -121,6 +121,7 @@ def test_distilling_follows_the_network_without_gates(tmp_path, data):
     session.train_step(images, labels)
     assert torch.equal(session.teach(images), before)  # the teacher does not learn
     assert session.train_macs - plain.train_macs == 64 * session.steps * session.model.dense_macs
+    assert GateSession(dataclasses.replace(CONFIG, target=1.0, weights=str(weights)), data).teacher is None
 
 
 def test_targets_out_of_reach_are_refused_before_training(data):
@@ -148,7 +149,7 @@ def test_a_whole_journey_from_a_compact_run(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--target", "0"], "--target got 0"), (["--estimator", "guess"], "Choose one of: reinforce, gumbel, random"), (["--settle", "0.6", "--gates-first", "0.4"], "leave no steps"),
     (["--precision", "float64"], "gate works in float32"), (["nowhere"], "is not a directory"), (["--resume"], "Pass --out"), (["--block", "-1"], "--block got -1"),
-    (["--distill", "0.5"], "learns from a trained network")])
+    (["--distill", "1.5"], "--distill got 1.5")])
 def test_bad_options_give_one_line(tmp_path, options, message):
     assert message in refused("gate", *options, *([] if "--resume" in options else ["--out", tmp_path / "out"]))
 
