@@ -406,7 +406,7 @@ def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int,
 
 
 INHERITED = ("data", "data_root", "image_size", "val_fraction", "augment", "workers", "batch_size", "label_smoothing", "threads", "seed")  # from the run that is gated
-GENTLE_LR = 0.02  # for a network that is trained already
+GENTLE_LR = 0.05  # for a network that is trained already
 
 
 def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, resume: bool, trust: bool):

@@ -147,7 +147,7 @@ class TrainConfig(Recipe):
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
     align: str = setting("auto", "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 (8 without AVX-512), or 8 or 4 where "
                                  "a layer is narrow.", check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0, expected="auto or a number from 1")
-    explore: float = setting(0.03, "Share of the steps in which the bandit explores before it settles.",
+    explore: float = setting(0.005, "Share of the steps in which the bandit explores before it settles; as many as playing every channel once takes, at least.",
                              check=fraction, expected="a share in [0, 1)")
     hold: int = setting(20, "Steps for which a selection is held while exploring; shortened when the run is short.",
                         check=positive, expected="at least 1")
@@ -188,12 +188,12 @@ class GateConfig(Recipe):
     estimator: str = setting("reinforce", "How gates learn: reinforce (policy gradient), gumbel (straight-through), or random (gates that learn nothing, to compare with).",
                              choices=ESTIMATORS)
     block: int = setting(0, "Neighbouring channels that share a gate. 0 gates whole layers, which saves most time, and blocks of 16 in layers that the network cannot "
-                            "do without; 1 gates every channel, 16 is what onnxruntime computes at once.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
+                            "do without; 1 gates every channel, which keeps most accuracy; 16 is what onnxruntime computes at once.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
     hidden: int = setting(16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096")
     gate_lr: float = setting(0.02, "Learning rate of the gates (Adam).", check=positive, expected="more than 0")
     entropy: float = setting(0.01, "Weight of the gates' entropy, which keeps them from deciding too early.", check=lambda v: v >= 0, expected="0 or more")
     gates_first: float = setting(0.0, "Share of the steps in which only the gates learn, before the weights join.", check=fraction, expected="a share in [0, 1)")
-    settle: float = setting(0.3, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
+    settle: float = setting(0.5, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
                             check=fraction, expected="a share in [0, 1)")
 
     distill: float = setting(0.7, "Of a trained network (RUN or --weights): weight in the loss of what it said before it had gates; the labels have the rest. Closed gates lose "
