@@ -195,7 +195,6 @@ class GateConfig(Recipe):
     gates_first: float = setting(0.0, "Share of the steps in which only the gates learn, before the weights join.", check=fraction, expected="a share in [0, 1)")
     settle: float = setting(0.5, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
                             check=fraction, expected="a share in [0, 1)")
-
     distill: float = setting(0.7, "Of a trained network (RUN or --weights): weight in the loss of what it said before it had gates; the labels have the rest. Closed gates lose "
                                   "less, for one more forward pass per step.", check=lambda v: 0 <= v <= 1, expected="a share in [0, 1]")
 

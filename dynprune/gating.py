@@ -335,7 +335,7 @@ class Gating(TorchFunctionMode):
         return every.repeat(1, groups) if groups > 1 else every
 
     def decide(self, site: Site, x: Tensor, channel: int, seen: Tensor | None) -> None:
-        """Pool what the layer sees, and open units for it."""
+        """Pool what the layer sees, and open units for it. Gates follow the features: no gradient goes back from them into what they saw."""
         pooled = x.detach().mean([d for d in range(1, x.ndim) if d != channel], dtype=torch.float32) if x.ndim > 2 else x.detach().float()
         if seen is not None:
             pooled = pooled * seen
