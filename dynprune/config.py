@@ -147,7 +147,7 @@ class TrainConfig(Recipe):
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
     align: str = setting("auto", "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 (8 without AVX-512), or 8 or 4 where "
                                  "a layer is narrow.", check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0, expected="auto or a number from 1")
-    explore: float = setting(0.005, "Share of the steps in which the bandit explores before it settles; as many as playing every channel once takes, at least.",
+    explore: float = setting(0.005, "Share of the steps in which the bandit explores before it settles; as many as playing every channel once takes, at least; 0 explores nothing.",
                              check=fraction, expected="a share in [0, 1)")
     hold: int = setting(20, "Steps for which a selection is held while exploring; shortened when the run is short.",
                         check=positive, expected="at least 1")
