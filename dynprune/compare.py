@@ -171,7 +171,7 @@ class Trial:
     def finish(self, path: Path, settings: TrainConfig, *, fit=None, full: nn.Module | None = None) -> ComparedRun:
         """Train in `path`, go on there, or read what is finished."""
         run = Run(path)
-        known = run.config_file.is_file() and run.config == settings
+        known = run.config_file.is_file() and without_machine(run.config) == without_machine(settings)
         if not known and run.config_file.is_file():
             raise DynpruneError(f"{path} was trained with other settings. Choose another --out, or remove it.")
         recorded = run.results.get("train", {}) if known else {}
@@ -211,6 +211,11 @@ class Trial:
         tensors, _ = Run(self.path / "dense").read_checkpoint()
         model.load_state_dict(part(tensors, "full."))
         return model
+
+
+def without_machine(config: TrainConfig) -> TrainConfig:
+    """The settings that change what is learned: how often the state is saved and who decodes the photos does not."""
+    return dataclasses.replace(config, checkpoint_every=TrainConfig.checkpoint_every, workers=TrainConfig.workers)
 
 
 def affordable(train_macs: float, per_epoch: int) -> int:
