@@ -91,14 +91,16 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
     equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
     """
     check(config, policies, seeds, equal, out)
-    data, found = load_data(config), []
+    found = []
     if any(policy.startswith("dense+prune") for policy in policies):
         torch_pruning()
-    for seed in range(seeds):
+    for seed in range(config.seed, config.seed + seeds):
+        own = dataclasses.replace(config, seed=seed)
+        data = load_data(own)  # split by the seed, as each run's own settings say
         reference: ComparedRun | None = None
         for policy in policies:
             epochs = config.epochs if equal == "images" or reference is None else None
-            one = Trial(dataclasses.replace(config, seed=config.seed + seed), policy, out, data, report, stop).run(epochs, reference)
+            one = Trial(own, policy, out, data, report, stop).run(epochs, reference)
             reference = reference or one
             found.append(one)
             say(f"{policy}, seed {one.seed}: {100 * one.accuracy:.2f} % with {one.macs / 1e6:.1f} M MACs, {one.params / 1e6:.2f} M parameters, "

@@ -10,6 +10,8 @@ from dynprune import compare as comparing, zoo
 from dynprune.compare import ComparedRun, compare, summarise, verdict
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.runs import Run
+from dynprune.train import train
 from tests.test_cli import TINY, dynprune, refused
 
 CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, budget=("0.3",), threads=1)
@@ -43,6 +45,16 @@ def test_finished_runs_are_not_repeated_and_stopped_ones_go_on(tmp_path, monkeyp
     assert [run.accuracy for run in again.runs] == [run.accuracy for run in first.runs]
     with pytest.raises(DynpruneError, match="cucb-0 was trained with other settings"):
         compare(dataclasses.replace(CONFIG, lr=0.05), ["cucb", "static"], 1, tmp_path / "all")
+
+
+def test_each_run_is_what_train_makes_of_its_settings(tmp_path):
+    """Also the split of the images is that of the run's own seed."""
+    found = compare(CONFIG, ["static", "random"], 2, tmp_path / "all").runs
+    for run in (run for run in found if run.policy == "static"):
+        config = Run(tmp_path / "all" / f"static-{run.seed}").config
+        alone = train(config, Run.create(tmp_path / f"alone-{run.seed}", config, overwrite=False))
+        assert config.seed == run.seed and alone.accuracy == run.accuracy
+        assert alone.val_accuracy == Run(tmp_path / "all" / f"static-{run.seed}").results["train"]["val_accuracy"]
 
 
 def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
