@@ -8,6 +8,8 @@ estimator, on a price per multiply-accumulate that steers the mean cost of an im
     settled   the gates are set to the threshold that meets the target, and stay but for that threshold and the statistics that normalise what they see;
               the weights learn to live with them
 
+After the last step, units that hardly any training image opens are closed for good, and the threshold is set once more.
+
 It has the face of a `Session`, so that the training loop, its checkpoints and its resume serve both methods.
 """
 
@@ -31,7 +33,8 @@ from dynprune.data import Data, load_data, some
 from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
 from dynprune.export import check_classes, load_compact
-from dynprune.gate_stats import GateStats, gate_stats
+from dynprune.gate_stats import GateStats, gate_stats, observe
+from dynprune.gated_surgery import close_rare, closed_for_good
 from dynprune.gating import Choices, Choose, GatedNetwork, Site, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
 from dynprune.saliency import magnitude
@@ -46,6 +49,7 @@ PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves wi
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
 CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 9
+RARE_IMAGES = 1000  # training images, without augmentation, that show which units are hardly ever open
 SOFTER = 2.0  # divides the logits of teacher and student, so that what the teacher holds for less likely counts too (Hinton, Vinyals & Dean, 2015)
 SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
@@ -180,6 +184,7 @@ class GateSession:
         self.stopping = self.stop()
         self.step += 1
         if self.step == self.steps and not self.ungated:
+            self.close_for_good()
             self.calibrate()
         return loss.detach()
 
@@ -228,6 +233,14 @@ class GateSession:
         return cost + estimators.reinforce(cooled, choices.open, estimators.advantage_over(each, baseline))
 
     # -- the threshold ----------------------------------------------------------------------------------------------
+
+    def close_for_good(self) -> None:
+        """Close what hardly any image opens: it can be cut then."""
+        if self.config.estimator != "random":
+            was_training = self.model.training
+            seen = observe(self.model, self.data, some(self.data.train, RARE_IMAGES))
+            close_rare(self.model, {gate.group: opened for gate, opened in zip(self.model.gates, seen.opened)})
+            self.model.train(was_training)
 
     def even_logit(self, target: float) -> float:
         """The logit at which gates that are open by chance alone cost `target` on average."""
@@ -320,7 +333,7 @@ class GateSession:
 @dataclass(frozen=True)
 class GateResult:
     """What gates reached on the test images. met: the mean cost is within the target, by less than the tolerance above it at most.
-    dense_macs: of the ungated network; gate_macs: of the predictors; file_max_diff: of the file, read back, over the largest output."""
+    dense_macs: of the ungated network; gate_macs: of the predictors; units: gates; closed_for_good: those of them that no image opens any more; file_max_diff: of the file, read back, over the largest output."""
 
     run: str
     base: str
@@ -335,6 +348,8 @@ class GateResult:
     gate_macs: int
     path: str
     file_max_diff: float
+    units: int
+    closed_for_good: int
     stats: GateStats
     steps: int
     seconds: float
@@ -369,7 +384,7 @@ def gate(config: GateConfig, run: GateRun, *, resume: bool = False, override: bo
             fresh.unlink(missing_ok=True)
     result = GateResult(str(run.path), config.base or config.model, config.estimator, config.target, stats.share <= TOLERANCE * config.target, stats.accuracy,
                         trained.val_accuracy, data.reports, round(stats.share * model.dense_macs), model.dense_macs, model.gate_macs, str(run.gated_file),
-                        difference, stats, trained.steps, trained.seconds)
+                        difference, sum(len(own.sizes) for own in model.gates), sum(int(own.sum()) for own in closed_for_good(model).values()), stats, trained.steps, trained.seconds)
     run.record("gate", asdict(result))
     return result
 

@@ -1,8 +1,8 @@
 """A gated run as ONNX, with the form of each layer chosen by measurement, and the proof that it computes what torch computes.
 
 Takes a gated file and real validation images; writes `gated.onnx` (one image at a time, outputs `logits` and `gates`) and, to compare
-with, `ungated.onnx`, the same network without gates. On each image the gates that onnxruntime opened are replayed in torch, and the
-scores compared; how often both open the same is reported too.
+with, `ungated.onnx`, the same network without gates. What the gates have closed for good is cut first. On each image the gates that
+onnxruntime opened are replayed in torch in the whole network, and the scores compared; how often both open the same is reported too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dynprune.errors import DynpruneError
 from dynprune.export import TOLERANCE, Normalised, check_classes, metadata
 from dynprune.gated_file import GateFacts, load_gated
 from dynprune.gated_onnx import Rewriter, choose_forms
+from dynprune.gated_surgery import all_units, cut_closed
 from dynprune.gating import GatedNetwork, fixed
 from dynprune.latency import Report, interleaved, silent
 from dynprune.onnxfile import open_session, read_opset, write_onnx
@@ -37,7 +38,8 @@ TRIAL_SECONDS, TRIAL_RUNS = 2.0, (3, 50)
 @dataclass(frozen=True)
 class GatedExportResult:
     """forms: how many gated convolutions take each form. gates_agree: share of images for which onnxruntime opened what torch opens; a gate
-    whose score is almost 0 may fall to either side. max_abs_diff and the rest: with onnxruntime's gates replayed in torch."""
+    whose score is almost 0 may fall to either side. max_abs_diff and the rest: with onnxruntime's gates replayed in torch. units: of all gates;
+    closed_for_good: of them, those that were cut; the file's output `gates` holds the others. most_share: cost of an image that opens all that is left."""
 
     path: str
     opset: int
@@ -48,6 +50,9 @@ class GatedExportResult:
     gates_agree: float
     images: int
     fold_normalization: bool
+    units: int
+    closed_for_good: int
+    most_share: float
     forms: dict[str, int]
     layers: dict[str, dict]
 
@@ -73,16 +78,18 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
     path = out or run.onnx_file
     if not path.name or path.is_dir():
         raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
-    network = Normalised(model.network, facts.mean, facts.std) if fold_normalization else Scores(model.network)
-    partial = run.ungated_onnx_file.with_name("ungated.onnx.partial")
+    small = cut_closed(model, data.example)
+    ungated, cut = (Normalised(own.network, facts.mean, facts.std) if fold_normalization else Scores(own.network) for own in (model, small))
+    partial, base = (run.ungated_onnx_file.with_name(f"{name}.onnx.partial") for name in ("ungated", "cut"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         report("exporting the network without gates", 0, 0)
-        write_onnx(network.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
-        rewriter = Rewriter(onnx.load(partial), model, "model.")
+        for network, file in ((ungated, partial), (cut, base)):
+            write_onnx(network.eval(), data.example, file, opset, metadata(facts, fold_normalization))
+        rewriter = Rewriter(onnx.load(base), small, "model.")
         images = next(iter(data.eval_batches(some(data.val, TRIAL_IMAGES), TRIAL_IMAGES)))[0]
         with torch.no_grad():
-            choices = model.run(images, model.threshold)[1]
+            choices = small.run(images, small.threshold)[1]
         layers = choose_forms(rewriter, choices, report)
         report("timing the whole network", 0, 0)
         proto, layers = quickest(rewriter, layers, images)
@@ -96,10 +103,12 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
     except OSError as error:
         raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        for file in (partial, base):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+    units = [sum(len(gate.sizes) for gate in own.gates) for own in (model, small)]
     result = GatedExportResult(str(path), read_opset(path), path.stat().st_size, found["difference"], found["difference"] / max(found["largest"], 1e-30), found["top1"],
-                               found["agree"], found["images"], fold_normalization, dict(Counter(line["form"] for line in layers.values())), layers)
+                               found["agree"], found["images"], fold_normalization, units[0], units[0] - units[1], small.most_share, dict(Counter(line["form"] for line in layers.values())), layers)
     run.record("export", asdict(result))
     return result
 
@@ -130,12 +139,13 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
     for batch, _ in data.eval_batches(some(data.val, PARITY_IMAGES)):
         for image in batch.split(1):
             theirs, opened = run_both(session, (image * std + mean if folded else image).numpy())
-            again = fixed({gate.group: part for gate, part in zip(model.gates, torch.from_numpy(opened).split(sizes, 1))})
+            opened = all_units(model, torch.from_numpy(opened))
+            again = fixed({gate.group: part for gate, part in zip(model.gates, opened.split(sizes, 1))})
             ours = logits(model.run(image, again)[0]).numpy()
             own = torch.cat(model.run(image, model.threshold)[1].open, 1)
             difference, largest = max(difference, float(np.abs(ours - theirs).max())), max(largest, float(np.abs(ours).max()))
             equal += int(ours.argmax() == theirs.argmax())
-            agree += int(bool((own.numpy() == opened).all()))
+            agree += int(bool((own == opened).all()))
             count += 1
     return {"difference": difference, "largest": largest, "top1": equal / count, "agree": agree / count, "images": count}
 

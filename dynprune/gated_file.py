@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynprune import artifact, zoo
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.gated_surgery import cut_closed
 from dynprune.gating import GatedNetwork
 from dynprune.runs import read_tensors, runs_code, write_tensors
 from dynprune.session import part
@@ -43,7 +44,8 @@ def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFact
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
     """The network in a compact or gated file, in eval mode on the CPU. See `artifact.load` for the rules.
 
-    A gated network computes of a single image (under `torch.no_grad()`) only what its gates open, and masks larger batches.
+    A gated network comes without what its gates have closed for good. It computes of a single image (under `torch.no_grad()`) only what its gates open, and masks
+    larger batches.
     """
     path = Path(path)
     try:
@@ -51,7 +53,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
     except DynpruneError as error:
         if "of another kind" not in str(error):
             raise
-    return load_gated(path, model, trust=trust)[0]
+    gated, facts, _ = load_gated(path, model, trust=trust)
+    return cut_closed(gated, example_of(facts))
 
 
 def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
@@ -73,12 +76,17 @@ def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False
             network = slim(full, kept)
         network.load_state_dict(weights)
         network.eval()
-        example = torch.randn(1, 3, facts.side, facts.side, generator=torch.Generator().manual_seed(0))
+        example = example_of(facts)
         model = GatedNetwork(network, trace(network, example), example, block=gates.block, hidden=gates.hidden, cuts=gates.cuts)
         model.load_state_dict(tensors)
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
     return model.eval(), facts, gates
+
+
+def example_of(facts: artifact.Facts) -> Tensor:
+    """An input to trace with, (1, 3, side, side)."""
+    return torch.randn(1, 3, facts.side, facts.side, generator=torch.Generator().manual_seed(0))
 
 
 def check_gates(gates: GateFacts) -> None:

@@ -181,7 +181,7 @@ class GatedNetwork(nn.Module):
         """block: arms per gate; 0 gates whole groups, and blocks of 16 where the network cannot do without the group. cuts: the groups that carry everything, where they are
         known already."""
         super().__init__()
-        self.network, self.graph = network, graph
+        self.network, self.graph, self.block, self.hidden = network, graph, block, hidden
         gated = gateable(graph)
         if not gated:
             raise DynpruneError("No channel of this network can be gated. See what it is made of: dynprune inspect.")
@@ -238,6 +238,12 @@ class GatedNetwork(nn.Module):
     def least_share(self) -> float:
         """What an image costs with as little open as possible."""
         units = [torch.tensor([[float(gate.cuts and i == 0) for i in range(len(gate.sizes))]]) for gate in self.gates]
+        return float(self.executed_share(Choices(self.gates, units, units)))
+
+    @property
+    def most_share(self) -> float:
+        """What an image costs that opens everything."""
+        units = [torch.ones(1, len(gate.sizes)) for gate in self.gates]
         return float(self.executed_share(Choices(self.gates, units, units)))
 
     @torch.no_grad()

@@ -213,6 +213,7 @@ def gate_tables(result: GateResult) -> list:
                                   f"{'met' if result.met else 'MISSED'}; gates {million(result.gate_macs)})"),
         ("cost, 5th to 95th percentile", f"{percent(stats.percentiles['5'])} to {percent(stats.percentiles['95'])}"),
         ("gates that vary with the image", percent(stats.varying_share)),
+        ("gates closed for good", f"{result.closed_for_good:,} of {result.units:,}, which hardly any training image opened: export cuts what they close"),
         ("accuracy with frozen gates", f"{percent(stats.frozen_accuracy)} at {percent(stats.frozen_share)} of the MACs"),
         ("time", f"{duration(result.seconds)} for {result.steps} steps"),
         ("file", result.path),
@@ -226,6 +227,7 @@ def gate_tables(result: GateResult) -> list:
 def gated_export_table(result: GatedExportResult) -> Table:
     return pairs("export", [
         ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time)"),
+        ("cut", f"{result.closed_for_good:,} of {result.units:,} gates, which hardly any image opens; what is left costs {percent(result.most_share)} of the MACs at most"),
         ("forms of gated layers", ", ".join(f"{count} {form}" for form, count in sorted(result.forms.items())) + " (the quickest of each was measured)"),
         ("parity with torch", f"largest difference {result.max_abs_diff:.1e} with the same gates, same class on {percent(result.top1_agreement)} of {result.images} images"),
         ("gates", f"opened alike on {percent(result.gates_agree)} of the images"),

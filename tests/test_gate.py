@@ -47,7 +47,9 @@ def test_the_file_gives_the_network_back(finished, data):
     images = next(iter(data.eval_batches(data.test, 8)))[0]
     with torch.no_grad():
         assert torch.allclose(torch.cat([model(image) for image in images.split(1)]), model(images), atol=1e-4)
-    _, facts, gates = load_gated(run.gated_file, trust=True)
+    whole, facts, gates = load_gated(run.gated_file, trust=True)
+    assert sum(len(gate.sizes) for gate in model.gates) == result.units - result.closed_for_good and result.units == sum(len(gate.sizes) for gate in whole.gates)
+    assert torch.allclose(model(images), whole(images), atol=1e-4)
     assert gates.target == 0.7 and gates.share == result.stats.share and facts.classes == data.classes
 
 
