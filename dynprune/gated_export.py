@@ -22,7 +22,7 @@ from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
 from dynprune.export import TOLERANCE, Normalised, check_classes, metadata
 from dynprune.gated_file import GateFacts, load_gated
-from dynprune.gated_onnx import Rewriter, choose_forms
+from dynprune.gated_onnx import Rewriter, choose_forms, with_pairs
 from dynprune.gated_surgery import all_units, cut_closed
 from dynprune.gating import GatedNetwork, fixed
 from dynprune.latency import Report, interleaved, silent
@@ -116,14 +116,14 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
 def quickest(rewriter: Rewriter, layers: dict[str, dict], images: Tensor) -> tuple[onnx.ModelProto, dict[str, dict]]:
     """The forms that won layer by layer, or, where that is quicker as a whole, only forms that keep the blocked layout, or none."""
     trials = []
-    for allowed in (("full", "layer", "blocks", "gather"), ("full", "layer", "blocks"), ("full", "layer"), ("full",)):
-        forms = {weight: min((form for form in line["ms"] if form in allowed), key=line["ms"].get) for weight, line in layers.items()}
+    for allowed in (("full", "layer", "blocks", "pair", "gather"), ("full", "layer", "blocks", "pair"), ("full", "layer", "pair"), ("full", "layer", "blocks"), ("full", "layer"), ("full",)):
+        forms = {weight: line["form"] for weight, line in with_pairs(layers, allowed).items()}
         if forms not in [known for known, _ in trials]:
             trials.append((forms, rewriter.rewrite(forms)))
     sessions = [open_session(proto.SerializeToString(), 1) for _, proto in trials]
     feeds = [(session, {session.get_inputs()[0].name: image[None].numpy()}) for session in sessions for image in images]
     samples = interleaved(feeds, TRIAL_SECONDS * len(trials), TRIAL_RUNS)
-    took = [float(np.mean([np.median(own) for own in samples[i * len(images):(i + 1) * len(images)]])) for i in range(len(trials))]
+    took = [float(np.mean([np.min(own) for own in samples[i * len(images):(i + 1) * len(images)]])) for i in range(len(trials))]
     forms, proto = trials[int(np.argmin(took))]
     return proto, {weight: {**line, "form": forms[weight]} for weight, line in layers.items()}
 

@@ -5,6 +5,8 @@ Takes a GatedNetwork and the ONNX graph of its network without gates; puts the p
     full    everything is computed, closed inputs multiplied by 0: for layers too small to gain
     layer   an `If` around the layer: nothing is computed when all of its outputs, or all of its inputs, are closed
     blocks  an `If` with constant weights per unit of outputs: keeps onnxruntime's blocked layout, does not profit from closed inputs
+    pair    two layers at once, one that makes a group and the only one that reads it: an `If` per unit around its part of both, and the
+            sum of the parts; keeps the blocked layout and profits from closed units twice
     gather  only open rows and columns of the weight are gathered and convolved: profits from both, but leaves the blocked layout
 
 Which form a layer gets is measured, with the gates of real images. The graph takes one image; its second output is what was open.
@@ -12,7 +14,7 @@ Which form a layer gets is measured, with the gates of real images. The graph ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +28,10 @@ from dynprune.gating import Channels, Choices, GatedNetwork, Site, is_depthwise
 from dynprune.latency import interleaved
 from dynprune.onnxfile import open_session
 
-FORMS = ("full", "layer", "blocks", "gather")
+FORMS = ("full", "layer", "blocks", "pair", "gather")
 SITE_SECONDS, SITE_RUNS = 0.03, (2, 20)  # for one form of one layer over its images
 MOST_BLOCKS = 32  # more `If`s than this in one layer do not pay
+BETWEEN = {"Relu", "LeakyRelu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Elu", "Celu", "Selu", "Gelu", "Softplus", "Mish", "Identity"}  # work on single values
 
 
 class Builder:
@@ -107,6 +110,15 @@ class Layer:
         return np.split(order, np.cumsum(sizes)[:-1])
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A layer that makes a group, what stands between, and the only layer that reads it. between: nodes that work on single values, and depthwise layers."""
+
+    maker: Layer
+    between: tuple[tuple[onnx.NodeProto, Layer | None], ...]
+    reader: Layer
+
+
 def masked_input(builder: Builder, x: str, layer: Layer) -> str:
     if layer.seen is None:
         return x
@@ -117,8 +129,9 @@ def masked_input(builder: Builder, x: str, layer: Layer) -> str:
 
 def conv(builder: Builder, x: str, layer: Layer, rows: np.ndarray | None = None, output: str | None = None) -> str:
     weight = layer.weight if rows is None else layer.weight[rows]
+    attributes = layer.attributes if rows is None or layer.plain else {**layer.attributes, "group": len(rows)}
     bias = [] if layer.bias is None else [builder.constant(layer.bias if rows is None else layer.bias[rows])]
-    return builder.node("Conv", x, builder.constant(weight), *bias, output=output, **layer.attributes)
+    return builder.node("Conv", x, builder.constant(weight), *bias, output=output, **attributes)
 
 
 def nothing(builder: Builder, channels: int, layer: Layer) -> str:
@@ -210,6 +223,35 @@ def add_gather(builder: Builder, x: str, layer: Layer, output: str) -> None:
         builder.when(any_open(builder, layer.made), reading, lambda inner: nothing(inner, layer.shape[1], layer), output=output)
 
 
+def arms_along(channels: Channels) -> np.ndarray:
+    """Where the arms of the only group along an axis lie, in order."""
+    return np.argsort(channels.index.numpy(), kind="stable")
+
+
+def add_pair(builder: Builder, x: str, pair: Pair, values: Mapping[str, onnx.TensorProto], output: str) -> None:
+    maker, reader = pair.maker, pair.reader
+    x = masked_input(builder, x, maker)
+    flat = builder.node("Reshape", maker.made, builder.ints(-1))
+    parts, start, columns = [bias_alone(builder, reader)], 0, arms_along(reader.site.inputs)
+    for rows in maker.units:
+        unit = slice(start, start + len(rows))
+        start += len(rows)
+
+        def inside(inner: Builder, rows: np.ndarray = rows, unit: slice = unit) -> str:
+            value = conv(inner, x, maker, rows)
+            for node, depthwise in pair.between:
+                if depthwise is not None:
+                    value = conv(inner, value, depthwise, arms_along(depthwise.site.outputs)[unit])
+                    continue
+                constants = [inner.constant(numpy_helper.to_array(values[name])) if name else "" for name in node.input[1:]]
+                value = inner.node(node.op_type, value, *constants, **{attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute})
+            return inner.node("Conv", value, inner.constant(reader.weight[:, columns[unit]]), **reader.attributes)
+
+        is_open = builder.node("Greater", builder.node("Gather", flat, builder.constant(np.array(rows[0])), axis=0), builder.constant(np.array(0.5, dtype=np.float32)))
+        parts.append(builder.when(is_open, inside, lambda inner: inner.node("ConstantOfShape", inner.ints(*[1] * len(reader.shape)))))
+    builder.node("Sum", *parts, output=output)
+
+
 ADD = {"full": add_full, "layer": add_layer, "blocks": add_blocks, "gather": add_gather}
 
 
@@ -228,19 +270,69 @@ class Rewriter:
         found = {name for node in proto.graph.node for name in node.input if name in self.sites}
         if missing := set(self.sites) - found:
             raise DynpruneError(f"The exported graph has no layer with the weight {sorted(missing)[0].removeprefix(prefix)}. This network's gates cannot be written as ONNX.")
+        self.pairs = self.find_pairs()
+
+    def find_pairs(self) -> dict[str, list[onnx.NodeProto]]:
+        """By the weight of a layer that makes a group: it, the nodes after it, and the layer that reads the group, where these may become one form."""
+        nodes = list(self.proto.graph.node)
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in nodes:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        outputs = {value.name for value in self.proto.graph.output}
+        found = {}
+        for first in nodes:
+            site = self.site_of(first)
+            if site is None or first.op_type != "Conv" or site.op.groups != 1 or site.outputs is None or len(site.decides) != 1 or len(site.outputs.groups) != 1:
+                continue
+            chain = [first]
+            while len(readers.get(chain[-1].output[0], [])) == 1 and chain[-1].output[0] not in outputs:
+                node = readers[chain[-1].output[0]][0]
+                own = self.site_of(node)
+                chain.append(node)
+                if own is None and not (node.op_type in BETWEEN and all(name in self.values or not name for name in node.input[1:])):
+                    break
+                if own is not None and (node.op_type != "Conv" or not is_depthwise(self.gated.graph, own.op) or own.op.groups != self.gated.graph.shapes[own.op.weight][0]):
+                    break
+            last = self.site_of(chain[-1])
+            alone = last is not None and last is not site and last.inputs is not None and last.inputs.groups == site.outputs.groups and not last.decides
+            if alone and chain[-1].op_type == "Conv" and last.op.groups == 1 and last.outputs is None and bool((last.inputs.index > 0).all()) and bool((site.outputs.index > 0).all()):
+                if sum(len(gate.sizes) for gate in site.decides) <= MOST_BLOCKS and site.decides[0].group == site.outputs.groups[0]:
+                    found[site.op.weight] = chain
+        return found
+
+    def site_of(self, node: onnx.NodeProto) -> Site | None:
+        return next((self.sites[name] for name in node.input if name in self.sites), None)
+
+    def pair(self, chain: list[onnx.NodeProto], seen: str | None, made: str) -> Pair:
+        """seen, made: names of the masks of the first layer's inputs and of the group."""
+        first, *between, last = chain
+        layers = [None if (site := self.site_of(node)) is None else self.layer(node, site, None, None) for node in between]
+        return Pair(self.layer(first, self.site_of(first), seen, made), tuple(zip(between, layers)), self.layer(last, self.site_of(last), made, None))
 
     def rewrite(self, forms: dict[str, str]) -> onnx.ModelProto:
-        """The graph with gates. forms: by weight; layers that are absent stay full."""
+        """The graph with gates. forms: by weight; layers that are absent stay full, and a pair is named by the one that makes the group."""
         proto = one_image(self.proto)
         builder = Builder()
         self.masks: dict[str, str] = {}
         self.opened: list[str] = []
+        chains = [chain for weight, chain in self.pairs.items() if forms.get(weight) == "pair"]
+        ends = {chain[-1].output[0]: chain for chain in chains}
+        gone = {node.output[0] for chain in chains for node in chain[:-1]}
         for node in proto.graph.node:
-            weight = next((name for name in node.input if name in self.sites), None)
-            if weight is None:
+            site = self.site_of(node)
+            if node.output[0] in gone:
+                if site is not None:
+                    self.decided(builder, node, site)
+            elif node.output[0] in ends:
+                chain = ends[node.output[0]]
+                first = self.site_of(chain[0])
+                pair = self.pair(chain, self.mask(builder, first.inputs), self.mask(builder, first.outputs))
+                add_pair(builder, chain[0].input[0], pair, self.values, node.output[0])
+            elif site is None:
                 builder.nodes.append(node)
             else:
-                self.replace(builder, node, self.sites[weight], forms)
+                self.replace(builder, node, site, forms)
         builder.node("Concat", *self.opened, output="gates", axis=1)
         used = {name for node in builder.nodes for name in node.input}
         graph = helper.make_graph(builder.nodes, proto.graph.name, list(proto.graph.input),
@@ -251,10 +343,15 @@ class Rewriter:
         onnx.checker.check_model(made, full_check=True)
         return made
 
-    def replace(self, builder: Builder, node: onnx.NodeProto, site: Site, forms: dict[str, str]) -> None:
+    def decided(self, builder: Builder, node: onnx.NodeProto, site: Site) -> str | None:
+        """The mask of what a layer sees, after it has decided what it is to."""
         seen = self.mask(builder, site.inputs, site.op.groups)
         if site.decides and site.decides[0].group not in self.masks:
             self.decide(builder, node.input[0], site, seen)
+        return seen
+
+    def replace(self, builder: Builder, node: onnx.NodeProto, site: Site, forms: dict[str, str]) -> None:
+        seen = self.decided(builder, node, site)
         made = None if is_depthwise(self.gated.graph, site.op) else self.mask(builder, site.outputs)
         if node.op_type != "Conv":
             if seen is None:
@@ -327,9 +424,19 @@ def one_image(proto: onnx.ModelProto) -> onnx.ModelProto:
 def choose_forms(rewriter: Rewriter, choices: Choices, report: Callable[[str, int, int], None]) -> dict[str, dict]:
     """Time every form of every gated convolution with the gates of real images; by weight, the form that took least and all milliseconds.
 
-    choices: of some images, (images, units) per gate.
+    choices: of some images, (images, units) per gate. A layer that could become a pair has "pair_ms", of both together, and "reader", the weight of the other.
     """
     masks = {gate.group: opened.repeat_interleave(torch.tensor(gate.sizes), dim=1) for gate, opened in zip(choices.gates, choices.open)}
+    images = len(next(iter(masks.values())))
+
+    def time(add: Callable[[Builder], None], layer: Layer, shape: tuple[int, ...], seen: Tensor | None, made: Tensor | None) -> float:
+        """Mean over the images of the least milliseconds of each: what else runs on the machine only adds."""
+        feeds = [{key: value[i:i + 1].numpy().astype(np.float32) for key, value in (("seen", seen), ("made", made)) if value is not None} for i in range(images)]
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        session = open_session(alone(add, layer, shape, rewriter.proto).SerializeToString(), 1)
+        samples = interleaved([(session, {"x": x, **feed}) for feed in feeds], SITE_SECONDS, SITE_RUNS)
+        return float(np.mean([np.min(own) for own in samples]))
+
     nodes = {name: node for node in rewriter.proto.graph.node for name in node.input if name in rewriter.sites and node.op_type == "Conv"}
     chosen = {}
     for number, (name, node) in enumerate(nodes.items()):
@@ -338,15 +445,26 @@ def choose_forms(rewriter: Rewriter, choices: Choices, report: Callable[[str, in
         seen, made = mask_of(masks, site.inputs), None if is_depthwise(rewriter.gated.graph, site.op) else mask_of(masks, site.outputs)
         layer = rewriter.layer(node, site, None if seen is None else "seen", None if made is None else "made")
         shape = rewriter.shapes[node.input[0]]
-        feeds = [{key: value[i:i + 1].numpy().astype(np.float32) for key, value in (("seen", seen), ("made", made)) if value is not None} for i in range(len(next(iter(masks.values()))))]
-        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        took = {}
-        for form in layer.forms:
-            session = open_session(alone(layer, form, shape, rewriter.proto).SerializeToString(), 1)
-            samples = interleaved([(session, {"x": x, **feed}) for feed in feeds], SITE_SECONDS, SITE_RUNS)
-            took[form] = float(np.mean([np.median(own) for own in samples]))
+        took = {form: time(lambda builder, form=form: ADD[form](builder, "x", layer, "y"), layer, shape, seen, made) for form in layer.forms}
         chosen[site.op.weight] = {"form": min(took, key=took.get), "ms": took}
-    return chosen
+    for weight, chain in rewriter.pairs.items():
+        first, last = rewriter.site_of(chain[0]), rewriter.site_of(chain[-1])
+        seen, made = mask_of(masks, first.inputs), mask_of(masks, first.outputs)
+        pair = rewriter.pair(chain, None if seen is None else "seen", "made")
+        took = time(lambda builder: add_pair(builder, "x", pair, rewriter.values, "y"), pair.maker, rewriter.shapes[chain[0].input[0]], seen, made)
+        chosen[weight] |= {"pair_ms": took, "reader": last.op.weight}
+    return with_pairs(chosen, FORMS)
+
+
+def with_pairs(layers: dict[str, dict], allowed: Collection[str]) -> dict[str, dict]:
+    """For each layer the quickest of the allowed forms; two layers become a pair where that takes less than both."""
+    found = {weight: {**line, "form": min((form for form in line["ms"] if form in allowed), key=line["ms"].get)} for weight, line in layers.items()}
+    for line in found.values():
+        if "pair" in allowed and "reader" in line:
+            reader = found[line["reader"]]
+            if line["pair_ms"] < line["ms"][line["form"]] + reader["ms"][reader["form"]]:
+                line["form"] = reader["form"] = "pair"
+    return found
 
 
 def mask_of(masks: dict[str, Tensor], channels: Channels | None) -> Tensor | None:
@@ -356,13 +474,13 @@ def mask_of(masks: dict[str, Tensor], channels: Channels | None) -> Tensor | Non
     return torch.cat([torch.ones(len(known[0]), 1), *known], 1).index_select(1, channels.index)
 
 
-def alone(layer: Layer, form: str, shape: Iterable[int], proto: onnx.ModelProto) -> onnx.ModelProto:
-    """One layer in one form as a model of its own, with the masks as inputs."""
+def alone(add: Callable[[Builder], None], layer: Layer, shape: Iterable[int], proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What `add` makes of "x", named "y", as a model of its own, with the masks that `layer` wants as inputs."""
     builder = Builder()
-    ADD[form](builder, "x", layer, "y")
+    add(builder)
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
     for name, channels in (("seen", layer.seen and layer.weight.shape[1] * layer.site.op.groups), ("made", layer.made and len(layer.weight))):
         if channels:
             inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels]))
-    graph = helper.make_graph(builder.nodes, "layer", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(layer.shape))], builder.constants)
+    graph = helper.make_graph(builder.nodes, "layer", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], builder.constants)
     return helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)

@@ -1,17 +1,20 @@
 """Gated networks as ONNX: every form of every layer computes the same, and a closed gate means less work."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from dynprune.gated_onnx import FORMS, Rewriter, choose_forms
+from dynprune.gated_onnx import FORMS, Rewriter, choose_forms, with_pairs
 from dynprune.onnxfile import open_session, write_onnx
 from dynprune.scores import Scores
 from tests.test_gating import deciding
 
 
-@pytest.fixture(scope="module", params=["tiny", "grouped", "densenet40", "resnet18"])
+@pytest.fixture(scope="module", params=["tiny", "grouped", "densenet40", "resnet18", "mobilenet_v2"])
 def exported(request, tmp_path_factory):
     model, images = deciding(request.param)
     path = tmp_path_factory.mktemp("onnx") / "network.onnx"
@@ -48,13 +51,35 @@ def test_all_closed_and_all_open(exported, form, state):
         model.shift.copy_(kept)
 
 
+def test_pairs_are_the_two_layers_of_a_residual_branch():
+    """In resnet18 both convolutions of a block, in mobilenet_v2 the expansion and the projection around the depthwise layer; a vgg's layers decide themselves."""
+    assert pairs("resnet18") == {f"layer{i}.{j}.conv1.weight": ["Conv", "Relu", "Conv"] for i in range(1, 5) for j in range(2)}
+    assert set(map(tuple, pairs("mobilenet_v2").values())) == {("Conv", "Clip", "Conv", "Clip", "Conv")} and not pairs("vgg16")
+
+
+def pairs(name):
+    model, images = deciding(name)
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(Scores(model.network), images[:1], Path(folder) / "network.onnx", None, {})
+        rewriter = Rewriter(onnx.load(Path(folder) / "network.onnx"), model, "model.")
+    return {weight: [node.op_type for node in chain] for weight, chain in rewriter.pairs.items()}
+
+
+def test_a_pair_is_taken_where_it_is_quicker_than_both_layers():
+    layers = {"a": {"ms": {"full": 3.0, "blocks": 2.0}, "pair_ms": 2.5, "reader": "b"}, "b": {"ms": {"full": 1.0, "gather": 0.4}}}
+    assert [line["form"] for line in with_pairs(layers, FORMS).values()] == ["blocks", "gather"]
+    assert [line["form"] for line in with_pairs(layers, ("full", "pair")).values()] == ["pair", "pair"]
+    assert [line["form"] for line in with_pairs(layers, ("full", "gather")).values()] == ["full", "gather"]
+
+
 def test_forms_are_chosen_among_those_that_were_timed(exported):
     model, images, rewriter = exported
     with torch.no_grad():
         choices = model.run(images[:2], model.threshold)[1]
     chosen = choose_forms(rewriter, choices, lambda *_: None)
     assert chosen.keys() <= model.sites.keys() and chosen
-    assert all(line["form"] == min(line["ms"], key=line["ms"].get) and "full" in line["ms"] for line in chosen.values())
+    assert all(line["form"] in (min(line["ms"], key=line["ms"].get), "pair") and "full" in line["ms"] for line in chosen.values())
+    assert {weight for weight, line in chosen.items() if "reader" in line} == rewriter.pairs.keys()
 
 
 def executed(proto, feed, tmp_path):
@@ -83,3 +108,17 @@ def test_closed_layers_are_not_executed(tmp_path):
         model.shift.fill_(shift)
         counts[shift] = executed(rewriter.rewrite({weight: "layer" for weight in model.sites}), feed, tmp_path)["Conv"]
     assert counts[1e4] == 39 and counts[-1e4] == 3  # the first convolution and the two transitions, which carry everything
+
+
+@pytest.mark.parametrize("name, layers", [("resnet18", 2), ("mobilenet_v2", 3)])
+def test_closed_units_of_a_pair_are_not_executed(tmp_path, name, layers):
+    model, images = deciding(name)
+    path = tmp_path / "network.onnx"
+    write_onnx(Scores(model.network), images[:1], path, None, {})
+    rewriter, feed = Rewriter(onnx.load(path), model, "model."), {"input": images[:1].numpy()}
+    counts = {}
+    for shift in (-1e4, 1e4):
+        model.shift.fill_(shift)
+        counts[shift] = executed(rewriter.rewrite({weight: "pair" for weight in rewriter.pairs}), feed, tmp_path)["Conv"]
+    gates = [model.sites[weight].decides[0] for weight in rewriter.pairs]
+    assert gates and counts[1e4] - counts[-1e4] == layers * sum(len(gate.sizes) - gate.cuts for gate in gates)
