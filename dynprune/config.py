@@ -185,10 +185,11 @@ class GateConfig(Recipe):
     base: str = setting("", "Run whose compact (or dense) network gets the gates; empty for a new network.")
     target: float = setting(0.33, "Mean share of the ungated network's multiply-accumulates that an image may cost, gates included; 1 leaves every gate open: "
                                   "the ungated network on the same schedule.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
-    estimator: str = setting("reinforce", "How gates learn: reinforce (policy gradient), gumbel (straight-through), or random (gates that learn nothing, to compare with).",
+    estimator: str = setting("gumbel", "How gates learn: gumbel (straight-through), reinforce (policy gradient, with a forward pass more per step), or random (gates that learn "
+                                       "nothing, to compare with).",
                              choices=ESTIMATORS)
-    block: int = setting(0, "Neighbouring channels that share a gate. 0 gates whole layers, which saves most time, and blocks of 16 in layers that the network cannot "
-                            "do without; 1 gates every channel, which keeps most accuracy; 16 is what onnxruntime computes at once.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
+    block: int = setting(16, "Neighbouring channels that share a gate. 16 is what onnxruntime computes at once; 1 gates every channel, which keeps most accuracy and saves least "
+                             "time; 0 gates whole layers, and blocks of 16 in layers that the network cannot do without.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
     hidden: int = setting(16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096")
     gate_lr: float = setting(0.02, "Learning rate of the gates (Adam).", check=positive, expected="more than 0")
     entropy: float = setting(0.01, "Weight of the gates' entropy, which keeps them from deciding too early.", check=lambda v: v >= 0, expected="0 or more")

@@ -15,7 +15,7 @@ from dynprune.gated_file import load_gated
 from dynprune.runs import GateRun
 from tests.test_cli import TINY, dynprune as command, refused
 
-CONFIG = GateConfig(model="tests.models:tiny", data="digits", image_size=8, batch_size=64, epochs=4, lr=0.05, target=0.7, block=4, threads=1, precision="float32")
+CONFIG = GateConfig(model="tests.models:tiny", data="digits", image_size=8, batch_size=64, epochs=4, lr=0.05, target=0.7, block=4, estimator="reinforce", threads=1, precision="float32")
 
 
 @pytest.fixture(scope="module")
