@@ -333,7 +333,8 @@ class GateSession:
 @dataclass(frozen=True)
 class GateResult:
     """What gates reached on the test images. met: the mean cost is within the target, by less than the tolerance above it at most.
-    dense_macs: of the ungated network; gate_macs: of the predictors; units: gates; closed_for_good: those of them that no image opens any more; file_max_diff: of the file, read back, over the largest output."""
+    dense_macs: of the ungated network; gate_macs: of the predictors; units: how many gates; closed_for_good: how many of them no image opens any more;
+    file_max_diff: of the file, read back, over the largest output."""
 
     run: str
     base: str

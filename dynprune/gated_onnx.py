@@ -274,32 +274,38 @@ class Rewriter:
 
     def find_pairs(self) -> dict[str, list[onnx.NodeProto]]:
         """By the weight of a layer that makes a group: it, the nodes after it, and the layer that reads the group, where these may become one form."""
-        nodes = list(self.proto.graph.node)
-        readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in nodes:
+        readers: dict[str, list[onnx.NodeProto]] = {value.name: [value] for value in self.proto.graph.output}
+        for node in self.proto.graph.node:
             for name in node.input:
                 readers.setdefault(name, []).append(node)
-        outputs = {value.name for value in self.proto.graph.output}
         found = {}
-        for first in nodes:
-            site = self.site_of(first)
-            if site is None or first.op_type != "Conv" or site.op.groups != 1 or site.outputs is None or len(site.decides) != 1 or len(site.outputs.groups) != 1:
-                continue
+        for first in self.proto.graph.node:
             chain = [first]
-            while len(readers.get(chain[-1].output[0], [])) == 1 and chain[-1].output[0] not in outputs:
-                node = readers[chain[-1].output[0]][0]
-                own = self.site_of(node)
-                chain.append(node)
-                if own is None and not (node.op_type in BETWEEN and all(name in self.values or not name for name in node.input[1:])):
+            while len(readers.get(chain[-1].output[0], [])) == 1 and (chain[-1] is first or self.works_on_each_channel(chain[-1])):
+                following = readers[chain[-1].output[0]][0]
+                if not isinstance(following, onnx.NodeProto):
                     break
-                if own is not None and (node.op_type != "Conv" or not is_depthwise(self.gated.graph, own.op) or own.op.groups != self.gated.graph.shapes[own.op.weight][0]):
-                    break
-            last = self.site_of(chain[-1])
-            alone = last is not None and last is not site and last.inputs is not None and last.inputs.groups == site.outputs.groups and not last.decides
-            if alone and chain[-1].op_type == "Conv" and last.op.groups == 1 and last.outputs is None and bool((last.inputs.index > 0).all()) and bool((site.outputs.index > 0).all()):
-                if sum(len(gate.sizes) for gate in site.decides) <= MOST_BLOCKS and site.decides[0].group == site.outputs.groups[0]:
-                    found[site.op.weight] = chain
+                chain.append(following)
+            if self.are_pair(first, chain[-1]):
+                found[self.site_of(first).op.weight] = chain
         return found
+
+    def works_on_each_channel(self, node: onnx.NodeProto) -> bool:
+        """Whether a unit's part of what the node gives depends on that part of its input alone."""
+        site = self.site_of(node)
+        if site is None:
+            return node.op_type in BETWEEN and all(name in self.values or not name for name in node.input[1:])
+        return node.op_type == "Conv" and is_depthwise(self.gated.graph, site.op) and site.op.groups == self.gated.graph.shapes[site.op.weight][0]
+
+    def are_pair(self, first: onnx.NodeProto, last: onnx.NodeProto) -> bool:
+        """Whether one layer decides on and makes all of a group, not more, and the other reads just that, decides nothing, and makes channels without gates."""
+        maker, reader = self.site_of(first), self.site_of(last)
+        if maker is None or reader is None or maker.outputs is None or reader.inputs is None or {first.op_type, last.op_type} != {"Conv"}:
+            return False
+        groups = tuple(gate.group for gate in maker.decides)
+        return (len(groups) == 1 and maker.outputs.groups == reader.inputs.groups == groups and maker.op.groups == reader.op.groups == 1
+                and bool((maker.outputs.index > 0).all()) and bool((reader.inputs.index > 0).all()) and reader.outputs is None and not reader.decides
+                and len(maker.decides[0].sizes) <= MOST_BLOCKS)
 
     def site_of(self, node: onnx.NodeProto) -> Site | None:
         return next((self.sites[name] for name in node.input if name in self.sites), None)
