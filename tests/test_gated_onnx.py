@@ -1,8 +1,5 @@
 """Gated networks as ONNX: every form of every layer computes the same, and a closed gate means less work."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -51,18 +48,12 @@ def test_all_closed_and_all_open(exported, form, state):
         model.shift.copy_(kept)
 
 
-def test_pairs_are_the_two_layers_of_a_residual_branch():
-    """In resnet18 both convolutions of a block, in mobilenet_v2 the expansion and the projection around the depthwise layer; a vgg's layers decide themselves."""
-    assert pairs("resnet18") == {f"layer{i}.{j}.conv1.weight": ["Conv", "Relu", "Conv"] for i in range(1, 5) for j in range(2)}
-    assert set(map(tuple, pairs("mobilenet_v2").values())) == {("Conv", "Clip", "Conv", "Clip", "Conv")} and not pairs("vgg16")
-
-
-def pairs(name):
-    model, images = deciding(name)
-    with tempfile.TemporaryDirectory() as folder:
-        write_onnx(Scores(model.network), images[:1], Path(folder) / "network.onnx", None, {})
-        rewriter = Rewriter(onnx.load(Path(folder) / "network.onnx"), model, "model.")
-    return {weight: [node.op_type for node in chain] for weight, chain in rewriter.pairs.items()}
+def test_pairs_are_the_two_layers_of_a_residual_branch(exported, request):
+    """In resnet18 both convolutions of a block, in mobilenet_v2 the expansion and the projection around the depthwise layer; where layers decide themselves, none."""
+    rewriter = exported[2]
+    kinds = {"resnet18": ("Conv", "Relu", "Conv"), "mobilenet_v2": ("Conv", "Clip", "Conv", "Clip", "Conv")}.get(request.node.callspec.params["exported"])
+    assert {tuple(node.op_type for node in chain) for chain in rewriter.pairs.values()} == ({kinds} if kinds else set())
+    assert kinds != ("Conv", "Relu", "Conv") or set(rewriter.pairs) == {f"layer{i}.{j}.conv1.weight" for i in range(1, 5) for j in range(2)}
 
 
 def test_a_pair_is_taken_where_it_is_quicker_than_both_layers():
@@ -110,15 +101,15 @@ def test_closed_layers_are_not_executed(tmp_path):
     assert counts[1e4] == 39 and counts[-1e4] == 3  # the first convolution and the two transitions, which carry everything
 
 
-@pytest.mark.parametrize("name, layers", [("resnet18", 2), ("mobilenet_v2", 3)])
-def test_closed_units_of_a_pair_are_not_executed(tmp_path, name, layers):
-    model, images = deciding(name)
-    path = tmp_path / "network.onnx"
-    write_onnx(Scores(model.network), images[:1], path, None, {})
-    rewriter, feed = Rewriter(onnx.load(path), model, "model."), {"input": images[:1].numpy()}
-    counts = {}
-    for shift in (-1e4, 1e4):
-        model.shift.fill_(shift)
-        counts[shift] = executed(rewriter.rewrite({weight: "pair" for weight in rewriter.pairs}), feed, tmp_path)["Conv"]
-    gates = [model.sites[weight].decides[0] for weight in rewriter.pairs]
-    assert gates and counts[1e4] - counts[-1e4] == layers * sum(len(gate.sizes) - gate.cuts for gate in gates)
+def test_closed_units_of_a_pair_are_not_executed(exported, tmp_path):
+    model, images, rewriter = exported
+    feed, counts, kept = {"input": images[:1].numpy()}, {}, model.shift.clone()
+    try:
+        for shift in (-1e4, 1e4):
+            model.shift.fill_(shift)
+            counts[shift] = executed(rewriter.rewrite({weight: "pair" for weight in rewriter.pairs}), feed, tmp_path)["Conv"]
+    finally:
+        model.shift.copy_(kept)
+    expected = sum(sum(node.op_type == "Conv" for node in chain) * (len(gate.sizes) - gate.cuts)
+                   for weight, chain in rewriter.pairs.items() for gate in model.sites[weight].decides)
+    assert counts[1e4] - counts[-1e4] == expected
