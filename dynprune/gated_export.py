@@ -22,7 +22,7 @@ from dynprune.data import Data, load_data, some
 from dynprune.errors import DynpruneError
 from dynprune.export import TOLERANCE, Normalised, check_classes, metadata
 from dynprune.gated_file import GateFacts, load_gated
-from dynprune.gated_onnx import Rewriter, choose_forms, with_pairs
+from dynprune.gated_onnx import FORMS, Rewriter, choose_forms, with_pairs
 from dynprune.gated_surgery import all_units, cut_closed
 from dynprune.gating import GatedNetwork, fixed
 from dynprune.latency import Report, interleaved, silent
@@ -108,7 +108,8 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
                 file.unlink(missing_ok=True)
     units = [sum(len(gate.sizes) for gate in own.gates) for own in (model, small)]
     result = GatedExportResult(str(path), read_opset(path), path.stat().st_size, found["difference"], found["difference"] / max(found["largest"], 1e-30), found["top1"],
-                               found["agree"], found["images"], fold_normalization, units[0], units[0] - units[1], small.most_share, dict(Counter(line["form"] for line in layers.values())), layers)
+                               found["agree"], found["images"], fold_normalization, units[0], units[0] - units[1], small.most_share,
+                               dict(Counter(line["form"] for line in layers.values())), layers)
     run.record("export", asdict(result))
     return result
 
@@ -116,7 +117,7 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
 def quickest(rewriter: Rewriter, layers: dict[str, dict], images: Tensor) -> tuple[onnx.ModelProto, dict[str, dict]]:
     """The forms that won layer by layer, or, where that is quicker as a whole, only forms that keep the blocked layout, or none."""
     trials = []
-    for allowed in (("full", "layer", "blocks", "pair", "gather"), ("full", "layer", "blocks", "pair"), ("full", "layer", "pair"), ("full", "layer", "blocks"), ("full", "layer"), ("full",)):
+    for allowed in (FORMS, ("full", "layer", "blocks", "pair"), ("full", "layer", "pair"), ("full", "layer", "blocks"), ("full", "layer"), ("full",)):
         forms = {weight: line["form"] for weight, line in with_pairs(layers, allowed).items()}
         if forms not in [known for known, _ in trials]:
             trials.append((forms, rewriter.rewrite(forms)))

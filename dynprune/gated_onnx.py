@@ -31,7 +31,8 @@ from dynprune.onnxfile import open_session
 FORMS = ("full", "layer", "blocks", "pair", "gather")
 SITE_SECONDS, SITE_RUNS = 0.03, (2, 20)  # for one form of one layer over its images
 MOST_BLOCKS = 32  # more `If`s than this in one layer do not pay
-BETWEEN = {"Relu", "LeakyRelu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Elu", "Celu", "Selu", "Gelu", "Softplus", "Mish", "Identity"}  # work on single values
+# Kinds of nodes that work on single values.
+BETWEEN = {"Relu", "LeakyRelu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Elu", "Celu", "Selu", "Gelu", "Softplus", "Mish", "Identity"}
 
 
 class Builder:
