@@ -124,7 +124,7 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
 
 def prepare_session(config: TrainConfig, data: Data, policy: str, fit: Fit | None = None) -> Session:
     """A session at the beginning of a long run; dynamic ones explore throughout what is timed."""
-    settings = dataclasses.replace(config, policy=policy, explore=0.5, grow=0.0, shrink=0.0, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size)))
+    settings = dataclasses.replace(config, policy=policy, explore=0.5, grow=0.0, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size)))
     session = Session(settings, data, fit=fit)
     session.model.train()
     return session

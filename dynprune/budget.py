@@ -259,13 +259,11 @@ def learned(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constr
     return balanced(model, bounds, allowed, reference * factor)
 
 
-def rescaled(model: CostModel, allowed: Constraints, widths: np.ndarray, share: float) -> np.ndarray:
-    """Widths of much the same proportions that cost at most this share of the MACs of `widths`, all narrower where it is below 1, else all wider, as far as
-    is allowed. Where even the narrowest cost more, the narrowest."""
+def narrower(model: CostModel, allowed: Constraints, widths: np.ndarray, share: float) -> np.ndarray:
+    """Widths of much the same proportions that cost at most this share of the MACs of `widths`. Where even the narrowest cost more, the narrowest."""
     bounds = [(Limit("macs", bound := share * model.cost("macs", widths), True), bound)]
-    smallest, largest = (np.minimum(allowed.smallest, widths), widths) if share < 1 else (widths, np.maximum(allowed.largest, widths))
-    within = Constraints(allowed.steps, smallest, largest)
-    low, high = 0.0, float((largest / widths).max())
+    within = Constraints(allowed.steps, np.minimum(allowed.smallest, widths), widths)
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if meets(model, bounds, round_widths(model, within, middle * widths / model.arms)) else (low, middle)

@@ -146,8 +146,8 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
             raise DynpruneError(f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.') from error
     own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
     allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
-    grow, shrink = (config.grow, config.shrink) if own in ("cucb", "random") and name != "cucb-paper" else (0.0, 0.0)  # a thin network from scratch is an ordinary one
-    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, "shrink": shrink, **changed}).validate()
+    grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0  # a thin network from scratch is an ordinary one
+    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, **changed}).validate()
 
 
 class Trial:

@@ -155,9 +155,6 @@ class TrainConfig(Recipe):
                            check=lambda v: v >= 0, expected="0 or more")
     grow: float = setting(0.0, "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its multiplications; then they grow to "
                                "their widths. Training gets cheaper: 0.4 saves a fifth.", check=fraction, expected="a share in [0, 1)")
-    shrink: float = setting(0.0, "Share of the steps, from the first, in which layers are wider than the budget allows, at twice its multiplications; then only the channels with "
-                                 "the highest rewards stay. Better for the same images, but training gets dearer: 0.5 costs half as much again.",
-                            check=fraction, expected="a share in [0, 1)")
     paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
@@ -173,11 +170,9 @@ class TrainConfig(Recipe):
             raise DynpruneError(f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; choose --allocation balanced.")
         if self.grow and (self.paper or self.policy == "dense"):
             raise DynpruneError(f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is nothing to grow from. Drop it.")
-        if self.shrink and (self.paper or self.policy not in ("cucb", "random")):
-            raise DynpruneError(f"--shrink does not go with {'--paper' if self.paper else '--policy ' + self.policy}: nothing there chooses which channels stay. Drop it.")
-        changing = ["--allocation learned"] * (self.allocation == "learned") + ["--grow"] * (self.grow > 0) + ["--shrink"] * (self.shrink > 0)
+        changing = ["--allocation learned"] * (self.allocation == "learned") + ["--grow"] * (self.grow > 0)
         if len(changing) > 1:
-            raise DynpruneError(f"{changing[0]} and {changing[1]} both change widths during training. Choose one of the two.")
+            raise DynpruneError("--allocation learned and --grow both change widths during training. Choose one of the two.")
         if changing and self.compile:
             raise DynpruneError(f"{changing[0]} changes widths during training, so what --compile made would be thrown away. Choose one of the two.")
         return self

@@ -21,7 +21,6 @@ from dynprune.config import TrainConfig
 from dynprune.data import generator
 from dynprune.saliency import Ledger, normalise, taylor
 
-LAST_WORD = 100  # steps before --shrink narrows the layers, whose rewards say which arms stay: weights have learned by then, so earlier ones say less
 ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be played about this often
 
 
@@ -49,8 +48,6 @@ class Explorer:
         self.hold = 1 if config.paper else max(1, min(config.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold
-        self.change_step = min(steps - 1, max(round((config.grow or config.shrink) * steps), self.steps))  # where widths change, if they do
-        self.last_word = range(max(self.steps, self.change_step - LAST_WORD), self.change_step) if config.shrink else range(0)
         self.sums = torch.zeros(2, sum(self.widths.values()))  # of this round's rewards, and of the saliencies that they come from
         self.uncounted = 0
         self.saliency = {group.name: torch.zeros(group.arms, dtype=torch.float64) for group in graph}
@@ -66,9 +63,6 @@ class Explorer:
 
     def explores_at(self, step: int) -> bool:
         return step < self.steps
-
-    def rewards_at(self, step: int) -> bool:
-        return self.explores_at(step) or step in self.last_word
 
     def select(self, step: int) -> dict[str, np.ndarray]:
         """The selection that runs from `step` on. Sorted arms per group, shape (width,)."""
@@ -96,18 +90,6 @@ class Explorer:
                 worth = torch.where(state.counts == 0, -torch.inf, state.means)
             worth[torch.from_numpy(slots[name])] = torch.inf
             selection[name] = bandit.select(worth, width).numpy()
-        return selection
-
-    def fewer(self, step: int, slots: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Selections of smaller widths out of the arms in `slots`: those whose rewards were highest in the last steps, or any with the random policy."""
-        selection, first = {}, 0
-        rewards = self.sums[0].double().cpu()
-        for number, (name, arms) in enumerate(slots.items()):
-            worth = rewards[first:first + len(arms)] if len(self.last_word) else self.bandits[name].means[torch.from_numpy(arms)]
-            if self.policy == "random":
-                worth = torch.rand(len(arms), generator=generator(self.seed, step, number), dtype=torch.float64)
-            selection[name] = np.sort(arms[bandit.select(worth, widths[name]).numpy()])
-            first += len(arms)
         return selection
 
     def reward(self, parameters: Mapping[str, Tensor], ledger: Ledger) -> None:

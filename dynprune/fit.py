@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from dynprune.budget import CostModel, allocate, constraints_for, rescaled, unreachable
+from dynprune.budget import CostModel, allocate, constraints_for, narrower, unreachable
 from dynprune.channels import ChannelGraph
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
@@ -65,10 +65,10 @@ class Fitter:
     def allocate(self, budget: Sequence[str], loss: np.ndarray | None) -> dict[str, int]:
         return allocate(self.graph, budget, self.config.allocation, self.allowed, cost=self.cost, loss=loss)
 
-    def rescaled(self, widths: Mapping[str, int], share: float) -> dict[str, int]:
-        """Widths of the same proportions at a share of the MACs, below or above 1."""
+    def narrower(self, widths: Mapping[str, int], share: float) -> dict[str, int]:
+        """Widths of the same proportions at a share of the MACs."""
         own = np.array([widths[name] for name in self.cost.names], dtype=np.int64)
-        return dict(zip(self.cost.names, rescaled(self.cost, self.allowed, own, share).tolist()))
+        return dict(zip(self.cost.names, narrower(self.cost, self.allowed, own, share).tolist()))
 
     def time_dense(self) -> None:
         """Measure the layers and the dense network, once; from then on the cost model knows milliseconds."""

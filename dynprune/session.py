@@ -35,7 +35,7 @@ from dynprune.saliency import magnitude, prepare
 from dynprune.scores import check_output, logits
 from dynprune.tracing import first_line, trace
 
-NARROW, WIDE = 0.5, 2.0  # of the budgeted multiplications: at what training begins with --grow and with --shrink
+NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
 PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
 
 
@@ -81,12 +81,13 @@ class Session:
         if fit is not None and (fit.widths.keys() != self.graph.groups.keys() or any(fit.widths[group.name] > group.arms for group in self.graph)):
             raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
         self.fit = self.first_fit = fit or self.find_widths()
-        self.widths = self.fitter.rescaled(self.fit.widths, NARROW if config.grow else WIDE) if config.grow or config.shrink else self.fit.widths
         if not (config.weights or given):
-            scale_for_narrow_fan_in(full, self.graph, self.widths if config.shrink else self.fit.widths)
+            scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
+        self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
         trained = magnitude(dict(full.named_parameters()), self.graph) if (config.weights or given) and not config.paper else None
         self.explorer = Explorer(config, self.graph, self.widths, self.steps, trained)
-        self.train_macs = self.explorer.change_step * self.macs + (self.steps - self.explorer.change_step) * self.graph.macs(self.fit.widths)
+        self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
+        self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(self.fit.widths)
         self.train_macs *= PASSES * config.batch_size
         self.install(self.new_reservoir(full, self.explorer.first()))
 
@@ -138,8 +139,8 @@ class Session:
                 self.reallocate()
             else:
                 self.reservoir.swap(self.explorer.select(self.step))
-        if self.step >= self.explorer.change_step and self.widths != self.fit.widths:
-            self.grow() if self.config.grow else self.shrink()
+        if self.step >= self.growth_step and self.widths != self.fit.widths:
+            self.grow()
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
@@ -150,7 +151,7 @@ class Session:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = self.exchange(loss.detach())
-        if self.explorer.rewards_at(self.step):
+        if self.explorer.explores_at(self.step):
             self.explorer.reward(self.parameters, self.ledger)
         self.optimizer.step()
         self.explorer.uncounted += 1
@@ -187,22 +188,11 @@ class Session:
         self.install(self.new_reservoir(full, selection))
         self.model.train()
 
-    def shrink(self) -> None:
-        """Narrow every layer to its width: the arms that were worth most last stay. Momentum starts at zero."""
-        self.explorer.count(self.reservoir.slots)
-        self.reservoir.write_back()
-        selection = self.explorer.fewer(self.step, self.reservoir.slots, self.fit.widths)
-        self.explorer.change_widths(self.fit.widths)
-        self.install(self.new_reservoir(self.reservoir.full, selection))
-        self.model.train()
-
     def phase(self, step: int) -> str:
         """What a step is for, in one word."""
         if self.explorer.explores_at(step):
             return "exploring"
-        if (self.config.grow or self.config.shrink) and step < self.explorer.change_step:
-            return "narrow" if self.config.grow else "wide"
-        return "settled" if self.explorer.steps else self.config.policy
+        return "narrow" if self.config.grow and step < self.growth_step else "settled" if self.explorer.steps else self.config.policy
 
     def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str] | None:
         """With --compile, compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
@@ -252,7 +242,7 @@ class Session:
             self.step = facts["step"]
             slots, template = slots_in(tensors, self.reservoir.full, self.graph)
             self.fit = fit_in(facts, "fit")
-            if any(len(arms) > max(self.fit.widths[name], self.widths[name]) for name, arms in slots.items()):
+            if any(len(arms) > self.fit.widths[name] for name, arms in slots.items()):
                 raise ValueError("more arms than the widths allow")
             self.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
             self.explorer.load_state(part(tensors, "explorer."))

@@ -72,14 +72,6 @@ def test_what_grows_costs_less_and_thin_networks_do_not_grow(tmp_path):
     assert affordable < 5 and [found[name].epochs for name in found] == [5, 5, affordable, 5] and found["random"].train_macs == found["cucb"].train_macs
 
 
-def test_what_shrinks_costs_more_and_thin_networks_do_not_shrink(tmp_path):
-    config = dataclasses.replace(CONFIG, epochs=4, shrink=0.5)
-    found = {run.policy: run for run in compare(config, ["cucb", "random", "static", "cucb:shrink=0"], 1, tmp_path, equal="cost").runs}
-    thin_epoch = 3 * found["static"].macs * 20 * 64
-    assert found["cucb"].macs == found["static"].macs and 1.3 * 4 * thin_epoch < found["cucb"].train_macs < 1.5 * 4 * thin_epoch
-    assert found["random"].train_macs == found["cucb"].train_macs and found["static"].epochs == found["cucb:shrink=0"].epochs == 6
-
-
 def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
     """Without weights, half of the images go into the dense network first."""
     pytest.importorskip("torch_pruning")

@@ -32,9 +32,7 @@ def test_every_setting_explains_itself():
     ({"epochs": "7"}, "--epochs got '7'. Expected int"), ({"workers": 10**6}, "--workers got 1000000. Expected -1 to 256"), ({"align": "0"}, "--align got 0. Expected auto or a number"), ({"align": "wide"}, "--align got wide"),
     ({"allocation": "learned", "policy": "static"}, "learned needs the bandit"), ({"allocation": "learned", "compile": True}, "Choose one of the two"),
     ({"grow": 0.3, "compile": True}, "--grow changes widths during training"), ({"grow": 0.3, "allocation": "learned"}, "both change widths"),
-    ({"grow": 0.3, "policy": "dense"}, "--grow does not go with --policy dense"), ({"grow": 0.3, "paper": True}, "--grow does not go with --paper"),
-    ({"shrink": 0.3, "policy": "static"}, "--shrink does not go with --policy static"), ({"shrink": 0.3, "grow": 0.3}, "--grow and --shrink both change widths"),
-    ({"shrink": 0.3, "compile": True}, "--shrink changes widths during training"), ({"shrink": 1.0}, r"--shrink got 1.0. Expected a share in \[0, 1\)")])
+    ({"grow": 0.3, "policy": "dense"}, "--grow does not go with --policy dense"), ({"grow": 0.3, "paper": True}, "--grow does not go with --paper")])
 def test_settings_that_contradict_are_refused(settings, message):
     with pytest.raises(DynpruneError, match=message):
         TrainConfig(**settings).validate()

@@ -14,7 +14,6 @@ from dynprune.data import load_data
 from dynprune.reservoir import by_tensor
 from dynprune.surgery import slim
 from dynprune.runs import Run
-from dynprune.saliency import normalise, taylor
 from dynprune.tracing import trace
 from dynprune.session import History, Session, learning_rate, make_optimizer, set_learning_rate
 from dynprune.errors import DynpruneError
@@ -244,7 +243,7 @@ def test_layers_grow_once_and_lose_nothing(data, policy):
     session = Session(dataclasses.replace(CONFIG, policy=policy, grow=0.6, explore=0.3, align="1", precision="float64"), data)
     batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
     session.model.train()
-    at, goal = session.explorer.change_step, session.graph.macs(session.fit.widths)
+    at, goal = session.growth_step, session.graph.macs(session.fit.widths)
     assert at == 36 and 0.4 * goal < session.macs <= 0.5 * goal
     narrow_macs = session.macs
     for images, labels in batches[:at]:
@@ -268,43 +267,9 @@ def test_layers_grow_once_and_lose_nothing(data, policy):
     assert read and all(weights.abs().max() > 0 for weights in read)  # they have begun to be read
 
 
-@pytest.mark.parametrize("policy", ["cucb", "random"])
-def test_layers_shrink_once_to_the_channels_with_the_highest_rewards(data, policy):
-    """Twice the multiplications until the step where widths change; then, by the bandit, those stay whose rewards of the last steps were the highest."""
-    session = Session(dataclasses.replace(CONFIG, policy=policy, shrink=0.6, explore=0.3, align="1"), data)
-    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
-    session.model.train()
-    at, goal, wide_macs = session.explorer.change_step, session.graph.macs(session.fit.widths), session.macs
-    assert at == 36 and 1.8 * goal < wide_macs <= 2 * goal and list(session.explorer.last_word) == list(range(session.explorer.steps, 36))
-    rewards = torch.zeros(sum(session.widths.values()))
-    for images, labels in batches[:at]:
-        watched = session.step in session.explorer.last_word
-        session.train_step(images, labels)
-        if watched:
-            rewards += normalise(taylor(session.parameters, session.ledger), session.ledger)
-    assert session.macs == wide_macs and session.phase(at - 1) == "wide"
-    slots, parts = dict(session.reservoir.slots), torch.split(rewards, [len(arms) for arms in session.reservoir.slots.values()])
-    best = {name: set(arms[torch.sort(own, descending=True, stable=True).indices[:session.fit.widths[name]].numpy()].tolist())
-            for (name, arms), own in zip(slots.items(), parts)}
-    for images, labels in batches[at:]:
-        session.train_step(images, labels)
-    assert session.macs == goal and session.phase(session.step - 1) == "settled"
-    assert session.train_macs == 3 * 64 * (at * wide_macs + (len(batches) - at) * goal)
-    kept = {name: set(arms.tolist()) for name, arms in session.reservoir.slots.items()}
-    assert all(own <= set(slots[name].tolist()) for name, own in kept.items()) and (kept == best) == (policy == "cucb")
-
-
-@pytest.mark.parametrize("budget, wide", [("0.25", 0.5), ("0.7", 1.0)])
-def test_wide_layers_keep_the_proportions_and_end_at_the_full_width(data, budget, wide):
-    session = Session(dataclasses.replace(CONFIG, shrink=0.5, align="1", budget=(budget,)), data)
-    assert wide - 0.05 <= session.macs / session.graph.macs({}) <= wide
-    assert all(session.fit.widths[name] <= width <= session.graph.groups[name].arms for name, width in session.widths.items())
-
-
 @pytest.mark.parametrize("stopped_at", [20, 36, 40])
-@pytest.mark.parametrize("changing", ["grow", "shrink"])
-def test_a_run_whose_widths_change_goes_on_from_any_step(data, tmp_path, stopped_at, changing):
-    config = dataclasses.replace(CONFIG, explore=0.3, align="1", **{changing: 0.6})
+def test_a_run_that_grows_goes_on_from_any_step(data, tmp_path, stopped_at):
+    config = dataclasses.replace(CONFIG, grow=0.6, explore=0.3, align="1")
     whole, interrupted = Session(config, data), Session(config, data)
     run(whole, whole.steps)
     run(interrupted, stopped_at)
