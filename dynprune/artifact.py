@@ -21,18 +21,21 @@ from dynprune import zoo
 from dynprune.labels import AxisKey
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.numbers import named_as_before
 from dynprune.runs import read_tensors, runs_code, write_tensors
+from dynprune.state import check_facts as check_state, fill, named_tensors, state_of, unfilled
 from dynprune.surgery import slim
 from dynprune.tracing import first_line
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: the run's TrainConfig as a dict."""
+    """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: the run's TrainConfig as a dict; input_size:
+    channels, height, width; state: what the network computes with beside its tensors (`state.py`)."""
 
     settings: dict
     classes: list[str]
-    side: int
+    input_size: list[int]
     mean: list[float]
     std: list[float]
     kept: dict[str, list[int]]
@@ -42,6 +45,12 @@ class Facts:
     dense_macs: int
     dense_params: int
     accuracy: float
+    state: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def example(self) -> Tensor:
+        """An input of the network, (1, channels, height, width)."""
+        return torch.randn(1, *self.input_size, generator=torch.Generator().manual_seed(0))
 
     @property
     def config(self) -> TrainConfig:
@@ -50,7 +59,8 @@ class Facts:
 
 
 def save(path: Path, model: nn.Module, facts: Facts) -> None:
-    write_tensors(path, model.state_dict(), {"kind": "compact", **dataclasses.asdict(facts)})
+    tensors, state = state_of(model)
+    write_tensors(path, tensors, {"kind": "compact", **dataclasses.asdict(dataclasses.replace(facts, state=state))})
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
@@ -71,10 +81,10 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
         raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
     try:
         if model is None:
-            small = without_memory(name, kept, tensors, len(facts.classes)) or slim(zoo.build(name, len(facts.classes)), kept)
+            small = built(name, kept, tensors, facts, header["schema"])
         else:
             small = slim(model, kept)
-        small.load_state_dict(tensors)
+        fill_from(small, tensors, facts, header["schema"])
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
     return small.eval(), facts
@@ -83,7 +93,8 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
 def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, np.ndarray]]:
     """What a file's header says, the name of its network, and the positions that were kept. Raises DynpruneError for entries that are absent or wrong."""
     try:
-        facts = Facts(**{field.name: header[field.name] for field in dataclasses.fields(Facts)})
+        known = as_now(header)
+        facts = Facts(**{field.name: known[field.name] for field in dataclasses.fields(Facts)})
         name, kept = facts.config.model, kept_of(facts)
         check_facts(facts)
     except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
@@ -91,7 +102,31 @@ def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, 
     return facts, name, kept
 
 
-def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], classes: int) -> nn.Module | None:
+def as_now(header: Mapping) -> dict:
+    """A header's entries; those of schema 1 in today's form."""
+    if header["schema"] != 1:
+        return dict(header)
+    kept = {named_as_before(name) + (":-1" if name.startswith("#") and named_as_before(name) != name else f":{dim}"): positions
+            for name, _, dim, positions in ((*key.rpartition(":"), positions) for key, positions in header["kept"].items())}
+    return {**header, "kept": kept, "input_size": [3, header["side"], header["side"]], "state": {}}
+
+
+def built(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int) -> nn.Module:
+    """The compact network with any weights, in the precision of the file's. Taken from `without_memory` where that works."""
+    small = without_memory(name, kept, tensors, facts, schema)
+    if small is not None:
+        return small
+    return slim(zoo.build(name, len(facts.classes), size=facts.input_size), kept)
+
+
+def fill_from(small: nn.Module, tensors: Mapping[str, Tensor], facts: Facts, schema: int) -> None:
+    if schema == 1:
+        small.load_state_dict(tensors)
+    else:
+        fill(small, tensors, facts.state)
+
+
+def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int) -> nn.Module | None:
     """The compact network, built on the meta device where the full one takes no memory, with unfilled tensors.
 
     Raises ValueError if the file's tensors have other shapes. None if the network has values that its state does not hold, or cannot
@@ -99,31 +134,49 @@ def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mappi
     """
     try:
         with torch.device("meta"):
-            full = zoo.build(name, classes)
-    except (RuntimeError, NotImplementedError):
+            full = zoo.build(name, len(facts.classes), size=facts.input_size)
+    except (RuntimeError, NotImplementedError, TypeError):
         return None
-    whole = {key: value.shape for key, value in full.state_dict().items()}
+    whole = {key: value.shape for key, value in (named_tensors(full) if schema != 1 else full.state_dict()).items()}
     shapes = {key: list(shape) for key, shape in whole.items()}
     for (tensor, dim), positions in kept.items():
-        if not tensor.startswith("#"):
+        if dim >= 0:
             if not 0 <= dim < len(shapes[tensor]) or len(positions) and not 0 <= positions.min() <= positions.max() < whole[tensor][dim]:
                 raise ValueError(f"positions beyond dimension {dim} of {tensor}")
             shapes[tensor][dim] = len(positions)
-    found = {key: list(value.shape) for key, value in tensors.items()}
+    found = {key: list(value.shape) for key, value in tensors.items() if key not in facts.state.get("loose", {})}
+    shapes |= {key: found[key] for key in shapes if key in found and 0 in shapes[key]}  # empty until the network runs
     if shapes != found:
         wrong = next(key for key in [*shapes, *found] if shapes.get(key) != found.get(key))
         raise ValueError(f"{wrong} has shape {found.get(wrong)}, expected {shapes.get(wrong)}")
-    held = {id(value) for value in full.state_dict(keep_vars=True).values()}
-    loose = [value for module in full.modules() for value in [*vars(module).values(), *module._buffers.values()] if isinstance(value, Tensor) and id(value) not in held]
-    return None if loose else slim(full, kept).to_empty(device="cpu")
+    held = {id(value) for value in full.state_dict(keep_vars=True).values()} if schema == 1 else {id(value) for value in named_tensors(full).values()}
+    loose = unfilled(full) or any(id(value) not in held for value in full.buffers())
+    return None if loose else with_memory(slim(full, kept))
+
+
+def with_memory(model: nn.Module) -> nn.Module:
+    """A model of the meta device on the CPU, with any numbers. Unlike Module.to_empty, it leaves shared tensors shared."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is not None and id(value) not in made:
+                    new = torch.empty_like(value, device="cpu")
+                    made[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else new
+                store[name] = None if value is None else made[id(value)]
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return model
 
 
 def check_facts(facts: Facts) -> None:
     """Raises AssertionError or TypeError for entries of another type, or sizes that no network has."""
     assert isinstance(facts.classes, list) and all(isinstance(label, str) for label in facts.classes) and 0 < len(facts.classes) <= 1_000_000, "classes"
-    assert isinstance(facts.side, int) and 0 < facts.side <= 4096, "side"
+    size = facts.input_size
+    assert isinstance(size, list) and len(size) == 3 and all(type(value) is int for value in size) and size[0] in (1, 3) and all(0 < value <= 4096 for value in size[1:]), "input_size"
+    check_state(facts.state)
     for name, values in (("mean", facts.mean), ("std", facts.std)):
-        assert isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) and math.isfinite(value) for value in values), name
+        assert isinstance(values, list) and len(values) == size[0] and all(isinstance(value, int | float) and math.isfinite(value) for value in values), name
     for name in ("macs", "params", "dense_macs", "dense_params"):
         assert isinstance(getattr(facts, name), int), name
     assert isinstance(facts.accuracy, int | float), "accuracy"

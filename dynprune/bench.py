@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from dynprune.export import check_classes, load_compact
 from dynprune.fit import TOLERANCE
 from dynprune.latency import interleaved
 from dynprune.limits import parse_limit
-from dynprune.onnxfile import metadata_of, open_session, run as execute, write_onnx
-from dynprune.runs import Run, environment, write_text
+from dynprune.onnxfile import metadata_of, open_session, run as execute, size_bytes, write_onnx
+from dynprune.runs import Run, environment
 from dynprune.scores import Scores
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
@@ -96,15 +98,23 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
     _, facts = load_compact(run)
     data = data or load_data(run.config)
     check_classes(run.compact_file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
     if against is not None:
         check_comparable(run, against)
-    dense_file = dense_twin(run, facts, data, report) if against is None else against.onnx_file
-    if not dense_file.is_file():
-        raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
-    rows = measure(dense_file, run.onnx_file, batches, threads, report)
-    report("accuracy of the ONNX file on the test data")
-    accuracy = accuracy_of(run.onnx_file, data, data.test)
-    dense_accuracy = accuracy_of(dense_file, data, data.test) if against is not None else None
+    with tempfile.TemporaryDirectory(prefix="dynprune-") as elsewhere:
+        dense_file = dense_twin(run, facts, data, report, Path(elsewhere)) if against is None else against.onnx_file
+        if not dense_file.is_file():
+            raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
+        rows = measure(dense_file, run.onnx_file, batches, threads, report)
+        report("accuracy of the ONNX file on the test data")
+        accuracy = accuracy_of(run.onnx_file, data, data.test)
+        dense_accuracy = accuracy_of(dense_file, data, data.test) if against is not None else None
+        return record(run, facts, dense_file, rows, threads, accuracy, dense_accuracy, data, against)
+
+
+def record(run: Run, facts: artifact.Facts, dense_file: Path, rows: list[BenchRow], threads: int, accuracy: float, dense_accuracy: float | None, data: Data,
+           against: Run | None) -> BenchResult:
+    """Sum up what was measured, and keep it in the run directory."""
     widths = facts.widths
     odd = [name for name, width in widths.items() if width % 4]
     dense_macs, dense_params = facts.dense_macs, facts.dense_params
@@ -113,7 +123,7 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
         dense_macs, dense_params = other.macs, other.params
     result = summarise(dense_file, run.onnx_file, rows, threads, (dense_macs, facts.macs), (dense_params, facts.params),
                        accuracy, dense_accuracy, data.reports, odd, budgets_of(run, facts, rows, threads, against))
-    write_text(run.path / "bench.json", json.dumps(asdict(result)))
+    run.keep("bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
     return result
 
@@ -157,7 +167,14 @@ def check_comparable(run: Run, against: Run) -> None:
 def bench_files(dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Any two ONNX files with one image-like input; the first is called dense, the second compact."""
     rows = measure(dense, compact, batches, threads, report)
-    return summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [], [])
+    result = summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [], [])
+    sizes = [input_size(path) for path in (dense, compact)]
+    return result if sizes[0] == sizes[1] else replace(result, verdict=f"{result.verdict}; they are not the same work: {dense.name} takes images of {sizes[0]}, {compact.name} of {sizes[1]}")
+
+
+def input_size(path: Path) -> str:
+    """The size of one image that a file takes, such as 3x224x224."""
+    return "x".join(map(str, open_session(path).get_inputs()[0].shape[1:]))
 
 
 def summarise(dense: Path, compact: Path, rows: list[BenchRow], threads: int, macs: tuple, params: tuple, accuracy: float | None,
@@ -165,7 +182,7 @@ def summarise(dense: Path, compact: Path, rows: list[BenchRow], threads: int, ma
               budgets: list[dict]) -> BenchResult:
     first = rows[0]
     return BenchResult(str(dense), str(compact), threads, rows, first.speedup_p50, first.dense.p50_ms, first.compact.p50_ms,
-                       dense.stat().st_size, compact.stat().st_size, *macs, *params, accuracy, dense_accuracy, test_data,
+                       size_bytes(dense), size_bytes(compact), *macs, *params, accuracy, dense_accuracy, test_data,
                        verdict(first, macs, odd), budgets, {**environment(), "threads": threads})
 
 
@@ -178,26 +195,30 @@ def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) 
         why = f"widths that 4 does not divide leave onnxruntime's blocked layout ({', '.join(odd[:3])})"
     elif macs[0] and macs[1] and macs[0] > 1.5 * macs[1]:
         why = "the layers are so small that moving data and starting operators takes the time, not multiplying"
-    else:
+    elif macs[0] and macs[1]:
         why = "both files do about the same work"
+    else:
+        why = "how much work each file does is not known"
     return f"not faster at batch {row.batch} ({times}): {why}"
 
 
-def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[str], None]) -> Path:
-    """The full-width network with random weights, as ONNX: as fast as a trained one."""
-    if not run.dense_onnx_file.is_file():
+def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[str], None], elsewhere: Path) -> Path:
+    """The full-width network with random weights, as ONNX: as fast as a trained one. It is kept in the run directory or, where that takes no
+    files, in `elsewhere`."""
+    place = run.dense_onnx_file if run.dense_onnx_file.is_file() or os.access(run.path, os.W_OK) else elsewhere / run.dense_onnx_file.name
+    if not place.is_file():
         report("exporting the dense twin")
-        model = Scores(zoo.build(facts.config.model, len(facts.classes), 0).eval())
-        partial = run.dense_onnx_file.with_name("dense.onnx.partial")
+        model = Scores(zoo.build(facts.config.model, len(facts.classes), 0, size=facts.input_size).eval())
+        partial = place.with_name("dense.onnx.partial")
         try:
             write_onnx(model, data.example, partial, None, {"producer": "dynprune", "weights": "random"})
-            partial.replace(run.dense_onnx_file)
+            partial.replace(place)
         except OSError as error:
-            raise DynpruneError(f"Cannot write {run.dense_onnx_file} ({error.strerror}). The dense twin needs a place in the run directory.") from error
+            raise DynpruneError(f"Cannot write {place} ({error.strerror}). The dense twin needs a place in the run directory.") from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-    return run.dense_onnx_file
+    return place
 
 
 def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> dict[str, np.ndarray]:
@@ -238,8 +259,8 @@ def measure(dense: Path, compact: Path, batches: list[int], threads: int, report
 def accuracy_of(path: Path, data: Data, images: Images) -> float:
     """Share of the images whose class the ONNX file predicts right."""
     session, right = open_session(path), 0
-    folded = metadata_of(session).get("mean") == "[0.0, 0.0, 0.0]"
-    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (data.mean, data.std))
+    folded = metadata_of(session).get("mean") in ("[0.0, 0.0, 0.0]", "[0.0]")
+    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in (data.mean, data.std))
     for batch, labels in data.eval_batches(images, 100):
         values = batch.numpy() * std + mean if folded else batch.numpy()
         scores = execute(session, {session.get_inputs()[0].name: values})

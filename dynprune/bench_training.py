@@ -24,6 +24,7 @@ from dynprune.config import TrainConfig
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.fit import Fit
+from dynprune.rehearsal import rehearse_step
 from dynprune.runs import environment
 from dynprune.session import Session
 from dynprune.train import threads
@@ -45,7 +46,7 @@ class TrainingBench:
 
     model: str
     batch_size: int
-    image_size: int
+    image_size: str
     budget: str
     precision: str
     hold: int
@@ -74,6 +75,7 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
         raise DynpruneError(f"--steps got {steps}. Expected at least --hold, {config.hold}, so that a swap is among them.")
     report("reading data")
     data = load_data(config)
+    config = config.resolved(len(data.train))
     with threads(config.threads):
         return compare(config, data, steps, swap_share, memory, report)
 
@@ -84,6 +86,7 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
     for name, policy in POLICIES.items():
         sessions[name] = prepare_session(config, data, policy, None if policy == "dense" else narrow)
         narrow = narrow if policy == "dense" else sessions[name].fit
+    data = sessions["dynamic"].data  # in as many colours as the network takes
     if config.compile:
         for session in sessions.values():
             session.compile(report)
@@ -116,7 +119,7 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
     del sessions, session
     peaks = {name: peak_mib(config, name, report) if memory else None for name in ("dense", "static", "dynamic")}
     return TrainingBench(
-        config.model, config.batch_size, data.side, " ".join(config.budget), "bfloat16" if bfloat16 else "float32", hold, medians["dense"],
+        config.model, config.batch_size, "x".join(map(str, data.size[1:])), " ".join(config.budget), "bfloat16" if bfloat16 else "float32", hold, medians["dense"],
         medians["static"], dynamic_ms, medians["swapping"], dynamic_ms / medians["static"], medians["swapping"] / medians["static"], swap_share,
         medians["dense"] / dynamic_ms, macs, peaks["dense"], peaks["static"], peaks["dynamic"], reservoir_mib, overhead, samples,
         {**environment(), "threads": threads})
@@ -126,6 +129,7 @@ def prepare_session(config: TrainConfig, data: Data, policy: str, fit: Fit | Non
     """A session at the beginning of a long run; dynamic ones explore throughout what is timed."""
     settings = dataclasses.replace(config, policy=policy, explore=0.5, grow=0.0, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size)))
     session = Session(settings, data, fit=fit)
+    rehearse_step(session)
     session.model.train()
     return session
 

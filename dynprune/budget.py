@@ -26,6 +26,7 @@ from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
 from dynprune.labels import AxisKey
 from dynprune.limits import Limit, parse_limit
+from dynprune.numbers import is_number
 
 
 class Milliseconds(Protocol):
@@ -55,7 +56,7 @@ class CostModel:
                 positions[op.weight] += op.positions
         self.macs_weight, self.params_weight = [], []
         for name, shape in graph.shapes.items():
-            if name.startswith("#"):
+            if is_number(name):
                 continue
             moving = []
             for dim in range(len(shape)):

@@ -24,7 +24,7 @@ from torch import nn
 
 from dynprune.errors import DynpruneError
 from dynprune.labels import AxisKey, Cut, LabelTracer, Op
-from dynprune.numbers import Source
+from dynprune.numbers import is_number, number_name, parse_number
 
 Selection = Mapping[str, np.ndarray]  # group name -> arm numbers in slot order; a group that is absent keeps all its arms
 
@@ -50,7 +50,7 @@ class Group:
     @property
     def layers(self) -> list[str]:
         """Names of the layers whose tensors the arms touch, in order of execution."""
-        return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in self.members if not tensor.startswith("#")))
+        return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, dim in self.members if dim >= 0))
 
     @property
     def makers(self) -> list[str]:
@@ -86,7 +86,7 @@ class ChannelGraph:
 
     shapes: every parameter and buffer of the traced model. ops: every use of a weight with its output positions.
     cuts: functions whose sizes depend on channel counts. An integer attribute that counts channels is an axis too, named by
-    `number_name`: its length is what the module remembers.
+    `number_name`, with dimension -1: its length is what the module remembers.
     """
 
     groups: dict[str, Group]
@@ -239,8 +239,8 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
             pinned[roots] = True
             pinned[component[tracer.elements[name].numpy()]] = True
     for (source, formula), labels in tracer.numbers.items():
-        axes[number_name(source, formula), 0] = component[labels.numpy()]
-    shapes = {name: (len(roots),) for (name, _), roots in axes.items() if name.startswith("#")}
+        axes[number_name(source, formula), -1] = component[labels.numpy()]
+    shapes = {name: (len(roots),) for (name, dim), roots in axes.items() if dim < 0}
     shapes |= {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
     parameters = frozenset(name for name, _ in model.named_parameters())
     groups = group_arms(axes, pinned, parameters, tracer.reads)
@@ -269,22 +269,12 @@ def mark_mixed(groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: Lab
     found: dict[str, set[str]] = {name: set() for name in groups}
     names = list(groups)
     for key, axis in table.items():
-        labels = tracer.numbers[parse_number(key[0])] if key[0].startswith("#") else tracer.axes.get(key)
+        labels = tracer.numbers[parse_number(key[0])] if is_number(key[0]) else tracer.axes.get(key)
         if labels is not None:
             for number, root in set(zip(axis.group.tolist(), component[labels.numpy()].tolist())):
                 if number >= 0:
                     found[names[number]] |= mixers.get(root, set())
     return {name: replace(group, mixed_by=tuple(sorted(found[name]))) for name, group in groups.items()}
-
-
-def number_name(source: Source, formula: tuple[int, int, int]) -> str:
-    """How a remembered number is named among the tensors: "#module:attribute:index:multiplier:divisor:offset"."""
-    return "#" + ":".join(map(str, (*source, *formula)))
-
-
-def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
-    module, attribute, index, *formula = name[1:].split(":")
-    return Source(module, attribute, int(index)), tuple(map(int, formula))
 
 
 def components(tracer: LabelTracer) -> np.ndarray:
@@ -318,16 +308,20 @@ def group_arms(axes: dict[AxisKey, np.ndarray], pinned: np.ndarray, parameters: 
     for arm in places.values():
         by_signature.setdefault(tuple((key, len(positions)) for key, positions in arm.items()), []).append(arm)
     groups: dict[str, Group] = {}
+    named: Counter[str] = Counter()
     for signature, arms in by_signature.items():
-        if len(arms) < 2:
-            continue  # the last arm of a group can never go
+        if len(arms) < 2 or all(dim < 0 for (_, dim), _ in signature):
+            continue  # the last arm of a group can never go, and a number alone has nothing to remove
         keys = [key for key, _ in signature]
         arms.sort(key=lambda arm: int(arm[keys[0]][0]))
         members = {key: np.stack([arm[key] for arm in arms]) for key in keys}
         made = tuple(key for key in keys if key[0] in parameters and key not in reads)
-        base = (made or tuple(keys))[0][0].rpartition(".")[0] or keys[0][0]
-        name, copies = base, Counter(group.partition("#")[0] for group in groups)[base]
-        name = f"{name}#{copies + 1}" if copies else name
+        first = (made or tuple(key for key in keys if key[1] >= 0))[0][0]
+        base = first.rpartition(".")[0] or first
+        named[base] += 1
+        name = f"{base}#{named[base]}" if named[base] > 1 else base
+        while name in groups:  # a layer may bear the name that a second group would get
+            name += "#"
         groups[name] = Group(name, len(arms), members, made, tuple(key for key in keys if key in reads))
     return groups
 

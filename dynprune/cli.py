@@ -11,18 +11,20 @@ import dataclasses
 import inspect as python_inspect
 import json
 import os
+import re
 import signal
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
-from dynprune.config import GateConfig, Recipe, TrainConfig
-from dynprune.errors import DynpruneError
+from dynprune.config import ENOUGH, GateConfig, Recipe, TrainConfig
+from dynprune.errors import DynpruneError, DynpruneWarning, Stopped
 from dynprune.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -34,6 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
 Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")]
+DataNow = Annotated[str, typer.Option("--data", help="Where the run's data lie now, if they were moved.", show_default=False)]
 Named = Annotated[str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)]
 MinRate = Annotated[float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")]
 BnImages = Annotated[int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")]
@@ -55,19 +58,33 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
     options, panel = [], ""
     for field in fields:
         panel = PANELS.get(field.name, panel)
-        several = isinstance(field.default, tuple)
-        shown = (" ".join(field.default) if several else str(field.default)) or False
+        several, auto = isinstance(field.default, tuple), field.metadata["auto"]
+        shown = "auto" if auto is not None and field.default == auto else (" ".join(field.default) if several else str(field.default)) or False
         option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
         options.append(python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None,
-                                         annotation=Annotated[Optional[list[str] if several else type(field.default)], option]))
+                                         annotation=Annotated[Optional[list[str] if several else str if auto is not None else type(field.default)], option]))
 
     def wrapper(**values: object) -> None:
-        given = {field.name: values.pop(field.name) for field in fields}
+        given = {field.name: number_or_auto(field, values.pop(field.name)) for field in fields}
         command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
 
     wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
+
+
+def number_or_auto(field: dataclasses.Field, value: object) -> object:
+    """The number that "auto" stands for, or the one that was given, where a setting has both."""
+    auto = field.metadata["auto"]
+    if auto is None or value is None or value == "auto":
+        return auto if value == "auto" and auto is not None else value
+    try:
+        number = type(auto)(value)  # type: ignore[call-arg]
+    except ValueError:
+        number = auto
+    if number == auto:
+        raise DynpruneError(f"--{field.name.replace('_', '-')} got {value}. Expected {field.metadata['expected']}.")
+    return number
 
 
 def version(shown: bool) -> None:
@@ -110,7 +127,7 @@ def train(given: dict, out: Out = None, overwrite: Overwrite = False,
 
 @app.command()
 def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01,
-            model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
+            data: DataNow = "", model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
     """Remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
 
     Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
@@ -118,14 +135,14 @@ def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, fine
     from dynprune import report
 
     opened(run, model, trust)
-    result = do_compact(run, min_rate, bn_images, finetune_epochs, finetune_lr)
+    result = do_compact(run, min_rate, bn_images, finetune_epochs, finetune_lr, data)
     finish(json_output, dataclasses.asdict(result), lambda: [report.compact_table(result), f"next: dynprune export {run} --onnx"])
 
 
 @app.command()
 def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
            out: Annotated[Optional[Path], typer.Option("--out", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
-           opset: Opset = None, fold_normalization: Fold = False, model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
+           opset: Opset = None, fold_normalization: Fold = False, data: DataNow = "", model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
     """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch.
 
     A run of `dynprune gate` gives a graph for one image at a time, in which closed gates mean less work; the form of each layer is measured.
@@ -137,10 +154,10 @@ def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="W
 
     found = opened(run, model, trust)
     if isinstance(found, GateRun):
-        gated = do_export_gated(found, out, opset, fold_normalization)
+        gated = do_export_gated(found, out, opset, fold_normalization, data)
         finish(json_output, dataclasses.asdict(gated), lambda: [report.gated_export_table(gated), f"next: dynprune bench {run}"])
         return
-    result = do_export(run, out, opset, fold_normalization)
+    result = do_export(run, out, opset, fold_normalization, data)
     finish(json_output, dataclasses.asdict(result), lambda: [report.export_table(result), f"next: dynprune bench {run}"])
 
 
@@ -168,19 +185,19 @@ def bench(given: dict,
         measured = do_bench_training(given, targets, steps, swap_share, memory)
         finish(json_output, dataclasses.asdict(measured), lambda: [report.training_table(measured)])
         return
-    model = given.pop("model", "")
+    model, data = given.pop("model", ""), given.pop("data", "")
     if given:
         raise DynpruneError(f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured with the settings it was trained with.")
     for path in [*(targets or []), *([against] if against else [])]:
         if path.is_dir():
             opened(path, model, trust)
     if len(targets or []) == 1 and against is None and (gated := gate_run(targets[0])):
-        measured = do_bench_gated(gated, batch, bench_threads)
+        measured = do_bench_gated(gated, batch, bench_threads, data)
         finish(json_output, measured.without_samples(), lambda: [*report.gated_bench_tables(measured), measured.verdict])
         if not measured.met:
-            raise DynpruneError(f"target {measured.target} missed: an image costs {measured.stats.share:.4f} of the ungated network. Train the gates with a smaller --target.")
+            raise told(f"target {measured.target} missed: an image costs {measured.stats.share:.4f} of the ungated network. Train the gates with a smaller --target.")
         return
-    result = do_bench(targets or [], against, batch, bench_threads)
+    result = do_bench(targets or [], against, batch, bench_threads, data)
     finish(json_output, result.without_samples(), lambda: [report.bench_table(result), result.verdict])
     refuse_missed(result)
 
@@ -221,7 +238,7 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
     parse_batches(batch)  # refuse before the long work
     from dynprune.compact import check_options
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
-    trained = do_train(given, out, overwrite, False)
+    trained = do_train(given, out, overwrite, False, opset=opset)
     path = Path(trained.run)
     compacted = do_compact(path, min_rate, bn_images, finetune_epochs, finetune_lr)
     exported = do_export(path, None, opset, fold_normalization)
@@ -313,7 +330,7 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
                            report=display.work)
     finish(json_output, dataclasses.asdict(result), lambda: [report.plan_table(result)])
     if not result.satisfiable:
-        raise DynpruneError(result.problem)
+        raise told(result.problem)
 
 
 # -- what the commands share ------------------------------------------------------------------------------------------
@@ -335,16 +352,36 @@ def gate_run(path: Path):
     return GateRun.open(path) if GateRun(path).config_file.is_file() else None
 
 
-def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False, trust: bool = False):
+def told(message: str) -> DynpruneError:
+    """An error about a result that was printed already."""
+    error = DynpruneError(message)
+    error.told = True
+    return error
+
+
+def moved(config: Recipe, data: str):
+    """The run's images, read from where they lie now; None where the run's own settings say it."""
+    from dynprune.data import load_data
+
+    return load_data(dataclasses.replace(config, data=data)) if data else None
+
+
+def run_name(config: Recipe, method: str) -> Path:
+    """Where a run goes that is given no place: runs/MODEL-DATA-METHOD."""
+    return Path("runs") / "-".join(re.sub(r"[:/?&=,()\s]+", "-", part) for part in (config.model, Path(config.data).name, method))
+
+
+def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, override: bool = False, trust: bool = False, opset: int | None = None):
     config = TrainConfig(**given).validate()
     from dynprune import distributed
     from dynprune.report import Display
     from dynprune.runs import Run
     from dynprune.data import load_data
+    from dynprune.rehearsal import rehearse
     from dynprune.session import Session, fit_in
     from dynprune.train import train as run_training
 
-    path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, config.policy))
+    path = out or run_name(config, config.policy)
     found = Run.open(path) if resume else None
     if found:
         found.refuse_code(given.get("model", ""), trust)
@@ -363,11 +400,20 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
             again = resume and found.has_checkpoint
             fit = fit_in(found.read_checkpoint(lambda _: None)[1], "first_fit") if again else None
             session = Session(config, data, fit=fit, report=display.work, ranks=ranks)
-            run = found or (Run.create(path, config, overwrite) if ranks.first else Run(path))
-            if resume and override and ranks.first:
+            config = session.config
+            for remark in data.remarks:
+                display.say(remark)
+            if not again:
+                rehearse(session, opset=opset, note=display.note, say=display.say)
+            run = found or (Run.create(path, session.config, overwrite) if ranks.first else Run(path))
+            if resume and given and ranks.first:
                 run.write_config(config)
             display.say(f"{config.model} on {config.data}: {len(data.train)} images to train, validation is {data.chooses}, test is {data.reports}"
                         + (f"; {ranks.count} processes" if ranks.several else ""))
+            display.say(f"{session.steps} steps of {config.batch_size} images, learning rate {config.lr:g}"
+                        + (f"; weights: {session.weights_from} of {config.weights}" if session.weights_from else ""))
+            if session.steps < ENOUGH // 2 and not resume:
+                display.say(f"warning: {session.steps} steps are few to learn from. Expect little, or choose more --epochs" + (" or a smaller --batch-size." if "batch_size" in given else "."))
             result = run_training(config, run, resume=again, override=override, report=display.step, note=display.say if resume else display.note, stop=stop,
                                   session=session)
     finally:
@@ -377,23 +423,24 @@ def do_train(given: dict, out: Path | None, overwrite: bool, resume: bool, overr
     return result
 
 
+PLACES = ("data", "data_root", "workers", "threads")  # where the data lie and the machine that reads them may change
 WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
 
 
 def resumed(config: Recipe, given: dict, path: Path, override: bool) -> Recipe:
     """The run's own settings; options given beside --resume must agree with them, or are taken with --override."""
     differing = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
-                 if value != getattr(config, name) and name != "checkpoint_every"]
+                 if value != getattr(config, name) and name not in ("checkpoint_every", *PLACES)]
     if differing and not override:
         raise DynpruneError(f"--resume goes on with the settings that {path} was started with, which differ: {', '.join(differing)}. Drop those options, or pass "
                             "--override to go on with them.")
-    fixed = [name for name in ("model", "data", "image_size", "policy", "seed", "optimizer", *WIDTHS) if name in given and given[name] != getattr(config, name)]
+    fixed = [name for name in ("model", "image_size", "policy", "seed", "optimizer", *WIDTHS) if name in given and given[name] != getattr(config, name)]
     if fixed:
         raise DynpruneError(f"--override cannot change --{fixed[0].replace('_', '-')}: the checkpoint in {path} would not fit. Start a new run with another --out.")
     return dataclasses.replace(config, **given).validate()
 
 
-def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float):
+def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float, data: str = ""):
     from dynprune.compact import compact as make_compact
     from dynprune.report import Display
     from dynprune.runs import Run
@@ -401,7 +448,8 @@ def do_compact(run: Path, min_rate: float, bn_images: int, finetune_epochs: int,
     display = Display()
     with display.live():
         display.note("compacting and proving")
-        return make_compact(Run.open(run), min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr,
+        found = Run.open(run)
+        return make_compact(found, min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, data=moved(found.config, data),
                             report=display.step, work=display.work)
 
 
@@ -434,12 +482,13 @@ def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, r
                 raise DynpruneError(f"--weights got {given['weights']}, but the weights are those of {base}. Leave one of the two out.")
             given = {"lr": GENTLE_LR, **{name: getattr(known, name) for name in INHERITED}, **given, "model": known.model, "base": str(base)}
         config = GateConfig(**given).validate()
-        path = out or Path("runs") / "-".join(part.replace(":", "-").replace("/", "-") for part in (config.model, Path(config.data).name, "gate"))
+        path = out or run_name(config, "gate")
         Run.refuse_existing(path, overwrite)
     display = Display()
     with display.live(), stop_requested() as stop:
         display.note(f"reading {config.data}")
         session = GateSession(config, load_data(config))
+        config = session.config
         run = run if resume else GateRun.create(path, config, overwrite)
         display.say(f"{config.base or config.model} on {config.data}: {len(session.model.gates)} gated groups with {sum(len(gate.sizes) for gate in session.model.gates)} gates; "
                     f"validation is {session.data.chooses}, test is {session.data.reports}")
@@ -448,16 +497,16 @@ def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, r
         return run_gate(config, run, resume=resume and run.has_checkpoint, report=display.step, note=display.say if resume else display.note, stop=stop, session=session)
 
 
-def do_export_gated(run, out: Path | None, opset: int | None, fold_normalization: bool):
+def do_export_gated(run, out: Path | None, opset: int | None, fold_normalization: bool, data: str = ""):
     from dynprune.gated_export import export_gated
     from dynprune.report import Display
 
     display = Display()
     with display.live():
-        return export_gated(run, out=out, opset=opset, fold_normalization=fold_normalization, report=display.work)
+        return export_gated(run, out=out, opset=opset, fold_normalization=fold_normalization, data=moved(run.config, data), report=display.work)
 
 
-def do_bench_gated(run, batch: str, threads: int):
+def do_bench_gated(run, batch: str, threads: int, data: str = ""):
     from dynprune.gated_bench import bench_gated
     from dynprune.report import Display
 
@@ -465,10 +514,10 @@ def do_bench_gated(run, batch: str, threads: int):
         raise DynpruneError(f"--batch got {batch}. A gated network takes one image at a time: leave --batch out.")
     display = Display()
     with display.live():
-        return bench_gated(run, threads=threads, report=display.note, work=display.work)
+        return bench_gated(run, threads=threads, data=moved(run.config, data), report=display.note, work=display.work)
 
 
-def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization: bool):
+def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization: bool, data: str = ""):
     from dynprune.export import export as make_onnx
     from dynprune.report import Display
     from dynprune.runs import Run
@@ -476,10 +525,11 @@ def do_export(run: Path, out: Path | None, opset: int | None, fold_normalization
     display = Display()
     with display.live():
         display.note("exporting to ONNX and comparing with torch")
-        return make_onnx(Run.open(run), out=out, opset=opset, fold_normalization=fold_normalization)
+        found = Run.open(run)
+        return make_onnx(found, out=out, opset=opset, fold_normalization=fold_normalization, data=moved(found.config, data))
 
 
-def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int):
+def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int, data: str = ""):
     from dynprune import bench as benchmark
     from dynprune.report import Display
     from dynprune.runs import Run
@@ -491,7 +541,8 @@ def do_bench(targets: list[Path], against: Path | None, batch: str, threads: int
             return benchmark.bench_files(*targets, batches=batches, threads=threads, report=display.note)
         if len(targets) != 1 or targets[0].suffix == ".onnx":
             raise DynpruneError(f"bench got {len(targets)} file(s). Expected one run directory, or two ONNX files.")
-        return benchmark.bench_run(Run.open(targets[0]), batches=batches, threads=threads, against=Run.open(against) if against else None,
+        found = Run.open(targets[0])
+        return benchmark.bench_run(found, batches=batches, threads=threads, against=Run.open(against) if against else None, data=moved(found.config, data),
                                    report=display.note)
 
 
@@ -500,7 +551,7 @@ def refuse_missed(result) -> None:
     from dynprune.fit import first_missed
 
     if missed := first_missed(result.budgets):
-        raise DynpruneError(f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed {missed['limit']:.4g}. On a quiet machine measure again; "
+        raise told(f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed {missed['limit']:.4g}. On a quiet machine measure again; "
                             "if it stays so, train with a smaller budget.")
 
 
@@ -530,18 +581,22 @@ def parse_batches(text: str) -> list[int]:
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the training loop to stop after its step; a second Ctrl-C stops at once."""
-    asked = []
+    """Ctrl-C and SIGTERM ask the training loop to stop after its step; a second one stops at once."""
+    asked: list[int] = []
+    own = os.getpid()
 
-    def ask(_signal: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
+    def ask(number: int, frame: object) -> None:
+        if os.getpid() != own or asked:  # processes that decode photos inherit this
+            interrupt(number, frame)
+        asked.append(number)
         print("stopping after this step and saving; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
+    except Stopped as error:
+        error.exit_code = 128 + asked[0] if asked else error.exit_code
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -556,9 +611,57 @@ def finish(json_output: bool, result: dict, tables: Callable[[], list]) -> None:
         report.show(*tables())
 
 
+class Interrupted(BaseException):
+    """A signal asked the program to end at once. No `except Exception` stops it; every `finally` runs."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def interrupt(number: int, _frame: object) -> None:
+    raise Interrupted(number)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Our own warnings as one line; others as Python shows them."""
+    if issubclass(category, DynpruneWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))  # type: ignore[arg-type]
+
+
+def fail(message: str, code: int, told: bool = False) -> NoReturn:
+    """One line on stderr and, with --json, an object on stdout, unless a result stands there already."""
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv and not told:
+        print(json.dumps({"error": message, "exit_code": code}))
+    sys.exit(code)
+
+
 def main() -> None:
+    """Run a command. Exit codes: 0, 1 for errors, 2 for options that make no sense, 130 after Ctrl-C, 143 after SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know a sign, and names of files need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    warnings.showwarning = show_warning
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except DynpruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error), error.exit_code, error.told)
+    except PermissionError as error:
+        fail(f"Permission denied: {error.filename}. Make it readable (and a run directory writable), or choose another place.", 1)
+    except Interrupted as error:
+        fail(f"interrupted by {error}", error.exit_code)
+    except typer.Abort:
+        fail("interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Typer's own: options that make no sense
+            raise
+        if "--json" in sys.argv:
+            fail(error.format_message(), 2)
+        error.show()
+        sys.exit(2)

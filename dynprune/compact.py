@@ -7,7 +7,6 @@ read back, computes what was executed: the full-width network in which the remov
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from dynprune import artifact, zoo
 from dynprune.channels import Selection
 from dynprune.config import TrainConfig
+from dynprune.copies import copied, same_randomness
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.fit import Fit, Fitter, Latency, budgets_met, first_missed
@@ -27,8 +27,9 @@ from dynprune.runs import Run
 from dynprune.surgery import slim
 from dynprune.tracing import exact_part, masked, trace
 from dynprune.latency import Report, silent
-from dynprune.scores import evaluate, logits
+from dynprune.scores import evaluate, exact_scores, fitting
 from dynprune.session import Session, fit_in, part, slots_in
+from dynprune.state import named_tensors
 from dynprune.train import Progress, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
@@ -75,10 +76,11 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     data = data or load_data(config)
     if facts.get("classes") != data.classes:
         raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
-    full = zoo.build(config.model, len(data.classes))
+    full = zoo.build(config.model, len(data.classes), size=data.size)
+    data = fitting(full, data)
     graph = trace(full, data.example)
-    slots, template = slots_in(tensors, full, graph)
-    executed = Reservoir(copy.deepcopy(full), graph, slots, template)
+    slots, template = slots_in(tensors, facts, full, graph)
+    executed = Reservoir(copied(full), graph, slots, template)
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
     proven = exact_part(graph, selection)  # a norm over channels sees those that are hidden, so mixed groups cannot be proven this way
@@ -120,12 +122,12 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
                             "written. This is a mistake of dynprune: please report it.")
     accuracy = evaluate(model, data, data.test)
     kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
-    facts = artifact.Facts(asdict(config), data.classes, data.side, list(data.mean), list(data.std), kept, widths,
+    facts = artifact.Facts(asdict(config), data.classes, list(data.size), list(data.mean), list(data.std), kept, widths,
                            graph.macs(widths), graph.params(widths), graph.macs({}), graph.params({}), accuracy)
     before = run.compact_file.with_name("compact.unproven.safetensors")
     try:
         artifact.save(before, model, facts)
-        loaded = artifact.load(before, zoo.build(config.model, len(data.classes)))
+        loaded = artifact.load(before, zoo.build(config.model, len(data.classes), size=data.size))
         if not largest_difference(model, loaded, data) < TOLERANCE:
             raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
         before.replace(run.compact_file)
@@ -138,7 +140,7 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
     params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
     result = CompactResult(
         str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,
-        sum(t.numel() * t.element_size() for t in reservoir.full.state_dict().values()), met, all(line["met"] for line in met), accuracy,
+        sum(t.numel() * t.element_size() for t in named_tensors(reservoir.full).values()), met, all(line["met"] for line in met), accuracy,
         evaluate(executed.active, data, data.test) if changed else accuracy, data.reports, difference, unproven, dropped, widths)
     run.record("compact", asdict(result))
     return result
@@ -172,8 +174,9 @@ def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, mi
 @torch.no_grad()
 def largest_difference(a: nn.Module, b: nn.Module, data: Data, images: int = 32) -> float:
     """Largest difference of two models' outputs over the largest output, on validation images, in float64 and eval mode."""
-    batch = next(iter(data.eval_batches(data.val, images)))[0][:images].double()
-    one, other = (logits(copy.deepcopy(model).cpu().double().eval()(batch)) for model in (a, b))
+    batch = next(iter(data.eval_batches(data.val, images)))[0][:images]
+    with same_randomness(0):
+        one, other = (exact_scores(model, batch) for model in (a, b))
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
 
 

@@ -17,7 +17,7 @@ A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb
 
 from __future__ import annotations
 
-import copy
+
 import dataclasses
 import json
 import statistics
@@ -29,11 +29,13 @@ from torch import nn
 
 from dynprune import zoo
 from dynprune.config import TrainConfig
+from dynprune.copies import copied
 from dynprune.data import Data, load_data
 from dynprune.errors import DynpruneError
 from dynprune.limits import parse_limit
 from dynprune.runs import Run, environment, write_text
-from dynprune.session import PASSES, Session, fit_in, part
+from dynprune.session import PASSES, Session, fill_full, fit_in
+from dynprune.scores import fitting
 from dynprune.tracing import trace
 from dynprune.train import Progress, train
 
@@ -97,6 +99,8 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
     for seed in range(config.seed, config.seed + seeds):
         own = dataclasses.replace(config, seed=seed)
         data = load_data(own)  # split by the seed, as each run's own settings say
+        own = own.resolved(len(data.train))
+        data = fitting(zoo.build(own.model, len(data.classes), size=data.size), data)
         reference: ComparedRun | None = None
         for policy in policies:
             epochs = config.epochs if equal == "images" or reference is None else None
@@ -189,29 +193,28 @@ class Trial:
     def prune_and_train_on(self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
         """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its learning rate; a tenth was two points worse
         (`tests/ablations.md`). Where --weights gives a trained network, it is cut at once and trained on like its rivals."""
-        graph = trace(zoo.build(settings.model, len(self.data.classes)), self.data.example)
+        graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
         if settings.weights:
             small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
-            epochs = epochs or affordable(reference.train_macs, self.per_epoch(trace(copy.deepcopy(small), self.data.example).macs({})))
+            epochs = epochs or affordable(reference.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
             return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), full=small)
         dense_epoch = self.per_epoch(graph.macs({}))
         before = max(1, epochs // 2) if epochs else affordable(reference.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
         small = prune(self.dense_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
-        macs = trace(copy.deepcopy(small), self.data.example).macs({})
+        macs = trace(small, self.data.example).macs({})
         after = max(1, epochs - before) if epochs else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
         second = self.finish(self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small)
         return dataclasses.replace(second, train_macs=first.train_macs + second.train_macs, train_seconds=first.train_seconds + second.train_seconds, epochs=before + after)
 
     def given_model(self) -> nn.Module:
-        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed)
-        zoo.load_weights(model, Path(self.config.weights))
+        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
+        load_weights(model, Path(self.config.weights))
         return model
 
     def dense_model(self) -> nn.Module:
-        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed)
-        tensors, _ = Run(self.path / "dense").read_checkpoint()
-        model.load_state_dict(part(tensors, "full."))
+        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
+        fill_full(model, *Run(self.path / "dense").read_checkpoint())
         return model
 
 
@@ -239,11 +242,11 @@ def prune(model: nn.Module, data: Data, macs: float) -> nn.Module:
     best = None
     for _ in range(12):
         ratio = (low + high) / 2
-        small = copy.deepcopy(model).eval()
+        small = copied(model).eval()
         outputs = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == len(data.classes)]
         tp.pruner.BasePruner(small, data.example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=outputs).step()
         try:
-            cost = trace(copy.deepcopy(small), data.example).macs({})
+            cost = trace(small, data.example).macs({})
         except DynpruneError as error:
             raise DynpruneError(f"What Torch-Pruning makes of this network does not run ({error}) Leave dense+prune out.") from error
         if cost <= macs:

@@ -19,16 +19,17 @@ import tomli_w
 from dynprune.errors import DynpruneError
 from dynprune.limits import parse_limit
 
+ENOUGH = 200  # steps with which a small network learns something; with fewer than half of them hardly anything
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 POLICIES = ("cucb", "random", "static", "dense")
 ESTIMATORS = ("reinforce", "gumbel", "random")
 
 
 def setting(default: object, meaning: str, *, choices: tuple[str, ...] = (), check: Callable[[object], bool] | None = None,
-            expected: str = "") -> object:
-    """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in words)."""
-    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices, "check": check,
-                                                        "expected": expected})
+            expected: str = "", auto: object = None) -> object:
+    """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in words). auto: the
+    number that stands for "auto" on the command line, to be chosen once the data are known (`resolved`)."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices, "check": check, "expected": expected, "auto": auto})
 
 
 def positive(value: object) -> bool:
@@ -57,11 +58,12 @@ class Recipe:
     model: str = setting("vgg16", "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), torchvision:NAME, "
                                   "timm:NAME, or package.module:factory for your own code.")
     weights: str = setting("", "Start from this checkpoint: safetensors, or a state dict that torch.load accepts with weights_only.")
-    data: str = setting("digits", "digits (embedded), a folder of photos (train/ + val/ and/or test/, or one folder per class), cifar10, "
+    data: str = setting("digits", "digits (embedded), a folder of photos (train/ with val/ or valid/ and/or test/, or one folder per class), cifar10, "
                                   "cifar100, svhn, or fashion-mnist.")
     data_root: str = setting("data", "Where torchvision's datasets are kept; downloaded there only if absent.")
-    image_size: int = setting(0, "Side of the square images in pixels; 0 picks it from the data (32 for small images, 224 for photos).",
-                              check=lambda v: 0 <= v <= 4096, expected="0 or a number of pixels up to 4096")
+    image_size: str = setting("auto", "Size of the images in pixels: 224, or 96x64 (height x width); auto picks a square from the data (32 or 64 for small images, 224 for photos).",
+                              check=lambda v: v == "auto" or re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", v) is not None and max(map(int, v.split("x"))) <= 4096,
+                              expected="auto, a number of pixels up to 4096, or two of them such as 96x64")
     val_fraction: float = setting(0.1, "Share of the training images held back for validation where the data has no val/ split of its own.",
                                   check=lambda v: 0 < v < 1, expected="a number between 0 and 1")
     augment: str = setting("auto", "Random changes of training images: crop, crop+flip, none; auto flips except for digits.",
@@ -69,9 +71,11 @@ class Recipe:
     workers: int = setting(-1, "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
                            check=lambda v: -1 <= v <= 256, expected="-1 to 256")
     epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
-    batch_size: int = setting(128, "Images per step.", check=lambda v: v > 1, expected="at least 2")
+    batch_size: int = setting(0, "Images per step; auto takes 128, or less where there are so few images that a run would have too few steps to learn from.",
+                              check=lambda v: v == 0 or v > 1, expected="auto, or at least 2", auto=0)
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
-    lr: float = setting(0.1, "Peak learning rate.", check=positive, expected="more than 0")
+    lr: float = setting(0.0, "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, and less for smaller ones, by the square root.",
+                        check=lambda v: v >= 0, expected="auto, or more than 0", auto=0.0)
     momentum: float = setting(0.9, "Momentum of sgd.", check=fraction, expected="a number in [0, 1)")
     weight_decay: float = setting(5e-4, "Weight decay.", check=lambda v: v >= 0, expected="0 or more")
     schedule: str = setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
@@ -86,6 +90,22 @@ class Recipe:
                                     check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
                         expected="a number from 0 to 4294967295")
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is int:  # one number is a square; 0 was once what auto is
+            object.__setattr__(self, "image_size", str(self.image_size or "auto"))
+
+    def resolved(self, images: int, processes: int = 1) -> Self:
+        """The settings with nothing left to choose, for so many training images.
+
+        The batch is the largest of 128, 64, ... 8 with which the run has ENOUGH steps; the learning rate falls with its square root
+        (Krizhevsky 2014, section 5). Numbers that were given stay.
+        """
+        sizes = [size for size in (128, 64, 32, 16, 8) if size <= images] or [max(2, images)]
+        batch = self.batch_size or next((size for size in sizes if self.epochs * images / size >= ENOUGH), sizes[-1])
+        batch = batch if self.batch_size else -(-batch // processes) * processes
+        rate = self.lr or {"sgd": 0.1, "adamw": 0.001}[self.optimizer] * min(1.0, math.sqrt(batch / 128))
+        return dataclasses.replace(self, batch_size=batch, lr=rate)
 
     def validate(self) -> Self:
         for field in dataclasses.fields(self):
@@ -115,7 +135,7 @@ class Recipe:
     def from_toml(cls, path: Path) -> Self:
         """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         except (OSError, ValueError, RecursionError) as error:
             raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -123,6 +143,8 @@ class Recipe:
             if name not in fields:
                 raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
             wanted = type(fields[name].default)
+            if name == "image_size" and type(value) is int:
+                continue
             if wanted is tuple and isinstance(value, list):
                 value = values[name] = tuple(value)
             if not of_type(value, wanted):
@@ -158,6 +180,7 @@ class TrainConfig(Recipe):
     paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
+    no_onnx: bool = setting(False, "Train although the network cannot be exported to ONNX; compact and load still work.")
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
 
     def validate(self) -> Self:

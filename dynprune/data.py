@@ -8,28 +8,30 @@ resumed run sees what an uninterrupted one would.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
+from dynprune.photos import EXTENSIONS, Depth, check_readable, depth_of, files_in, in_words, open_image, resized, shown_size
 
 IN_MEMORY_SIDE = 96  # images up to this size are decoded once and kept; 50,000 of 96x96 take 1.4 GB
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
 NO_FLIP = {"digits", "svhn"}
-UNREADABLE = (OSError, EOFError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
+HELD_OUT = {"val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}  # names of folders beside train/
 
 
 @dataclass
@@ -48,16 +50,17 @@ class ImagesInMemory:
 
 @dataclass
 class ImageFiles:
-    """Photos on disk: paths and class numbers, decoded when needed."""
+    """Photos on disk: paths and class numbers, decoded when needed. depth: what is white in those of more than 8 bits."""
 
     paths: list[str]
     labels: Tensor
+    depth: Depth = field(default_factory=Depth)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> ImageFiles:
-        return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices])
+        return ImageFiles([self.paths[i] for i in indices.tolist()], self.labels[indices], self.depth)
 
 
 Images = ImagesInMemory | ImageFiles
@@ -67,12 +70,14 @@ Images = ImagesInMemory | ImageFiles
 class Data:
     """Three splits and how to turn them into normalised batches.
 
-    mean, std: per colour channel, of pixels in 0..1. chooses, reports: which images validation and test are, in words.
+    size: channels, height and width of what the network is given; images are kept in colour and turned into grey for a network of one
+    channel. mean, std: per channel, of pixels in 0..1. chooses, reports: which images validation and test are, in words. remarks: what
+    users should know of how the images were read.
     """
 
     name: str
     classes: list[str]
-    side: int
+    size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Images
@@ -82,23 +87,39 @@ class Data:
     reports: str
     augment: str
     workers: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def example(self) -> Tensor:
-        """An input of the right shape for tracing, (1, 3, side, side)."""
-        return torch.randn(1, 3, self.side, self.side, generator=generator(0))
+        """An input of the right shape for tracing, (1, channels, height, width)."""
+        return torch.randn(1, *self.size, generator=generator(0))
+
+    def with_channels(self, channels: int) -> Data:
+        """The same images for a network that takes so many channels, 3 or 1: then they are grey, of the mean of all colours' luminance."""
+        if channels == self.size[0]:
+            return self
+        if (channels, self.size[0]) != (1, 3):
+            raise DynpruneError(f"The network takes images of {channels} channels. Expected 3 (colour) or 1 (grey).")
+        if isinstance(self.train, ImagesInMemory):
+            grey = in_grey(self.train.pixels[:: max(1, len(self.train) // 5000)].float() / 255)
+            mean, std = round(float(grey.mean()), 4), max(0.01, round(float(grey.std()), 4))
+        else:
+            mean, std = (round(sum(weight * value for weight, value in zip(LUMINANCE, values)), 4) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return dataclasses.replace(self, size=(1, *self.size[1:]), mean=(mean,), std=(std,))
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches only, so that every step has the same shape; at least one."""
-        return max(1, len(self.train) // batch_size)
+        """Enough for every image; the last batch is filled up, so that every step has the same shape."""
+        return max(1, -(-len(self.train) // batch_size))
 
     def train_batches(self, batch_size: int, seed: int, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch.
+        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch. Every image
+        comes at least once; the first of the order come again where the last batch is not full.
 
         part: which images of every batch are wanted; they come out as they do when all are.
         """
-        order = torch.randperm(len(self.train), generator=generator(seed, epoch))
         steps = self.steps_per_epoch(batch_size)
+        order = torch.randperm(len(self.train), generator=generator(seed, epoch))
+        order = order.repeat(-(-steps * batch_size // len(order)))[: steps * batch_size]
         if isinstance(self.train, ImagesInMemory):
             for step in range(start, steps):
                 batch = self.train.take(order[step * batch_size:(step + 1) * batch_size])
@@ -106,7 +127,7 @@ class Data:
                 yield self.normalise(images), batch.labels[part]
             return
         places = torch.arange(start * batch_size, steps * batch_size).view(-1, batch_size)[:, part]
-        dataset = PhotoDataset(self.train.take(order[places.reshape(-1)]), self.side, self.augment, (seed, epoch), places.reshape(-1).tolist())
+        dataset = PhotoDataset(self.train.take(order[places.reshape(-1)]), self.size[1:], self.augment, (seed, epoch), places.reshape(-1).tolist())
         for pixels, labels in loader(dataset, places.size(1), self.workers):
             yield self.normalise(pixels), labels
 
@@ -117,13 +138,18 @@ class Data:
                 part = images.take(torch.arange(start, min(start + batch_size, len(images))))
                 yield self.normalise(part.pixels), part.labels
             return
-        for pixels, labels in loader(PhotoDataset(images, self.side, "none"), min(batch_size, 64), self.workers):
+        for pixels, labels in loader(PhotoDataset(images, self.size[1:], "none"), min(batch_size, 64), self.workers):
             yield self.normalise(pixels), labels
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, 3, h, w) to float32 with mean 0 and standard deviation 1 per colour."""
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
-        return (pixels - mean) / std
+        """uint8 (n, 3, h, w) to float32 with mean 0 and standard deviation 1 per channel."""
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
+        return ((pixels if self.size[0] == 3 else in_grey(pixels.float())) - mean) / std
+
+
+def in_grey(pixels: Tensor) -> Tensor:
+    """Luminance of colours, (n, 3, h, w) to (n, 1, h, w)."""
+    return (pixels * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def some(images: Images, count: int) -> Images:
@@ -145,7 +171,7 @@ def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slic
     if augment == "none":
         return pixels[part]
     n, _, height, width = pixels.shape
-    pad = max(1, height // 8)
+    pad = max(1, min(height, width) // 8)
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=rng)[:, part]
     windows = F.pad(pixels[part], [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
     pixels = windows[torch.arange(len(top)), :, top, left]
@@ -155,28 +181,33 @@ def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slic
     return pixels
 
 
+MARGIN = 8 / 7  # photos are evaluated on their middle: 224 of 256 pixels
+
+
 class PhotoDataset(torch.utils.data.Dataset):
     """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
 
-    def __init__(self, files: ImageFiles, side: int, augment: str, seeds: tuple[int, ...] = (), places: Sequence[int] | None = None):
-        """places: of each file in its epoch (default: in order); with `seeds` it decides the image's random changes."""
-        from torchvision.transforms import v2  # 1 s to import: only photos need it
+    def __init__(self, files: ImageFiles, size: tuple[int, int], augment: str, seeds: tuple[int, ...] = (), places: Sequence[int] | None = None):
+        """size: height and width. places: of each file in its epoch (default: in order); with `seeds` it decides the image's random changes."""
+        self.files, self.size, self.seeds, self.places = files, size, seeds, range(len(files)) if places is None else places
+        self.transform = None
+        if augment != "none":
+            from torchvision.transforms import v2  # 1 s to import: only photos need it
 
-        self.files, self.seeds, self.places = files, seeds, range(len(files)) if places is None else places
-        if augment == "none":
-            self.transform = v2.Compose([v2.Resize(round(side * 8 / 7)), v2.CenterCrop(side)])
-        else:
             flips = [v2.RandomHorizontalFlip()] if augment == "crop+flip" else []
-            self.transform = v2.Compose([v2.RandomResizedCrop(side, scale=(0.25, 1.0)), *flips])
+            self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.25, 1.0)), *flips])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = open_image(self.files.paths[index])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(*self.seeds, self.places[index]).initial_seed())
-            image = self.transform(image)
+        image = open_image(self.files.paths[index], self.files.depth)
+        if self.transform is None:
+            image = resized(image, *self.size, margin=MARGIN)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(generator(*self.seeds, self.places[index]).initial_seed())
+                image = self.transform(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.files.labels[index])
 
 
@@ -186,21 +217,6 @@ def loader(dataset: PhotoDataset, batch_size: int, workers: int) -> Iterator:
         yield from batches
     except DynpruneError as error:  # a worker re-raises with its traceback as text: the last line is our message
         raise DynpruneError(str(error).strip().splitlines()[-1].partition("DynpruneError: ")[2] or str(error)) from None
-
-
-def refuse_bomb(image: Image.Image) -> None:
-    """A small file can unpack to gigabytes. Pillow only warns up to twice its limit."""
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels")
-
-
-def open_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
 
 
 # -- sources ------------------------------------------------------------------------------------------------------------
@@ -219,8 +235,16 @@ def load_data(config: TrainConfig) -> Data:
     raise DynpruneError(f'--data got "{config.data}", which {kind}. Expected digits, {", ".join(TORCHVISION)}, or a folder of photos.')
 
 
-def finish(config: TrainConfig, name: str, classes: list[str], side: int, train: Images, val: Images | None,
-           test: Images, chooses: str, reports: str) -> Data:
+def image_size(config: TrainConfig, side: int) -> tuple[int, int]:
+    """Height and width that the settings ask for, or a square of this side."""
+    if config.image_size == "auto":
+        return side, side
+    height, _, width = config.image_size.partition("x")
+    return int(height), int(width or height)
+
+
+def finish(config: TrainConfig, name: str, classes: list[str], size: tuple[int, int], train: Images, val: Images | None,
+           test: Images, chooses: str, reports: str, remarks: tuple[str, ...] = ()) -> Data:
     """Split validation off if there is none, measure mean and standard deviation, and settle the defaults."""
     if val is None:
         kept, held = split_indices(train.labels, config.val_fraction, config.seed)
@@ -235,9 +259,9 @@ def finish(config: TrainConfig, name: str, classes: list[str], side: int, train:
     if augment == "auto":
         augment = "crop" if name in NO_FLIP else "crop+flip"
     workers = os.cpu_count() or 1 if config.workers < 0 else config.workers
-    if len(train) < config.batch_size:
-        raise DynpruneError(f"--batch-size {config.batch_size} is more than the {len(train)} training images. Choose a smaller one.")
-    return Data(name, classes, side, mean, std, train, val, test, chooses, reports, augment, workers)
+    if len(train) < max(2, config.batch_size):
+        raise DynpruneError(f"--batch-size {config.batch_size or 2} is more than the {len(train)} training images. Choose a smaller one or add images.")
+    return Data(name, classes, (3, *size), mean, std, train, val, test, chooses, reports, augment, workers, remarks)
 
 
 def split_indices(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -260,12 +284,12 @@ def load_digits(config: TrainConfig) -> Data:
     from sklearn.datasets import load_digits as read_digits
 
     raw = read_digits()
-    side = config.image_size or 32
+    size = image_size(config, 32)
     grey = torch.from_numpy(raw.images).float()[:, None] * (255 / 16)
-    pixels = F.interpolate(grey, size=(side, side), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = F.interpolate(grey, size=size, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
     images = ImagesInMemory(pixels.contiguous(), torch.from_numpy(raw.target).long())
     rest, held = split_indices(images.labels, 0.2, 0)
-    return finish(config, "digits", [str(i) for i in range(10)], side, images.take(rest), None, images.take(held),
+    return finish(config, "digits", [str(i) for i in range(10)], size, images.take(rest), None, images.take(held),
                   f"{percent(config.val_fraction)} of the training images", "test split, a fifth of all digits")
 
 
@@ -273,7 +297,7 @@ def load_torchvision(config: TrainConfig) -> Data:
     import torchvision
 
     cls, root = getattr(torchvision.datasets, TORCHVISION[config.data]), config.data_root
-    side = config.image_size or 32
+    size = image_size(config, 32)
     splits = []
     for train in (True, False):
         options = {"split": "train" if train else "test"} if config.data == "svhn" else {"train": train}
@@ -291,57 +315,72 @@ def load_torchvision(config: TrainConfig) -> Data:
         elif pixels.shape[-1] == 3:
             pixels = pixels.permute(0, 3, 1, 2)
         labels = torch.as_tensor(np.asarray(found.labels if config.data == "svhn" else found.targets)).long()
-        splits.append(ImagesInMemory(fit(pixels, side), labels))
+        splits.append(ImagesInMemory(fit(pixels, *size), labels))
     classes = list(getattr(found, "classes", None) or map(str, range(10)))
-    return finish(config, config.data, classes, side, splits[0], None, splits[1],
+    return finish(config, config.data, classes, size, splits[0], None, splits[1],
                   f"{percent(config.val_fraction)} of the training images", f"{config.data}'s test split")
 
 
-def fit(pixels: Tensor, side: int) -> Tensor:
-    """Bring square uint8 images to `side`: smaller ones by up to a quarter get a border of zeros, others are resized."""
-    missing = side - pixels.shape[-1]
-    if 0 <= missing <= side // 4:
-        before, after = missing // 2, missing - missing // 2
-        return F.pad(pixels, [before, after, before, after]).contiguous()
-    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).contiguous()
+def fit(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Bring uint8 images to a size: those smaller by up to a quarter get a border of zeros, others are resized."""
+    tall, wide = height - pixels.shape[-2], width - pixels.shape[-1]
+    if 0 <= tall <= height // 4 and 0 <= wide <= width // 4:
+        return F.pad(pixels, [wide // 2, wide - wide // 2, tall // 2, tall - tall // 2]).contiguous()
+    return F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True).contiguous()
 
 
 def load_folder(config: TrainConfig, path: Path) -> Data:
-    """`train/` with `val/` and/or `test/`, or one folder per class that is split here.
+    """`train/` with `val/` (or `valid/`) and/or `test/`, or one folder per class that is split here.
 
     With only one held-out folder, that one is reported and validation comes out of train/.
     """
-    chooses = f"{percent(config.val_fraction)} of train/"
-    if (path / "train").is_dir():
-        train, classes = scan(path / "train", None)
-        held = {name: scan(path / name, classes)[0] for name in ("val", "test") if (path / name).is_dir()}
+    chooses, skipped = f"{percent(config.val_fraction)} of train/", Counter()
+    folders = {entry.name.lower(): entry for entry in entries_of(path)}
+    if "train" in folders:
+        train, classes = scan(folders["train"], None, skipped)
+        found = {split: folders[name] for split, names in HELD_OUT.items() if (name := next((name for name in names if name in folders), None))}
+        held = {split: scan(folder, classes, skipped)[0] for split, folder in found.items()}
         if not held:
-            raise DynpruneError(f"{path} has train/ but neither val/ nor test/. Add one, or pass a folder with one folder per class.")
+            raise DynpruneError(f"{path} has train/ but neither val/ nor test/ (nor {', '.join(f'{name}/' for names in HELD_OUT.values() for name in names[1:])}). Add one, or pass a "
+                                "folder with one folder per class.")
         if len(held) == 2:
-            val, test, chooses, reports = held["val"], held["test"], "val/", "test/"
+            val, test, chooses, reports = held["val"], held["test"], f"{found['val'].name}/", f"{found['test'].name}/"
         else:
-            name, test = next(iter(held.items()))
-            val, reports = None, f"{name}/"
+            split, test = next(iter(held.items()))
+            val, reports = None, f"{found[split].name}/"
     else:
-        everything, classes = scan(path, None)
+        everything, classes = scan(path, None, skipped)
         rest, kept = split_indices(everything.labels, config.val_fraction, config.seed)
         train, test, val = everything.take(rest), everything.take(kept), None
         chooses = f"{percent(config.val_fraction)} of what is left for training"
         reports = f"{percent(config.val_fraction)} of all images, split by --seed"
-    side = config.image_size or guess_side(train)
-    if side <= IN_MEMORY_SIDE:
-        train, test = decode(train, side), decode(test, side)
-        val = decode(val, side) if val is not None else None
+    splits = [part for part in (train, val, test) if part is not None]
+    depth = depth_of(name for part in splits for name in part.paths)
+    for part in splits:
+        part.depth = depth
+    remarks = [f"images deeper than 8 bits hold {depth}"] if depth.white else []
+    remarks += [in_words(skipped)] if skipped else []
+    size = image_size(config, guess_side(train))
+    if max(size) <= IN_MEMORY_SIDE:
+        train, test = decode(train, *size), decode(test, *size)
+        val = decode(val, *size) if val is not None else None
     else:
-        check_readable([*train.paths, *test.paths, *(val.paths if val is not None else [])])
-    return finish(config, path.name, classes, side, train, val, test, chooses, reports)
+        check_readable([name for part in splits for name in part.paths])
+    return finish(config, path.name, classes, size, train, val, test, chooses, reports, tuple(remarks))
 
 
-def scan(folder: Path, classes: list[str] | None) -> tuple[ImageFiles, list[str]]:
-    """Image files of one folder per class. `classes`: those of train/, which a held-out folder must not exceed."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+def entries_of(folder: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are left out."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DynpruneError(f"Cannot read the folder {folder} ({error.strerror}). Make it readable or pass another --data.") from error
 
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+def scan(folder: Path, classes: list[str] | None, skipped: Counter[str] | None = None) -> tuple[ImageFiles, list[str]]:
+    """Image files of one folder per class. classes: those of train/, which a held-out folder must not exceed. skipped: counts other files."""
+    skipped = Counter() if skipped is None else skipped
+    found = [entry.name for entry in entries_of(folder)]
     if not found:
         raise DynpruneError(f"{folder} has no class folders. Expected one folder of images per class inside it.")
     if classes is None and len(found) < 2:
@@ -354,51 +393,29 @@ def scan(folder: Path, classes: list[str] | None) -> tuple[ImageFiles, list[str]
     for number, name in enumerate(names):
         if not (folder / name).is_dir():
             continue
-        files = sorted(str(file) for file in (folder / name).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+        files = files_in(folder / name, skipped)
         if not files and classes is None:
-            raise DynpruneError(f"{folder / name} has no images. Expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+            raise DynpruneError(f"{folder / name} has no images. Expected files ending in {', '.join(EXTENSIONS)}.{' ' + in_words(skipped) if skipped else ''}")
         paths += files
         labels += [number] * len(files)
     if not paths:
-        raise DynpruneError(f"{folder} has no images. Expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+        raise DynpruneError(f"{folder} has no images. Expected files ending in {', '.join(EXTENSIONS)}.")
     return ImageFiles(paths, torch.tensor(labels)), names
 
 
 def guess_side(files: ImageFiles) -> int:
     """32 up to 40 pixels, 64 up to 80, else 224; judged by the median of up to 100 images' longer sides."""
     sample = files.paths[:: max(1, len(files) // 100)][:100]
-    longest = float(np.median([max(open_image(path).size) for path in sample]))
+    longest = float(np.median([max(shown_size(path)) for path in sample]))
     return 32 if longest <= 40 else 64 if longest <= 80 else 224
 
 
-def check_readable(paths: list[str]) -> None:
-    """Open every photo once before the long work starts; JPEGs at an eighth of their size, which is quick."""
-    def check(path: str) -> None:
-        try:
-            with Image.open(path) as image:
-                refuse_bomb(image)
-                image.draft("RGB", (image.width // 8, image.height // 8))
-                image.load()
-        except UNREADABLE as error:
-            raise DynpruneError(f"Cannot read the image {path} ({type(error).__name__}). Replace or remove the file.") from error
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(check, paths):
-            pass
-
-
-def decode(files: ImageFiles, side: int) -> ImagesInMemory:
-    """All photos in memory: the shorter side is resized to `side`, the centre is kept."""
-    pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+def decode(files: ImageFiles, height: int, width: int) -> ImagesInMemory:
+    """All photos in memory: resized until they fill this size, and the middle kept."""
+    pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def read(index: int) -> None:
-        image = open_image(files.paths[index])
-        if image.size != (side, side):
-            scale = side / min(image.size)
-            image = image.resize([max(side, round(v * scale)) for v in image.size], Image.Resampling.BILINEAR)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-        pixels[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels[index] = torch.from_numpy(np.array(resized(open_image(files.paths[index], files.depth), height, width))).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(read, range(len(files)), chunksize=256):

@@ -62,8 +62,8 @@ class Normalised(nn.Module):
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return logits(self.model((x - self.mean) / self.std))
@@ -77,6 +77,7 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
     model, facts = load_compact(run)
     data = data or load_data(run.config)
     check_classes(run.compact_file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
     path = out or run.onnx_file
     wrapped = Normalised(model, facts.mean, facts.std) if fold_normalization else Scores(model)
     if not path.name or path.is_dir():
@@ -103,9 +104,11 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
 
 def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
     """What a user of the file must know: class names and how pixels become inputs."""
+    channels = facts.input_size[0]
+    pixels = "RGB pixels" if channels == 3 else "grey pixels (luminance)"
     return {"producer": f"dynprune {__version__}", "model": facts.config.model, "classes": json.dumps(facts.classes),
-            "input_size": f"3x{facts.side}x{facts.side}", "input_range": "RGB pixels in 0..1" if folded else "RGB pixels in 0..1, then (x - mean) / std",
-            "mean": json.dumps([0.0] * 3 if folded else facts.mean), "std": json.dumps([1.0] * 3 if folded else facts.std)}
+            "input_size": "x".join(map(str, facts.input_size)), "input_range": f"{pixels} in 0..1" if folded else f"{pixels} in 0..1, then (x - mean) / std",
+            "mean": json.dumps([0.0] * channels if folded else facts.mean), "std": json.dumps([1.0] * channels if folded else facts.std)}
 
 
 @torch.no_grad()
@@ -114,10 +117,10 @@ def parity(model: nn.Module, path: Path, data: Data, facts: artifact.Facts, fold
     session = open_session(path)
     difference = largest = 0.0
     equal = count = 0
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.mean, facts.std))
     for batch, _ in data.eval_batches(data.val, 32):
         batch = (batch * std + mean if folded else batch)[: PARITY_IMAGES - count]
-        ours = model(batch).numpy()
+        ours = model(batch.clone()).numpy()  # some networks write into their input
         theirs = execute(session, {session.get_inputs()[0].name: batch.numpy()})
         difference = max(difference, float(np.abs(ours - theirs).max()))
         largest = max(largest, float(np.abs(ours).max()))

@@ -16,7 +16,6 @@ It has the face of a `Session`, so that the training loop, its checkpoints and i
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from dynprune import artifact, estimators, gated_file, zoo
 from dynprune.config import GateConfig
+from dynprune.copies import copied
 from dynprune.data import Data, load_data, some
 from dynprune.distributed import ALONE
 from dynprune.errors import DynpruneError
@@ -38,9 +38,11 @@ from dynprune.gated_surgery import close_rare, closed_for_good
 from dynprune.gating import Choices, Choose, GatedNetwork, Site, fixed, statistics_kept
 from dynprune.runs import GateRun, Run
 from dynprune.saliency import magnitude
-from dynprune.scores import check_output, logits
+from dynprune.scores import fitting, logits
 from dynprune.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
+from dynprune.state import check_facts as check_state, fill
 from dynprune.tracing import first_line, trace
+from dynprune.weights import load_weights
 from dynprune.train import Progress, train
 
 FALLING = 0.5  # share of the gating phase in which the target falls to its value
@@ -57,12 +59,12 @@ CLOSE = 0.9  # share of the target that images must cost at the end; below it, a
 MARGIN = 0.99  # the threshold aims this far below the target, so that other images meet it too
 
 
-def base_network(config: GateConfig, classes: list[str]) -> tuple[nn.Module, artifact.Facts | None]:
+def base_network(config: GateConfig, classes: list[str], size: tuple[int, int, int]) -> tuple[nn.Module, artifact.Facts | None]:
     """The network to gate: of the run in `base`, as compacted, or a new one; with what its file knows."""
     if not config.base:
-        network = zoo.build(config.model, len(classes), config.seed)
+        network = zoo.build(config.model, len(classes), config.seed, size=size)
         if config.weights:
-            zoo.load_weights(network, Path(config.weights))
+            load_weights(network, Path(config.weights))
         return network, None
     run = Run.open(Path(config.base))
     if not run.compact_file.is_file():
@@ -78,7 +80,8 @@ class GateSession:
     ranks, sent_bytes, dtype = ALONE, 0, torch.float32
 
     def __init__(self, config: GateConfig, data: Data):
-        self.config, self.data, self.policy = config, data, f"gate-{config.estimator}"
+        self.config = config = config.resolved(len(data.train))
+        self.policy = f"gate-{config.estimator}"
         self.part = self.ranks.part(config.batch_size)
         self.stop: Callable[[], bool] = lambda: False
         self.stopping, self.step = False, 0
@@ -86,12 +89,12 @@ class GateSession:
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        network, self.facts = base_network(config, data.classes)
-        check_output(network, data.classes, data.example)
+        network, self.facts = base_network(config, data.classes, data.size)
+        self.data = data = fitting(network, data)
         self.graph = trace(network, data.example)
         self.trained = bool(config.base or config.weights)
         distills = self.trained and config.distill > 0 and not self.ungated  # a network that stays as it is would only be held back by itself
-        self.teacher = copy.deepcopy(network).to(self.device, memory_format=torch.channels_last).eval() if distills else None
+        self.teacher = copied(network).to(self.device, memory_format=torch.channels_last).eval() if distills else None
         self.model = GatedNetwork(network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed).to(self.device)
         self.network = self.model.network
         if self.trained:
@@ -290,14 +293,15 @@ class GateSession:
         """Write everything that is needed to go on. Weights that are not finite are refused."""
         if not all(bool(torch.isfinite(value).all()) for value in self.model.parameters()):
             raise lost(self, run, self.step, math.nan)
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        own, state = gated_file.tensors_of(self.model)
+        tensors = {f"model.{name}": value for name, value in own.items()}
         for kind, optimizer, module in self.optimizers():
             for name, parameter in module.named_parameters():
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         tensors[f"{kind}.{key}.{name}"] = value
         run.write_checkpoint(tensors, {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
-                                       "price": self.price, "share": self.share})
+                                       "price": self.price, "share": self.share, "state": state})
 
     def optimizers(self) -> tuple:
         return ("weights", self.weights, self.network), ("gates", self.gates, self.model.predictors)
@@ -308,7 +312,12 @@ class GateSession:
         try:
             if facts["classes"] != self.data.classes or facts["steps"] != self.steps or not 0 <= facts["step"] <= self.steps:
                 raise ValueError(f"{facts['steps']} steps and {len(facts['classes'])} classes, the settings and data now give {self.steps} and {len(self.data.classes)}")
-            self.model.load_state_dict(part(tensors, "model."))
+            own = part(tensors, "model.")
+            if facts["schema"] == 1:
+                self.model.load_state_dict(own)
+            else:
+                fill(self.network, part(own, "network."), check_state(facts.get("state")))
+                gated_file.fill_gates(self.model, own)
             for kind, optimizer, module in self.optimizers():
                 saved = part(tensors, f"{kind}.")
                 for name, parameter in module.named_parameters():
@@ -360,7 +369,7 @@ def gate(config: GateConfig, run: GateRun, *, resume: bool = False, override: bo
          note: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False, session: GateSession | None = None) -> GateResult:
     """Train gates, write RUN/gated.safetensors, read it back, and say what the gates do on the test images."""
     session = session or GateSession(config, data or load_data(config))
-    data = session.data
+    config, data = session.config, session.data
     trained = train(config, run, resume=resume, override=override, report=report, note=note, stop=stop, session=session)
     model = session.model.cpu().eval()
     stats = gate_stats(model, data, data.test, note)
@@ -395,13 +404,13 @@ def facts_of(session: GateSession, accuracy: float) -> artifact.Facts:
     data, model = session.data, session.model
     if session.facts is not None:
         return dataclasses.replace(session.facts, accuracy=accuracy)
-    return gated_file.facts_of_new(asdict(session.config), data.classes, data.side, list(data.mean), list(data.std), model.dense_macs, session.graph.params({}), accuracy)
+    return gated_file.facts_of_new(asdict(session.config), data.classes, list(data.size), list(data.mean), list(data.std), model.dense_macs, session.graph.params({}), accuracy)
 
 
 @torch.no_grad()
 def file_difference(path: Path, session: GateSession, config: GateConfig) -> float:
     """Largest difference of the file's output, with the gates of the network that was saved, over the largest output."""
-    network = zoo.build(config.model, len(session.data.classes))
+    network = zoo.build(config.model, len(session.data.classes), size=session.data.size)
     loaded = gated_file.load_gated(path, network)[0]
     batch = next(iter(session.data.eval_batches(session.data.val, 16)))[0]
     output, choices = session.model.run(batch, session.model.threshold)

@@ -87,12 +87,13 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
     model, facts, gates = load_run(run)
     data = data or load_data(run.config)
     check_classes(run.gated_file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
     stats = gate_stats(model, data, data.test, report)
     static_macs = static_network(run, model, stats.share, data)
     images = [(image[None], int(label)) for batch, labels in data.eval_batches(some(data.test, IMAGES)) for image, label in zip(batch, labels)]
     sessions = [open_session(path, threads) for path in (run.ungated_onnx_file, run.onnx_file, run.static_onnx_file)]
     folded = run.results.get("export", {}).get("fold_normalization") is True
-    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (facts.mean, facts.std))
+    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in (facts.mean, facts.std))
     right, samples = 0, [[], [], []]
     for number, (image, label) in enumerate(images):
         work("timing real images in onnxruntime", number, len(images))

@@ -75,6 +75,7 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
         raise DynpruneError(f"{run.path} has random gates, which only serve to compare with. Export one of --estimator reinforce or gumbel.")
     data = data or load_data(run.config)
     check_classes(run.gated_file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
     path = out or run.onnx_file
     if not path.name or path.is_dir():
         raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
@@ -135,7 +136,7 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
     session = open_session(content)
     difference = largest = 0.0
     equal = agree = count = 0
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (facts.mean, facts.std))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.mean, facts.std))
     sizes = [len(gate.sizes) for gate in model.gates]
     for batch, _ in data.eval_batches(some(data.val, PARITY_IMAGES)):
         for image in batch.split(1):

@@ -7,19 +7,21 @@ file says (how to build the network, what was kept of it) and how the gates are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dynprune import artifact, zoo
+from dynprune import artifact
 from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
 from dynprune.gated_surgery import cut_closed
 from dynprune.gating import GatedNetwork
 from dynprune.runs import read_tensors, runs_code, write_tensors
 from dynprune.session import part
+from dynprune.state import state_of
 from dynprune.surgery import slim
 from dynprune.tracing import first_line, trace
 
@@ -38,7 +40,26 @@ class GateFacts:
 
 
 def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts) -> None:
-    write_tensors(path, model.state_dict(), {"kind": "gated", **asdict(facts), "gates": asdict(gates)})
+    tensors, state = tensors_of(model)
+    write_tensors(path, tensors, {"kind": "gated", **asdict(dataclasses.replace(facts, state=state)), "gates": asdict(gates)})
+
+
+def tensors_of(model: GatedNetwork) -> tuple[dict[str, Tensor], dict]:
+    """The network's state under "network.", and what belongs to the gates; see `state_of`."""
+    tensors, state = state_of(model.network)
+    return {f"network.{name}": value for name, value in tensors.items()} | gate_tensors(model), state
+
+
+def gate_tensors(model: GatedNetwork) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("network.")}
+
+
+def fill_gates(model: GatedNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Give the gates their tensors. Raises ValueError for tensors that are absent or left over, RuntimeError for other shapes."""
+    given = {name: value for name, value in tensors.items() if not name.startswith("network.")}
+    if given.keys() != gate_tensors(model).keys():
+        raise ValueError(f"tensors of other gates: {', '.join(sorted(given.keys() ^ gate_tensors(model).keys())[:3])}")
+    model.load_state_dict(given, strict=False)
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
@@ -54,7 +75,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
         if "of another kind" not in str(error):
             raise
     gated, facts, _ = load_gated(path, model, trust=trust)
-    return cut_closed(gated, example_of(facts))
+    return cut_closed(gated, facts.example)
 
 
 def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
@@ -71,22 +92,17 @@ def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False
     try:
         weights = part(tensors, "network.")
         if full is None:
-            network = artifact.without_memory(name, kept, weights, len(facts.classes)) or slim(zoo.build(name, len(facts.classes)), kept)
+            network = artifact.built(name, kept, weights, facts, header["schema"])
         else:
             network = slim(full, kept)
-        network.load_state_dict(weights)
+        artifact.fill_from(network, weights, facts, header["schema"])
         network.eval()
-        example = example_of(facts)
+        example = facts.example
         model = GatedNetwork(network, trace(network, example), example, block=gates.block, hidden=gates.hidden, cuts=gates.cuts)
-        model.load_state_dict(tensors)
+        fill_gates(model, tensors)
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
     return model.eval(), facts, gates
-
-
-def example_of(facts: artifact.Facts) -> Tensor:
-    """An input to trace with, (1, 3, side, side)."""
-    return torch.randn(1, 3, facts.side, facts.side, generator=torch.Generator().manual_seed(0))
 
 
 def check_gates(gates: GateFacts) -> None:
@@ -98,8 +114,8 @@ def check_gates(gates: GateFacts) -> None:
     assert all(isinstance(value, int | float) for value in (gates.target, gates.share)), "target"
 
 
-def facts_of_new(settings: dict, classes: list[str], side: int, mean: list[float], std: list[float], macs: int, params: int, accuracy: float) -> artifact.Facts:
+def facts_of_new(settings: dict, classes: list[str], size: list[int], mean: list[float], std: list[float], macs: int, params: int, accuracy: float) -> artifact.Facts:
     """What a file says of a network that was never narrowed. settings: of any kind of training."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(policy="dense", **{name: value for name, value in settings.items() if name in known})
-    return artifact.Facts(asdict(config), classes, side, mean, std, {}, {}, macs, params, macs, params, accuracy)
+    return artifact.Facts(asdict(config), classes, size, mean, std, {}, {}, macs, params, macs, params, accuracy)

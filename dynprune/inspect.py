@@ -6,7 +6,6 @@ original, in which the removed arms' consumers see zeros, with the compact copy.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from torch import nn
 
 from dynprune import zoo
 from dynprune.channels import ChannelGraph, PinnedLayer
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, ModelFails
 from dynprune.surgery import slim
-from dynprune.labels import tensors_in
-from dynprune.tracing import EXACT, difference, evaluating, exact_part, first_line, lively, random_selection, run_compact, trace
+from dynprune.copies import doubled
+from dynprune.tracing import EXACT, Comparison, cause, compare_copies, exact_part, random_selection, run_compact, trace
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,21 @@ class GroupLine:
 
 @dataclass(frozen=True)
 class Check:
-    """max_rel_diff: largest difference over largest output, with arms removed from the groups that no norm mixes.
-    params_kept_share: what is left when arms are removed from all groups; that copy must run. mixed: the groups that were
-    checked for running only."""
+    """ok: shown to be exact. max_rel_diff: largest difference over largest output between the compact copy and the masked original, with
+    arms removed from the groups that no norm mixes. effect: the same between the untouched and the masked original; where nothing
+    changes, nothing is shown. params_kept_share: what is left when arms are removed from all groups; that copy must run. mixed: the
+    groups that were checked for running only. failure: what went wrong. not_shown: why nothing could be compared."""
 
     ok: bool
     max_rel_diff: float
+    effect: float
     params_kept_share: float
     trace_seconds: float
     fraction: float
     seed: int
     mixed: list[str]
     failure: str
+    not_shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,21 @@ def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False
     model, size = build_for_inspection(name, classes or default_classes(name), shape)
     x = example_for(name, size)
     started = time.perf_counter()
-    graph = trace(model, x)
+    graph = trace_with_option(model, x)
     seconds = time.perf_counter() - started
     macs, params = graph.macs({}), graph.params({})
     lines = [GroupLine(g.name, g.arms, g.layers, 1 - graph.macs({g.name: 0}) / max(1, macs), 1 - graph.params({g.name: 0}) / max(1, params), g.mixed_by)
              for g in graph]
     return Inspection(name, "x".join(map(str, size)), len(graph), graph.arms, macs, params, prunable_share(graph), graph.pinned, lines,
                       check_exactness(model, graph, x, fraction, seed, seconds) if check else None)
+
+
+def trace_with_option(model: nn.Module, inputs: torch.Tensor | tuple) -> ChannelGraph:
+    """As `trace`, for commands whose option --input sets the example."""
+    try:
+        return trace(model, inputs)
+    except ModelFails as error:
+        raise DynpruneError(f"{error} It is set with --input, such as --input 3x64x64.") from error
 
 
 def prunable_share(graph: ChannelGraph) -> float:
@@ -135,33 +145,48 @@ def prunable_share(graph: ChannelGraph) -> float:
     return 1 - held / max(1, total)
 
 
-def in_float64(tree: tuple | list) -> tuple | list:
-    return type(tree)(value.double() if isinstance(value, torch.Tensor) else in_float64(value) for value in tree)
+def in_float64(tree: object) -> object:
+    if isinstance(tree, torch.Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    return type(tree)(in_float64(value) for value in tree) if type(tree) in (tuple, list) else tree
+
+
+CLEAR = 10  # the effect of removal must be so many times what could be a mistake
+MEASURABLE = 1e-9  # of the largest output, in float64: a hundred thousand times its rounding
 
 
 def check_exactness(model: nn.Module, graph: ChannelGraph, inputs: tuple, fraction: float, seed: int, seconds: float) -> Check:
-    """Remove a random `fraction` of every group's arms and compare."""
+    """Remove a random `fraction` of every group's arms, and compare untouched, masked and compact outputs."""
     selection = random_selection(graph, fraction, seed)
-    failure = run_compact(model, graph, selection, inputs)
     mixed = [group.name for group in graph if group.mixed_by]
-    if failure is not None:
-        return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, f"{failure.layer}: {failure.message}")
-    try:
-        found = difference(model, graph, exact_part(graph, selection), inputs)
-        if not found < EXACT:  # rounding, or a mistake? float64 tells them apart
-            found = difference(copy.deepcopy(model).double(), graph, exact_part(graph, selection), in_float64(inputs))
-    except Exception as error:
-        return Check(False, math.inf, 1.0, seconds, fraction, seed, mixed, first_line(error))
+    known = {"trace_seconds": seconds, "fraction": fraction, "seed": seed, "mixed": mixed}
+    if failure := run_compact(model, graph, selection, inputs):
+        return Check(False, math.inf, math.nan, 1.0, **known, failure=f"{failure.layer or '(model)'}: {failure.message}")
     kept = sum(p.numel() for p in slim(model, graph.kept(selection)).parameters()) / max(1, graph.params({}))
-    if empty_outputs(model, inputs):
-        return Check(False, math.nan, kept, seconds, fraction, seed, mixed, "runs, but on a random image the model finds nothing, so nothing could be compared; "
-                     "check the backbone by itself")
-    return Check(found < EXACT, found, kept, seconds, fraction, seed, mixed, "")
+    exact = exact_part(graph, selection)
+    if not any(len(arms) < graph.groups[name].arms for name, arms in exact.items()):
+        why = ("no channel of this network can be removed" if not graph.groups else
+               f"every group is mixed by {', '.join(sorted({op for group in graph for op in group.mixed_by}))}, so masked and compact outputs may differ; the compact copy runs"
+               if not exact else f"at --fraction {fraction:g} no channel is removed")
+        return Check(False, math.nan, 0.0, kept, **known, failure="", not_shown=why)
+    try:
+        found = compare_copies(model, graph, exact, inputs)
+        if not found.difference < EXACT or not found.effect > CLEAR * EXACT:  # rounding, or a mistake? float64 tells them apart
+            found = compare_copies(doubled(model), graph, exact, in_float64(inputs))
+    except Exception as error:
+        return Check(False, math.inf, math.nan, kept, **known, failure=cause(error))
+    return judged(found, kept, known)
 
 
-@torch.no_grad()
-def empty_outputs(model: nn.Module, inputs: tuple) -> bool:
-    """Whether no output has a number in it, such as a detector's that sees no object."""
-    with evaluating(model):
-        model, inputs = lively(model, inputs)
-        return not any(value.numel() for value in tensors_in(model(*inputs)) if value.is_floating_point())
+def judged(found: Comparison, kept: float, known: dict) -> Check:
+    """The verdict of a comparison. A difference means something only beside what removal changed: far less than that, or a mistake."""
+    why = ("no output has a number in it, as of a detector that sees no object; check the backbone by itself" if math.isnan(found.effect) else
+           "removing channels changes nothing in the output that can be measured" if not found.effect > MEASURABLE else "")
+    if math.isinf(found.effect):
+        return Check(False, found.difference, found.effect, kept, **known, failure="masked and untouched network give outputs of other shapes")
+    if math.isnan(found.difference):
+        return Check(False, found.difference, found.effect, kept, **known, failure="outputs that are not finite")
+    if why:
+        return Check(False, found.difference, found.effect, kept, **known, failure="", not_shown=why)
+    ok = found.difference < EXACT and found.difference * CLEAR < found.effect
+    return Check(ok, found.difference, found.effect, kept, **known, failure="")

@@ -13,6 +13,7 @@ and die together (`ties`), which are pinned and by what (`pins`), and how many m
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dynprune.attributes import attribute_values
 from dynprune.numbers import Number, Source, remembered
 
-AxisKey = tuple[str, int]  # (tensor name, dimension)
+AxisKey = tuple[str, int]  # (tensor name, dimension); dimension -1: a remembered number
 PINNED = 0
+RECENT = 8  # shapes that a remembered size may be compared with
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
         yield from tensors_in([getattr(tree, name) for name in tree.__dataclass_fields__])
 
 
+def is_filter_bank(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """A filter's first dimension makes the channels; any other tensor may carry them along any dimension. A `weight` that is longer
+    than 1 in a single dimension is a scale, whatever its shape: (1, C, 1, 1)."""
+    if tensor.ndim < 2:
+        return False
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, ParametrizationList)):
+        return isinstance(module, ParametrizationList) or name.startswith("weight")
+    return name.startswith("weight") and hasattr(module, "weight") and tensor.size(0) > 1 and tensor.numel() > max(tensor.shape)
+
+
 Rule = Callable[["LabelTracer", Callable, tuple, dict], object]
 
 
@@ -117,9 +130,7 @@ class LabelTracer(TorchFunctionMode):
                 full = f"{path}.{name}" if path else name
                 self.names.setdefault(id(tensor), full)
                 self.banks[full] = tensor
-                # A filter's first dimension makes the channels; any other tensor may carry them along any dimension.
-                filters = name.startswith("weight") and hasattr(module, "weight") or isinstance(module, ParametrizationList)
-                if tensor.ndim < 2 or not filters:
+                if not is_filter_bank(module, name, tensor):
                     self.elementwise_weights.add(full)
         self.labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.next_label = 1
@@ -137,16 +148,41 @@ class LabelTracer(TorchFunctionMode):
         self.stack: list[str] = []
         self.batch = 1
         self.numbers: dict[tuple[Source, tuple[int, int, int]], Tensor] = {}
+        self.guessed: set[tuple[Source, tuple[int, int, int]]] = set()
+        self.recent: deque[Tensor] = deque(maxlen=RECENT)
+        self.bank_vectors: dict[str, list[Tensor]] = {}
+        self.pointwise: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        for _, value in attribute_values(model):
+            if isinstance(value, Tensor):
+                self.constants[value] = True
         self.model = model
-        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
+        self.module_names = {id(module): name for name, module in self.modules.items()}
 
     # -- context ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[LabelTracer]:
         """Record labels, with the model's sizes remembered."""
-        with self.watching_layers(), remembered(self.model), self:
+        with self.watching_layers(), remembered(self.model, self.compared), self.seeing_arrays(), self:
             yield self
+
+    @contextmanager
+    def seeing_arrays(self) -> Iterator[None]:
+        """torch does not tell function modes of from_numpy. What it makes is a constant: channels that had left torch stay anyway."""
+        original = torch.from_numpy
+
+        def from_numpy(array: object) -> Tensor:
+            value = original(array)
+            self.constants[value] = True
+            return value
+
+        torch.from_numpy = from_numpy
+        try:
+            yield
+        finally:
+            torch.from_numpy = original
 
     @contextmanager
     def watching_layers(self) -> Iterator[LabelTracer]:
@@ -176,13 +212,22 @@ class LabelTracer(TorchFunctionMode):
         start, self.next_label = self.next_label, self.next_label + count
         return torch.arange(start, self.next_label)
 
+    def among(self, labels: Tensor) -> Tensor:
+        """The labels that occur, each once, in order, without PINNED. As marks in a list of all labels: unique would sort every element."""
+        there = torch.zeros(self.next_label, dtype=torch.bool)
+        there[distinct(labels).reshape(-1)] = True
+        there[PINNED] = False
+        return there.nonzero()[:, 0]
+
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Labels at the same place in `a` and `b` (broadcast against each other) live and die together."""
-        a, b = torch.broadcast_tensors(distinct(a) if a.shape == b.shape else a, distinct(b) if a.shape == b.shape else b)
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)])
-        pairs = pairs[:, pairs[0] != pairs[1]]
-        if pairs.numel():
-            self.ties.append(torch.unique(pairs, dim=1))
+        a, b = torch.broadcast_tensors(a, b)
+        once = tuple(slice(0, 1) if one == other == 0 else slice(None) for one, other in zip(a.stride(), b.stride()))
+        a, b = a[once].reshape(-1), b[once].reshape(-1)
+        differ = a != b
+        if bool(differ.any()):  # as one number per pair, since unique over columns takes fifty times as long
+            pairs = torch.unique(a[differ] * self.next_label + b[differ])
+            self.ties.append(torch.stack([pairs // self.next_label, pairs % self.next_label]))
 
     def tie_along(self, labels: Tensor, dim: int) -> Tensor:
         """Tie all entries along `dim`; returns the first entry, with `dim` kept at size 1."""
@@ -194,20 +239,18 @@ class LabelTracer(TorchFunctionMode):
     def pin(self, labels: Tensor | None, op: str) -> None:
         if labels is None:
             return
-        found = torch.unique(distinct(labels))
-        found = found[found != PINNED]
+        found = self.among(labels)
         if found.numel():
             self.pins.append(Pin(op, self.layer, found))
 
     def cut(self, labels: Tensor, op: str) -> None:
-        found = torch.unique(distinct(labels))
-        self.cuts.append(Cut(op, self.layer, found[found != PINNED]))
+        self.cuts.append(Cut(op, self.layer, self.among(labels)))
 
     def sized_by(self, number: object, labels: Tensor) -> bool:
         """Note that `number`, if it is a remembered one, must shrink with these labels (1-D). Returns whether it is."""
         if not isinstance(number, Number) or labels.numel() != int(number):
             return False
-        key = (number.source, (number.multiplier, number.divisor, number.offset))
+        key = (number.source, number.formula)
         if number.multiplier > 1 and number.divisor == 1 and labels.numel() % number.multiplier == 0:
             self.tie_along(labels.view(number.multiplier, -1), 0)  # only multiples can be remembered
         for (source, _), known in self.numbers.items():
@@ -223,11 +266,28 @@ class LabelTracer(TorchFunctionMode):
         self.numbers.setdefault(key, labels.clone())
         return True
 
+    def compared(self, number: Number) -> None:
+        """A remembered size turned out to equal another whole number. If the shape of a value was just asked for and its channels are
+        as many, they were compared with each other, so the size must shrink with them. It is a guess that a trial can refute."""
+        for labels in reversed(self.recent):
+            for dim in range(labels.ndim):
+                if labels.size(dim) == int(number) and varies(labels, dim) and (along := self.vector(labels, dim)) is not None:
+                    key = (number.source, number.formula)
+                    known = key in self.numbers
+                    if self.sized_by(number, along) and not known:
+                        self.guessed.add(key)
+                    return
+
+    def note_size(self, attribute: str, labels: Tensor) -> None:
+        """The running layer remembers under this name how many channels it has: labels, (channels,)."""
+        module = self.modules[self.stack[-1]] if self.stack and self.stack[-1] in self.modules else None
+        if module is not None and type(vars(module).get(attribute)) is int and vars(module)[attribute] == labels.numel():
+            self.numbers.setdefault((Source(self.stack[-1], attribute, -1), (1, 1, 0)), labels.clone())
+
     def mix(self, labels: Tensor, op: str) -> None:
         """A statistic over channels: removing one changes what the others see. A narrow layer works, but computes another
         function than the masked original. If a compact copy fails, this is a suspect too."""
-        found = torch.unique(distinct(labels))
-        found = found[found != PINNED]
+        found = self.among(labels)
         if found.numel():
             self.mixed.append(Pin(op, self.layer, found))
             self.cuts.append(Cut(op, self.layer, found))
@@ -300,14 +360,29 @@ class LabelTracer(TorchFunctionMode):
         return labels.movedim(dim, 0).reshape(labels.size(dim), -1)[:, 0]
 
     def input_labels(self, value: Tensor, op: str) -> Tensor:
-        """Labels of what a layer reads. A value without any was made out of sight (scripted code, a custom kernel) from
-        activations unknown, so everything that was seen so far is pinned."""
+        """Labels of what a layer reads. A constant has none to follow. Any other value without labels was made out of sight (scripted
+        code, a custom kernel) from activations unknown, so everything that was seen so far is pinned."""
         labels = self.of(value)
         if labels is None:
-            if self.next_label > 1:
+            if self.next_label > 1 and not self.known(value):
                 self.pins.append(Pin(f"a function out of sight before {op}", self.layer, torch.arange(1, self.next_label)))
             labels = self.pinned_like(value)
         return labels
+
+    def is_own(self, value: Tensor) -> bool:
+        """Whether a value is one of the network's parameters or buffers, or a copy of one."""
+        return id(value) in self.names or value in self.pointwise
+
+    def known(self, value: Tensor) -> bool:
+        """Whether it is clear where a value came from: activations that carry labels, the network's own tensors, or constants."""
+        return value in self.labels or value in self.constants or id(value) in self.names
+
+    def note_constants(self, output: object, args: tuple, kwargs: dict) -> None:
+        """What a function makes of nothing, or of constants only, is a constant."""
+        made = [value for value in tensors_in(output) if not self.known(value)]
+        if made and all(self.known(value) for value in tensors_in([args, kwargs])):
+            for value in made:
+                self.constants[value] = True
 
     def pinned_like(self, value: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64).expand(value.shape)
@@ -334,10 +409,12 @@ class LabelTracer(TorchFunctionMode):
             output = func(*args, **kwargs)
             if isinstance(output, (Tensor, tuple, list)):
                 self.default(func, output, args, kwargs)
-            return output
-        output = rule(self, func, args, kwargs)
-        if rule not in self.layers:
-            self.remember_bank(output, args, kwargs)
+        else:
+            output = rule(self, func, args, kwargs)
+            if rule not in self.layers:
+                self.remember_bank(output, args, kwargs)
+        if isinstance(output, (Tensor, tuple, list)):
+            self.note_constants(output, args, kwargs)
         return output
 
     def default(self, func: Callable, output: object, args: tuple, kwargs: dict) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.tracing import first_line
+from dynprune.tracing import first_line, library_code
 
 
 def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
@@ -31,7 +32,10 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None,
                                         dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
         proto = program.model_proto
     except Exception as error:
-        raise DynpruneError(f"torch cannot export this network to ONNX ({type(error).__name__}: {first_line(error)[:200]}). Try another --opset.") from error
+        raise DynpruneError(f"torch cannot export this network to ONNX ({why(error)}).{'' if opset is None else ' Try another --opset.'}") from error
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and written != opset:
+        raise DynpruneError(f"--opset {opset} cannot be written for this network: torch's exporter gives {written} instead. Pass --opset {written}, or leave it out.")
     for key, value in facts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -39,16 +43,33 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None,
     onnx.save_model(proto, path)
 
 
+def why(error: BaseException) -> str:
+    """The exporter's first words that say something, and the line of the network's code that it stopped at."""
+    place, inner = "", error
+    while inner is not None:
+        frames = [frame for frame in traceback.extract_tb(inner.__traceback__) if not library_code(frame.filename) and "onnxscript" not in frame.filename]
+        if frames:
+            place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`"
+        inner = inner.__cause__ or inner.__context__
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return f"{type(root).__name__}: {first_line(root)[:200]}{place}"
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter reports its steps on stdout and warns of its own internals; neither belongs into our output."""
-    level = logging.getLogger().level
+    """The exporter reports its steps on stdout, and on stderr warns of its own internals and prints graphs that it cannot export; none of
+    that belongs into our output."""
+    level, disabled = logging.getLogger().level, logging.root.manager.disable
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
             yield
     finally:
+        logging.disable(disabled)
         logging.getLogger().setLevel(level)
 
 
@@ -56,6 +77,23 @@ def read_opset(path: Path) -> int:
     """The opset that was written: a requested one that cannot be converted to is silently replaced."""
     imports = onnx.load(path, load_external_data=False).opset_import
     return next(entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
+
+
+def size_bytes(path: Path) -> int:
+    """What a network takes on disk: the file, and the files beside it that hold its weights (`external_data`)."""
+    tensors = [*(graph := onnx.load(path, load_external_data=False).graph).initializer, *constants_in(graph)]
+    beside = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside if (path.parent / name).is_file())
+
+
+def constants_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Tensors in the attributes of a graph's nodes, and of the graphs inside them."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from [attribute.t] * attribute.HasField("t") + list(attribute.tensors)
+            for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+                yield from inner.initializer
+                yield from constants_in(inner)
 
 
 def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:

@@ -14,10 +14,9 @@ from dynprune.config import TrainConfig
 from dynprune.errors import DynpruneError
 from dynprune.explore import worth_of_one_more
 from dynprune.fit import Fit, Fitter, budgets_met
-from dynprune.inspect import build_for_inspection, default_classes
+from dynprune.inspect import build_for_inspection, default_classes, trace_with_option
 from dynprune.latency import Report, silent
 from dynprune.runs import Run
-from dynprune.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: boo
     """
     model, size = build_for_inspection(config.model, classes or default_classes(config.model), shape)
     example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    graph = trace(model, example)
+    graph = trace_with_option(model, example)
     fitter = Fitter(model, graph, example, config, report)
     loss = None if learned_by is None else loss_per_arm(learned_by, fitter)
     smallest = dict(zip(graph.groups, fitter.allowed.smallest.tolist()))

@@ -292,8 +292,9 @@ def inspect_tables(result: Inspection) -> list:
     items: list = [table, pins]
     if result.check is not None:
         check = result.check
-        verdict = "exact" if check.ok else f"FAILED {check.failure}"
-        items.append(f"check: {verdict}, largest difference {check.max_rel_diff:.1e} of the largest output with {percent(check.fraction)} of the arms removed, "
+        verdict = "exact" if check.ok else f"not shown: {check.not_shown}" if check.not_shown else f"FAILED {check.failure}"
+        items.append(f"check: {verdict}; largest difference {check.max_rel_diff:.1e} of the largest output with {percent(check.fraction)} of the arms removed "
+                     f"(their removal changes {check.effect:.1e} of it), "
                      f"{percent(check.params_kept_share)} of the parameters kept, traced in {check.trace_seconds:.2f} s")
         if check.mixed:
             items.append(f"{len(check.mixed)} groups are mixed by a norm: a copy without their channels was run, but cannot equal the masked original")

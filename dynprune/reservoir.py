@@ -7,7 +7,7 @@ parameters and BatchNorm statistics of every arm. When a selection changes, `swa
 Both sides are flat: the narrowed tensors of the active model are views into a few buffers, the full ones into others, so a
 swap is a few gathers and scatters, however many layers it touches. What always moves together is moved together: a buffer's
 rows are *blocks*, the elements of a tensor behind its last channel dimension (the nine taps of a 3x3 filter), and tensors with
-blocks of one size share a buffer. Which block of the active buffer belongs to which of the full one is kept on the host, so a
+blocks of one size and one type share a buffer. Which block of the active buffer belongs to which of the full one is kept on the host, so a
 GPU is never waited for.
 """
 
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from dynprune.channels import ChannelGraph, Selection
 from dynprune.labels import AxisKey
+from dynprune.numbers import is_number
+from dynprune.state import loose_to, named_tensors
 from dynprune.surgery import slim
 
 SWAP_BLOCKS = 2**15  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
@@ -31,7 +33,7 @@ OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("e
 
 @dataclass
 class Buffers:
-    """Tensors with blocks of one size. store: full-width, (blocks, size); live: narrow; states: the optimizer's, like live."""
+    """Tensors with blocks of one size and one type. store: full-width, (blocks, size); live: narrow; states: the optimizer's, like live."""
 
     store: Tensor
     live: Tensor
@@ -90,7 +92,7 @@ class Reservoir:
         self.template = {name: np.sort(arms) for name, arms in (template or selection).items()}
         self.places = graph.slot_places(self.template)
         kept = graph.kept(self.slots, self.template)
-        self.active = slim(full, kept).to(device)
+        self.active = loose_to(slim(full, kept).to(device), torch.device(device))
         self._flatten(by_tensor(kept), torch.device(device), torch.device(store_device or device))
 
     @property
@@ -106,21 +108,19 @@ class Reservoir:
         """Move narrowed tensors into flat buffers; what is not narrowed is one tensor that both sides share."""
         full, live = named_tensors(self.full), named_tensors(self.active)
         self.spans: dict[str, Span] = {}
-        self.buffers: dict[int, Buffers] = {}
+        self.buffers: dict[tuple[int, torch.dtype], Buffers] = {}
         pin = device.type == "cuda" and store_device.type == "cpu"
-        by_block: dict[int, list[str]] = {}
+        by_block: dict[tuple[int, torch.dtype], list[str]] = {}
         for name, dims in kept.items():
-            if not name.startswith("#"):
-                by_block.setdefault(math.prod(full[name].shape[max(dims) + 1:]), []).append(name)
-        dtype = next((full[name].dtype for names in by_block.values() for name in names), torch.float32)
-        for block, names in by_block.items():
-            buffers = self.buffers[block] = Buffers(
+            if not is_number(name):
+                by_block.setdefault((math.prod(full[name].shape[max(dims) + 1:]), full[name].dtype), []).append(name)
+        for (block, dtype), names in by_block.items():
+            buffers = self.buffers[block, dtype] = Buffers(
                 torch.empty(sum(full[name].numel() for name in names) // block, block, dtype=dtype, device=store_device, pin_memory=pin),
                 torch.empty(sum(live[name].numel() for name in names) // block, block, dtype=dtype, device=device), [])
             start = full_start = 0
             for name in names:
                 old, small = full[name], live[name]
-                assert old.dtype == dtype, f"{name} is {old.dtype}"
                 lead = max(kept[name]) + 1
                 blocks, full_blocks = small.numel() // block, old.numel() // block
                 set_tensor(self.full, name, buffers.store[full_start:full_start + full_blocks].view(old.shape).copy_(old))
@@ -210,18 +210,15 @@ def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
     return total
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Let a parameter or buffer use the memory of `value`."""
+    """Let a parameter or buffer use the memory of `value`, but not its version: a network may write into one buffer (a spectral norm does
+    in every step) while autograd still needs its neighbours in memory, which then must not count as changed."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
         module._parameters[leaf].data = value.data
     else:
-        module._buffers[leaf] = value
+        module._buffers[leaf] = value.data
 
 
 def by_tensor(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, dict[int, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynprune.labels import PINNED, LabelTracer, Op, Rule, distinct, tensors_in, varies
+from dynprune.labels import PINNED, LabelTracer, Op, Rule, tensors_in, varies
 from dynprune.numbers import Number
 
 RULES: dict[Callable, Rule] = {}
@@ -46,7 +46,7 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default: objec
     celu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid threshold sin cos erf floor ceil round sign nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout
     feature_dropout feature_alpha_dropout hardshrink softshrink tanhshrink to type float double half bfloat16 contiguous
     clone detach cpu cuda type_as requires_grad_ positive logical_not isnan isinf isfinite bernoulli rrelu
-    zeros_like ones_like empty_like rand_like randn_like full_like"""),
+    zeros_like ones_like empty_like rand_like randn_like full_like fake_quantize_per_tensor_affine"""),
     Tensor.data.__get__)
 def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """One tensor in, the same shape out, every element on its own."""
@@ -55,6 +55,82 @@ def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     output = func(*args, **kwargs)
     if labels is not None and isinstance(output, Tensor) and output is not value:
         tracer.set(output, labels)
+        if id(value) in tracer.names or value in tracer.pointwise:
+            tracer.pointwise[output] = True
+    return output
+
+
+@rule_for(*named("fake_quantize_per_channel_affine"))
+def fake_quantize_per_channel(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """Rounding with a scale and a zero point of its own for every channel along `axis`."""
+    value, scale, zero_point = args[0], argument(args, kwargs, 1, "scale"), argument(args, kwargs, 2, "zero_point")
+    labels = tracer.of(value)
+    output = func(*args, **kwargs)
+    if labels is None:
+        return output
+    channels = tracer.vector(labels, argument(args, kwargs, 3, "axis"))
+    if channels is None:
+        tracer.default(func, output, args, kwargs)
+        return output
+    for tensor in (scale, zero_point):
+        tracer.axis(tensor, 0, channels)
+    tracer.set(output, labels)
+    if id(value) in tracer.names or value in tracer.pointwise:
+        tracer.pointwise[output] = True
+    return output
+
+
+@rule_for(*named("fused_moving_avg_obs_fake_quant"))
+def observe_and_fake_quantize(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """Rounding to a range that was observed: of all values, or per channel along `ch_axis`."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is None:
+        return output
+    per_row = argument(args, kwargs, 11, "per_row_fake_quant", False)
+    if per_row:
+        channels = tracer.vector(labels, argument(args, kwargs, 10, "ch_axis"))
+        if channels is None:
+            tracer.default(func, output, args, kwargs)
+            return output
+        for tensor in args[3:7]:  # running minimum and maximum, scale, zero point
+            tracer.axis(tensor, 0, channels)
+    tracer.set(output, labels)
+    if id(args[0]) in tracer.names or args[0] in tracer.pointwise:
+        tracer.pointwise[output] = True
+    return output
+
+
+@rule_for(Tensor.shape.__get__, *named("size"))
+def shape_of(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """Asking for a shape may be the first half of comparing it with a remembered size."""
+    if (labels := tracer.labels.get(args[0])) is not None:
+        tracer.recent.append(labels)
+    return func(*args, **kwargs)
+
+
+@rule_for(*named("numpy tolist item array dlpack data_ptr untyped_storage"))
+def leave_torch(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """Values that leave torch may come back as anything, so the channels that they hold stay."""
+    if (labels := tracer.labels.get(args[0])) is not None:
+        tracer.pin(labels, getattr(func, "__name__", "numpy").strip("_"))
+    return func(*args, **kwargs)
+
+
+@rule_for(*named("zeros ones empty full rand randn new_zeros new_ones new_empty new_full new_tensor"))
+def factory(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """A new constant. Where one of its sizes is a remembered one, that dimension shrinks with what the size counts."""
+    output = func(*args, **kwargs)
+    sizes = args[1:] if args and isinstance(args[0], Tensor) else args or (kwargs.get("size", ()),)
+    sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+    numbers = [d for d, size in enumerate(sizes) if isinstance(size, Number)]
+    if len(sizes) >= output.ndim and len(numbers) == 1 and numbers[0] < output.ndim and output.size(numbers[0]) == int(sizes[numbers[0]]):
+        labels = tracer.fresh(output.size(numbers[0]))
+        if tracer.sized_by(sizes[numbers[0]], labels):
+            tracer.set(output, labels.view([-1 if d == numbers[0] else 1 for d in range(output.ndim)]))
+            return output
+    if args and isinstance(args[0], Tensor):
+        tracer.constants[output] = True
     return output
 
 
@@ -105,6 +181,7 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
 MOVES: dict[Callable, Callable] = {func: func for func in named("""permute transpose swapaxes swapdims movedim moveaxis t
     squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave cat concat concatenate stack hstack vstack
     flip fliplr flipud roll rot90 narrow select unbind index_select getitem adjoint take_along_dim tril triu diagonal""")}
+MOVES[Tensor.unfold] = Tensor.unfold
 MOVES |= {func: Tensor.reshape for func in named("view reshape")}
 MOVES |= {func: func for func in named("flatten unflatten")}
 MOVES |= {prop.__get__: (lambda x, _p=prop: _p.__get__(x)) for prop in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)}
@@ -150,7 +227,7 @@ def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: object) -> boo
             continue
         along = tracer.vector(labels, dim)
         for bound in (entry.start, entry.stop):
-            if bound in (None, 0) or bound == labels.size(dim):
+            if bound is None or int(bound) in (0, labels.size(dim)):
                 continue
             if along is None or entry.step not in (None, 1) or not tracer.sized_by(bound, along[:bound]):
                 return False
@@ -173,8 +250,8 @@ def on_cpu(tree: object) -> object:
 
 def loses_labels(labels: Tensor, tracer: LabelTracer, outputs: list[Tensor]) -> bool:
     """Whether slicing left some channels out."""
-    after = torch.cat([torch.unique(distinct(tracer.labels[output])) for output in outputs])
-    return not torch.equal(torch.unique(distinct(labels)), torch.unique(after))
+    after = torch.cat([tracer.among(tracer.labels[output]) for output in outputs])
+    return not torch.equal(tracer.among(labels), tracer.among(after))
 
 
 def reorders(func: Callable, labels: Tensor, args: tuple) -> bool:
@@ -327,6 +404,74 @@ def spatial(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> o
     return output
 
 
+@rule_for(*named("pixel_shuffle"))
+def pixel_shuffle(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(..., C r^2, H, W) to (..., C, H r, W r): the r^2 channels that make one output channel live and die together."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is not None:
+        channels = tracer.vector(labels, -3)
+        if channels is None:
+            tracer.default(func, output, args, kwargs)
+        else:
+            first = tracer.tie_along(channels.view(output.size(-3), -1), 1)
+            tracer.set(output, first.view(-1, 1, 1))
+    return output
+
+
+@rule_for(*named("pixel_unshuffle"))
+def pixel_unshuffle(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(..., C, H r, W r) to (..., C r^2, H, W): every channel becomes r^2."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is not None:
+        channels = tracer.vector(labels, -3)
+        if channels is None:
+            tracer.default(func, output, args, kwargs)
+        else:
+            tracer.set(output, channels.repeat_interleave(output.size(-3) // len(channels)).view(-1, 1, 1))
+    return output
+
+
+@rule_for(F.unfold)
+def image_to_columns(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(N, C, H, W) to (N, C k^2, positions): the places of a window lie behind their channel."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is not None:
+        channels = tracer.vector(labels, -3)
+        if channels is None:
+            tracer.default(func, output, args, kwargs)
+        else:
+            tracer.set(output, channels.repeat_interleave(output.size(-2) // len(channels)).view(-1, 1))
+    return output
+
+
+@rule_for(F.fold)
+def columns_to_image(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(N, C k^2, positions) to (N, C, H, W): the entries of a window are added up in their channel."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is not None:
+        entries = tracer.vector(labels, -2)
+        if entries is None:
+            tracer.default(func, output, args, kwargs)
+        else:
+            tracer.set(output, tracer.tie_along(entries.view(output.size(-3), -1), 1).view(-1, 1, 1))
+    return output
+
+
+@rule_for(F.local_response_norm)
+def local_response_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """Every channel over a sum of its neighbours: they pass, and mix."""
+    labels = tracer.of(args[0])
+    output = func(*args, **kwargs)
+    if labels is not None:
+        tracer.mix(labels, "local_response_norm")
+        tracer.set(output, labels)
+    return output
+
+
 CHOICES = set(named("argmax argmin max min count_nonzero all any prod"))
 
 
@@ -386,6 +531,35 @@ def along_one_dimension(tracer: LabelTracer, func: Callable, args: tuple, kwargs
     return output
 
 
+@rule_for(*named("mv"), torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matrix_times_vector(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """A filter bank, as a matrix, times one of the network's own vectors: half of the spectral norm. Other products are not followed."""
+    matrix, vector = args[0], args[1] if len(args) > 1 else kwargs.get("vec", kwargs.get("other"))
+    bank = tracer.bank_of(matrix)
+    output = func(*args, **kwargs)
+    entries = tracer.of(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else None
+    if bank is None or matrix.ndim != 2 or entries is None or not tracer.is_own(vector) or (labels := tracer.of(matrix)) is None:
+        tracer.default(func, output, args, kwargs)
+        return output
+    tracer.bank_vectors.setdefault(bank, []).append(entries)
+    tracer.set(output, labels[:, 0])
+    return output
+
+
+@rule_for(*named("dot vdot"))
+def inner_product(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """One number of two vectors, whose entries belong together."""
+    labels = [tracer.of(value) for value in args[:2]]
+    output = func(*args, **kwargs)
+    if all(found is not None for found in labels):
+        tracer.tie(*labels)
+        tracer.mix(labels[0], "spectral_norm" if any(tracer.is_own(value) for value in args[:2]) else "dot")
+        tracer.set(output, tracer.pinned_like(output))
+    else:
+        tracer.default(func, output, args, kwargs)
+    return output
+
+
 @rule_for(*named("layer_norm rms_norm"))
 def layer_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Normalises over the last dimensions together: channels found there are mixed."""
@@ -429,8 +603,11 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
         if groups > 1:
             tracer.tie_along(channels.view(groups, -1), 0)
         tracer.mix(channels, "group_norm")
-    for position, name in enumerate(entries, start=first):
-        tracer.axis(argument(args, kwargs, position, name), 0, channels)
+    own = [argument(args, kwargs, position, name) for position, name in enumerate(entries, start=first)]
+    for tensor in own:
+        tracer.axis(tensor, 0, channels)
+    if all(tensor is None for tensor in own):
+        tracer.note_size("num_channels" if func in GROUP_NORMS else "num_features", channels)
     tracer.set(output, labels)
     return output
 
@@ -490,6 +667,16 @@ def convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
     return output
 
 
+def read_computed_weight(tracer: LabelTracer, bank: str, weight: Tensor, channels: Tensor) -> None:
+    """A weight computed from a filter bank reads these channels: (inputs,). Unless every entry was computed on its own, the others of
+    its filter had a say, so removal mixes. Vectors that the bank was multiplied with have an entry per input and place in the filter."""
+    vectors = tracer.bank_vectors.get(bank, [])
+    for vector in vectors:
+        tracer.tie(vector.view(len(channels), -1), channels[:, None])
+    if weight not in tracer.pointwise:
+        tracer.mix(channels, "spectral_norm" if vectors else "weight standardisation")
+
+
 def per_dimension(value: object, count: int) -> tuple[int, ...]:
     values = tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),)
     return values * count if len(values) == 1 else values
@@ -540,7 +727,7 @@ def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weigh
         bank = tracer.bank_of(weight)
         if bank is not None and tracer.banks[bank].shape == weight.shape:
             tracer.axis(tracer.banks[bank], 1, channels, reads=True)
-            tracer.mix(channels, "weight standardisation")
+            read_computed_weight(tracer, bank, weight, channels)
         else:
             tracer.pin(channels, "convolution with a computed weight")
         tracer.axis(weight, 0, made)
@@ -572,7 +759,12 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
         tracer.axis(weight, 1, channels, reads=True)
         tracer.axis(weight, 0, made)
     else:
-        tracer.pin(channels, "linear with a computed weight")
+        bank = tracer.bank_of(weight) if weight in tracer.labels else None
+        if bank is not None and tracer.banks[bank].shape == weight.shape:
+            tracer.axis(tracer.banks[bank], 1, channels, reads=True)
+            read_computed_weight(tracer, bank, weight, channels)
+        else:
+            tracer.pin(channels, "linear with a computed weight")
         made = tracer.fresh(weight.size(0)) if weight in tracer.labels else torch.zeros(weight.size(0), dtype=torch.int64)
         tracer.axis(weight, 0, made)
     tracer.axis(bias, 0, made)
@@ -580,4 +772,75 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     return output
 
 
-LAYERS = {convolution, linear, prelu}
+# -- recurrent layers ---------------------------------------------------------------------------------------------------
+
+
+GATES = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
+CELL_GATES = {torch.lstm_cell: 4, torch.gru_cell: 3, torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1}
+
+
+@rule_for(*GATES)
+def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(input, state, weights, has_biases, layers, dropout, training, bidirectional, batch_first). All directions and layers of a network
+    remember one hidden size, so they lose the same units; a unit owns a row in each gate and a column of the recurrent weight."""
+    output = func(*args, **kwargs)
+    labels, weights = tracer.input_labels(args[0], func.__name__), args[2] if len(args) > 2 else None
+    if not isinstance(weights, (list, tuple)) or len(args) < 9 or isinstance(args[1], Tensor) and args[1].ndim == 1:  # a packed sequence
+        tracer.default(func, output, args, kwargs)
+        return output
+    biases, layers, directions = bool(args[3]), int(args[4]), 2 if args[7] else 1
+    per_cell = len(weights) // (layers * directions)
+    state = list(tensors_in(args[1]))
+    channels = tracer.vector(labels, -1)
+    if channels is None or per_cell != (4 if biases else 2) or any(id(weight) not in tracer.names for weight in weights):
+        tracer.default(func, output, args, kwargs)
+        return output
+    units = tracer.fresh(weights[1].size(1))
+    for cell in range(layers * directions):
+        record_cell(tracer, weights[cell * per_cell:(cell + 1) * per_cell], channels if cell < directions else units.repeat(directions), units, GATES[func])
+    for value in state:
+        found = tracer.of(value)
+        if found is None:
+            tracer.cut(units, func.__name__)  # zeros of the layer's own making shrink with it; others may not
+        else:
+            tracer.tie(found, units.expand(found.shape))
+    steps = math.prod(args[0].shape[:-1]) // tracer.batch
+    tracer.ops += [Op(tracer.layer, tracer.names[id(weight)], steps, size=(steps,)) for weight in weights if weight.ndim == 2]
+    for part, found in zip(tensors_in(output), (units.repeat(directions), units, units)):
+        tracer.set(part, found)
+    return output
+
+
+@rule_for(*CELL_GATES)
+def recurrent_cell(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
+    """(input, state, weight of the input, weight of the state, two biases): one step of a recurrent layer."""
+    output = func(*args, **kwargs)
+    channels = tracer.vector(tracer.input_labels(args[0], func.__name__), -1)
+    state, weights = list(tensors_in(args[1])), [value for value in args[2:6] if value is not None]
+    if channels is None or any(id(weight) not in tracer.names for weight in weights):
+        tracer.default(func, output, args, kwargs)
+        return output
+    units = tracer.fresh(weights[1].size(1))
+    record_cell(tracer, weights, channels, units, CELL_GATES[func])
+    for value in state:
+        found = tracer.of(value)
+        if found is None:
+            tracer.cut(units, func.__name__)
+        else:
+            tracer.tie(found, units.expand(found.shape))
+    tracer.ops += [Op(tracer.layer, tracer.names[id(weight)], max(1, args[0].shape[0] // tracer.batch), size=(1,)) for weight in weights[:2]]
+    for part in tensors_in(output):
+        tracer.set(part, units)
+    return output
+
+
+def record_cell(tracer: LabelTracer, weights: list[Tensor] | tuple[Tensor, ...], channels: Tensor, units: Tensor, gates: int) -> None:
+    """weights: of the input (gates x units, inputs), of the state (gates x units, units), and their biases. channels: (inputs,)."""
+    rows = units.repeat(gates)
+    tracer.axis(weights[0], 1, channels, reads=True)
+    tracer.axis(weights[1], 1, units, reads=True)
+    for weight in weights:
+        tracer.axis(weight, 0, rows)
+
+
+LAYERS = {convolution, linear, prelu, recurrent, recurrent_cell}

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dynprune.config import GateConfig, Recipe, TrainConfig
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, DynpruneWarning
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 1: before tensors from attributes were stored
 HEADER_BYTES = 32 * 2**20  # longest JSON that is parsed; those of large networks take some hundred KB
 
 
@@ -159,8 +161,15 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def record(self, command: str, result: Mapping) -> None:
-        """Keep a command's outcome in result.json, beside those of the others."""
-        write_text(self.path / "result.json", json.dumps({**self.results, command: result}, indent=2))
+        """Keep a command's outcome in result.json, beside those of the others. Where that cannot be written, the result is still shown."""
+        self.keep("result.json", json.dumps({**self.results, command: result}, indent=2))
+
+    def keep(self, name: str, content: str) -> None:
+        """Write a file that only repeats what is shown; warn where the run directory takes none."""
+        try:
+            write_text(self.path / name, content)
+        except DynpruneError as error:
+            warnings.warn(f"{error} The result is shown, but not recorded.", DynpruneWarning, stacklevel=2)
 
 
 class GateRun(Run):
@@ -186,7 +195,7 @@ def open_any(path: Path) -> Run:
 
 def runs_code(model: str) -> bool:
     """Whether a model's name is that of a function of the user's own, which would be imported."""
-    return ":" in model and not model.startswith(("torchvision:", "timm:"))
+    return ":" in model and not model.startswith(("torchvision:", "timm:", "transformers:"))
 
 
 def step_of(line: str) -> float:
@@ -233,7 +242,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode("utf-8", "surrogateescape"))  # names of files need not be UTF-8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
@@ -253,8 +262,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
             facts = json.loads(text) if 0 < len(text) < HEADER_BYTES else None
             if not isinstance(facts, dict) or facts.get("kind") != kind:
                 raise DynpruneError(f"{path} is not one of ours, or of another kind. {wanted}.")
-            if facts.get("schema") != SCHEMA:
-                raise DynpruneError(f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads {SCHEMA}. Write it again with this version.")
+            if facts.get("schema") not in READABLE or isinstance(facts["schema"], bool):
+                raise DynpruneError(f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads {' and '.join(map(str, READABLE))}. Write it again with this version.")
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise DynpruneError(f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0][:200]}). {wanted}.") from error

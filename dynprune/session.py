@@ -25,15 +25,18 @@ from dynprune.compiling import try_compiling
 from dynprune.config import TrainConfig
 from dynprune.data import Data
 from dynprune.distributed import ALONE, Ranks, agree, average, share_norms
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, ModelFails
 from dynprune.explore import Explorer
 from dynprune.fit import Fit, Fitter, Latency
 from dynprune.latency import Report, silent
+from dynprune.numbers import parse_number
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.runs import Run, write_text
 from dynprune.saliency import magnitude, prepare
-from dynprune.scores import check_output, logits
+from dynprune.scores import fitting, logits
+from dynprune.state import carry_over, check_facts as check_state, fill, in_precision, state_of
 from dynprune.tracing import first_line, trace
+from dynprune.weights import load_weights
 
 NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
 PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
@@ -60,7 +63,8 @@ class Session:
                  full: nn.Module | None = None):
         """fit: the widths to begin with, where they are known already; else they are found, which `report` follows. full: the network, with
         its weights, in place of the one that the settings name."""
-        self.config, self.data, self.ranks = config, data, ranks
+        self.config, self.ranks = config.resolved(len(data.train), ranks.count), ranks
+        config = self.config
         self.part = ranks.part(config.batch_size)
         self.stop: Callable[[], bool] = lambda: False
         self.stopping, self.sent_bytes = False, 0
@@ -70,13 +74,13 @@ class Session:
         self.steps = self.steps_per_epoch * config.epochs
         self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
-        given = full is not None
-        full = (full if given else zoo.build(config.model, len(data.classes), config.seed)).to(self.dtype)
+        given, self.weights_from = full is not None, ""
+        full = in_precision(full if given else zoo.build(config.model, len(data.classes), config.seed, size=data.size), self.dtype)
+        self.data = data = fitting(full, data)
         if config.weights and not given:
-            zoo.load_weights(full, Path(config.weights))
+            self.weights_from = load_weights(full, Path(config.weights))
         example = data.example.to(self.dtype)
-        check_output(full, data.classes, example)
-        self.graph = trace(full, example)
+        self.graph = trace_images(full, example)
         self.fitter = Fitter(full, self.graph, example, config, report)
         if fit is not None and (fit.widths.keys() != self.graph.groups.keys() or any(fit.widths[group.name] > group.arms for group in self.graph)):
             raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
@@ -213,7 +217,9 @@ class Session:
             raise lost(self, run, self.step, math.nan)
         self.explorer.count(self.reservoir.slots)
         self.reservoir.write_back()
-        tensors = {f"full.{name}": value for name, value in self.reservoir.full.state_dict().items()}
+        carry_over(self.model, self.reservoir.full, sizes={parse_number(name)[0] for name, dim in self.graph.axes if dim < 0})
+        own, state = state_of(self.reservoir.full)
+        tensors = {f"full.{name}": value for name, value in own.items()}
         tensors |= {f"explorer.{name}": value for name, value in self.explorer.state().items()}
         tensors |= {f"slots.{name}": torch.from_numpy(arms) for name, arms in self.reservoir.slots.items()}
         tensors |= {f"template.{name}": torch.from_numpy(arms) for name, arms in self.reservoir.template.items()}
@@ -222,7 +228,7 @@ class Session:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
         facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
-                 "side": self.data.side, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
+                 "size": self.data.size, "state": state, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
         run.write_checkpoint(tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
                  for name, counts in self.explorer.executed.items()}
@@ -240,7 +246,7 @@ class Session:
             raise DynpruneError(f"{run.path} is at step {facts['step']}, outside the {self.steps} that the settings now give. Choose more --epochs.")
         try:
             self.step = facts["step"]
-            slots, template = slots_in(tensors, self.reservoir.full, self.graph)
+            slots, template = slots_in(tensors, facts, self.reservoir.full, self.graph)
             self.fit = fit_in(facts, "fit")
             if any(len(arms) > self.fit.widths[name] for name, arms in slots.items()):
                 raise ValueError("more arms than the widths allow")
@@ -278,16 +284,24 @@ def fit_in(facts: dict, name: str) -> Fit:
         raise DynpruneError(f'The checkpoint\'s header has no valid entry "{name}". Expected a checkpoint written by this version of dynprune train.') from error
 
 
-def slots_in(tensors: dict[str, Tensor], full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
-    """Fill `full` from a checkpoint's tensors; returns its slots and their template."""
+def slots_in(tensors: dict[str, Tensor], facts: Mapping, full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
+    """Fill `full` from a checkpoint's tensors and header; returns its slots and their template."""
     try:
-        full.load_state_dict(part(tensors, "full."))
+        fill_full(full, tensors, facts)
         slots, template = ({group.name: arms_in(tensors[f"{kind}.{group.name}"], group.arms) for group in graph} for kind in ("slots", "template"))
         if any(len(slots[name]) != len(template[name]) or (np.diff(template[name]) <= 0).any() for name in slots):
             raise ValueError("slots and their template disagree")
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise DynpruneError(f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings.") from error
     return slots, template
+
+
+def fill_full(full: nn.Module, tensors: dict[str, Tensor], facts: Mapping) -> None:
+    """Give the full-width network the state that a checkpoint's tensors and header hold."""
+    if facts["schema"] == 1:
+        full.load_state_dict(part(tensors, "full."))
+    else:
+        fill(full, part(tensors, "full."), check_state(facts.get("state")))
 
 
 def arms_in(tensor: Tensor, count: int) -> np.ndarray:
@@ -296,6 +310,14 @@ def arms_in(tensor: Tensor, count: int) -> np.ndarray:
     if not len(arms) or arms.min() < 0 or arms.max() >= count or len(np.unique(arms)) != len(arms):
         raise ValueError("arms that do not exist")
     return arms
+
+
+def trace_images(network: nn.Module, example: Tensor) -> ChannelGraph:
+    """As `trace`, for commands whose option --image-size sets the example."""
+    try:
+        return trace(network, example)
+    except ModelFails as error:
+        raise DynpruneError(f"{error} Its height and width are set with --image-size, such as --image-size 96 or 96x64.") from error
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -333,7 +355,7 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the recipe, in its fused form: one kernel for all parameters."""
-    fused = device.type in ("cpu", "cuda")
+    fused = device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in model.parameters())
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,

@@ -18,7 +18,8 @@ from torch import Tensor
 from dynprune.config import TrainConfig
 from dynprune.data import load_data
 from dynprune.distributed import lost_contact
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, Stopped
+from dynprune.rehearsal import rehearse_step
 from dynprune.runs import Run
 from dynprune.scores import evaluate
 from dynprune.session import History, Session, learning_rate, lost
@@ -77,8 +78,10 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool
     With several processes (`session.ranks`) each calls this; the first one alone writes, validates and tests.
     """
     session = session or Session(config, load_data(config))
+    config = session.config
     history = session.restore(run, override=override, note=note) if resume else History()
     session.stop = stop
+    rehearse_step(session, note)
     with torch.random.fork_rng(), threads(config.threads), telling_what_is_left(session, run):
         started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
         compiled = session.compile(note)
@@ -234,8 +237,8 @@ class EpochMeter:
                 "data_wait_share": self.waited_s / seconds}
 
 
-def stopped(session: Session, run: Run) -> DynpruneError:
-    return DynpruneError(f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
+def stopped(session: Session, run: Run) -> Stopped:
+    return Stopped(f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
                          f"Go on with: dynprune train --resume --out {run.path}")
 
 

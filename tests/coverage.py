@@ -49,7 +49,7 @@ def measure_backbone(name: str) -> dict:
     seconds = time.perf_counter() - started
     check = check_exactness(backbone, graph, (x,), 0.5, 0, seconds)
     return {"ok": check.ok, "diff": check.max_rel_diff, "kept": check.params_kept_share, "trace_s": seconds, "prunable": whole.prunable_params_share,
-            "params": whole.params, "pins": sorted({pin.op for pin in whole.pinned}), "failure": check.failure, "groups": len(graph), "mixed": len(check.mixed)}
+            "params": whole.params, "pins": sorted({pin.op for pin in whole.pinned}), "failure": check.failure, "not_shown": check.not_shown, "groups": len(graph), "mixed": len(check.mixed)}
 
 
 def timm_names() -> list[str]:
@@ -77,7 +77,7 @@ def measure(name: str, max_params: float) -> dict:
         found = inspect(name, check=True)
         line = {"ok": found.check.ok, "diff": found.check.max_rel_diff, "kept": found.check.params_kept_share, "trace_s": found.check.trace_seconds,
                 "prunable": found.prunable_params_share, "params": found.params, "pins": sorted({pin.op for pin in found.pinned}),
-                "failure": found.check.failure, "groups": found.groups, "mixed": len(found.check.mixed)}
+                "failure": found.check.failure, "not_shown": found.check.not_shown, "groups": found.groups, "mixed": len(found.check.mixed)}
     except Exception as error:
         line = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
     gc.collect()
@@ -93,7 +93,7 @@ def table(lines: list[dict]) -> str:
             continue
         pins = ", ".join(pin for pin in line["pins"] if pin != "output") or "-"
         rows.append(f"| {line['model'].partition(':')[2]} | {line['params'] / 1e6:.1f} M | {100 * line['prunable']:.1f} % | "
-                    f"{line['diff']:.0e}{'' if line['ok'] else ' **FAILED**'} | {100 * line['kept']:.0f} % | {line['mixed']} of {line['groups']} | "
+                    f"{line['diff']:.0e}{'' if line['ok'] else ' not shown' if line.get('not_shown') else ' **FAILED**'} | {100 * line['kept']:.0f} % | {line['mixed']} of {line['groups']} | "
                     f"{line['trace_s']:.1f} s | {pins} |")
     return "\n".join(rows)
 

@@ -89,7 +89,7 @@ def test_pins_are_named():
 
 
 def test_a_model_that_fails_on_the_input_is_named_with_its_layer():
-    with pytest.raises(DynpruneError, match=r'in layer "stem.0" .*--input'):
+    with pytest.raises(DynpruneError, match=r'in layer "stem.0" .*the input that it expects'):
         trace(models.Tiny(), torch.zeros(1, 5, 8, 8))
 
 

@@ -159,7 +159,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
             process.send_signal(signal.SIGINT)
             break
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "The state is saved" in errors and "--resume" in errors
+    assert process.returncode == 130 and "The state is saved" in errors and "--resume" in errors
     assert "Finish it first" in refused("compact", tmp_path / "stopped")
     assert "--epochs 99" in refused("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 99)
     assert "--override cannot change --budget" in refused("train", "--resume", "--override", "--out", tmp_path / "stopped", "--budget", "0.5")
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
     one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("stopped", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     longer = json.loads(dynprune("train", "--resume", "--override", "--epochs", 14, "--out", tmp_path / "whole", "--json").stdout)
-    assert longer["steps"] == 14 * 20 and "epochs = 14" in (tmp_path / "whole" / "config.toml").read_text()
+    assert longer["steps"] == 14 * 21 and "epochs = 14" in (tmp_path / "whole" / "config.toml").read_text()
 
 
 def test_killed_runs_end_like_an_uninterrupted_one(capsys):
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     whole, expected = (path / "checkpoint.safetensors").read_bytes(), kills.outcome(path)
     (path / "checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
     errors = dynprune("train", "--resume", "--out", path).stderr
-    assert "warning: " in errors and "is damaged" in errors and "Going on from the checkpoint before, of step 40" in errors
+    assert "warning: " in errors and "is damaged" in errors and "Going on from the checkpoint before, of step 42" in errors
     assert kills.same(kills.outcome(path), expected) and (path / "checkpoint.damaged.safetensors").is_file()
     (path / "checkpoint.safetensors").unlink()  # killed between the two renames
     assert "of step" in dynprune("train", "--resume", "--out", path).stderr

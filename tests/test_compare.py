@@ -35,7 +35,7 @@ def test_finished_runs_are_not_repeated_and_stopped_ones_go_on(tmp_path, monkeyp
     heard = []
     first = compare(CONFIG, ["cucb", "static"], 2, tmp_path / "all", say=heard.append)
     assert [(run.policy, run.seed) for run in first.runs] == [("cucb", 0), ("static", 0), ("cucb", 1), ("static", 1)] and len(heard) >= 4
-    assert all(run.macs <= 0.3 * 399328 and run.train_macs == 3 * run.macs * 3 * 20 * 64 for run in first.runs)
+    assert all(run.macs <= 0.3 * 399328 and run.train_macs == 3 * run.macs * 3 * 21 * 64 for run in first.runs)
     (tmp_path / "all" / "static-1" / "result.json").unlink()  # as if it had been killed after its last checkpoint
     trained = []
     whole = comparing.train
@@ -67,8 +67,8 @@ def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
 def test_what_grows_costs_less_and_thin_networks_do_not_grow(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=5, grow=0.5)
     found = {run.policy: run for run in compare(config, ["cucb", "random", "static", "static:grow=0.5"], 1, tmp_path, equal="cost").runs}
-    assert found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 20 * 64 and found["cucb"].macs == found["static"].macs
-    affordable = round(found["cucb"].train_macs / (3 * found["static"].macs * 20 * 64))
+    assert found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 21 * 64 and found["cucb"].macs == found["static"].macs
+    affordable = round(found["cucb"].train_macs / (3 * found["static"].macs * 21 * 64))
     assert affordable < 5 and [found[name].epochs for name in found] == [5, 5, affordable, 5] and found["random"].train_macs == found["cucb"].train_macs
 
 
@@ -83,7 +83,7 @@ def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
         found = compare(dataclasses.replace(config, weights=given), ["cucb", "dense+prune"], 1, out).runs[1]
         assert sorted(path.name for path in (out / "dense+prune-0").iterdir() if path.is_dir()) == trained
         assert found.epochs == 2 and found.accuracy > 0
-        assert (found.train_macs > 3 * found.macs * 2 * 20 * 64) == (not given)
+        assert (found.train_macs > 3 * found.macs * 2 * 21 * 64) == (not given)
 
 
 def test_a_policy_with_other_settings_is_a_rival(tmp_path):

@@ -25,7 +25,7 @@ def test_batches_are_a_function_of_seed_epoch_and_step():
     data = load_data(TrainConfig())
     whole = list(data.train_batches(128, seed=3, epoch=2))
     rest = list(data.train_batches(128, seed=3, epoch=2, start=4))
-    assert len(whole) == data.steps_per_epoch(128) == 10
+    assert len(whole) == data.steps_per_epoch(128) == 11
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(whole[4:], rest))
     assert not torch.equal(whole[0][1], next(iter(data.train_batches(128, 3, 3)))[1])
 
@@ -49,7 +49,7 @@ def test_normalised_images_have_mean_0_and_deviation_1():
 def test_folders_with_val_and_test_keep_them_apart(tmp_path):
     data = load_data(TrainConfig(data=str(write_folder(tmp_path, splits=("train", "val", "test"))), batch_size=4))
     assert (len(data.train), len(data.val), len(data.test)) == (24, 24, 24) and (data.chooses, data.reports) == ("val/", "test/")
-    assert data.classes == ["cat", "dog"] and data.side == 32 and data.augment == "crop+flip"
+    assert data.classes == ["cat", "dog"] and data.size == (3, 32, 32) and data.augment == "crop+flip"
 
 
 def test_one_folder_per_class_is_split_by_fraction_and_seed(tmp_path):
@@ -65,7 +65,7 @@ def test_photos_are_resized_by_their_shorter_side_and_cropped_in_the_middle(tmp_
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     Image.fromarray(wide).save(tmp_path / "a" / "x.png")
     Image.fromarray(wide[:, :, 0]).save(tmp_path / "b" / "grey.png")
-    images = decode(scan(tmp_path, None)[0], 20)
+    images = decode(scan(tmp_path, None)[0], 20, 20)
     assert images.pixels.shape == (2, 3, 20, 20) and images.pixels[:, :, :, 1:-1].min() == 255
 
 
@@ -86,8 +86,8 @@ def test_fashion_mnist_is_read_where_it_lies(tmp_path):
 
 
 def test_small_images_are_framed_and_large_ones_resized():
-    assert fit(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 32)[0, 0, [0, 2, 15], [0, 2, 15]].tolist() == [0, 9, 9]
-    assert fit(torch.full((1, 3, 64, 64), 9, dtype=torch.uint8), 32).shape == (1, 3, 32, 32)
+    assert fit(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 32, 32)[0, 0, [0, 2, 15], [0, 2, 15]].tolist() == [0, 9, 9]
+    assert fit(torch.full((1, 3, 64, 64), 9, dtype=torch.uint8), 32, 32).shape == (1, 3, 32, 32)
 
 
 def test_classes_too_small_to_split_are_refused(tmp_path):

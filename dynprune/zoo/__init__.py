@@ -1,57 +1,141 @@
-"""From a name to a network: the zoo, `torchvision:NAME`, `timm:NAME`, or the user's own `package.module:factory`.
+"""From a name to a network: the zoo, `torchvision:NAME`, `timm:NAME`, `transformers:NAME`, or the user's own `package.module:factory`.
 
-Takes the name and the number of classes, returns a freshly initialised module. `load_weights` fills it from a checkpoint.
+Takes the name and the number of classes, returns a freshly initialised module. Arguments may follow the name: `timm:resnet18?in_chans=1`.
+`weights.py` fills it from a checkpoint.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
 import sys
-import zipfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dynprune.copies import same_randomness
 from dynprune.errors import DynpruneError
+from dynprune.state import in_precision, refuse_strange
 from dynprune.zoo import cifar
 
 ZOO: dict[str, Callable[[int], nn.Module]] = {
     name: getattr(cifar, name) for name in ("vgg16", "vgg19", "resnet20", "resnet56", "resnet164", "densenet40")}
-FORMS = f"{', '.join(ZOO)}, torchvision:NAME, timm:NAME, package.module:factory"
+FORMS = f"{', '.join(ZOO)}, torchvision:NAME, timm:NAME, transformers:NAME, package.module:factory"
+COUNTS_CLASSES = ("num_classes", "n_classes", "nclasses", "num_labels", "classes")  # what factories call the number of classes
+FETCHING = ("pretrained", "checkpoint", "weights", "cache", "url", "file", "trust_remote")  # arguments of libraries that read files or the network
+
+Factory = Callable[[int], object]
 
 
-def build(name: str, classes: int, seed: int | None = None) -> nn.Module:
-    """A new network for `classes` classes. With a seed, its initial weights are reproducible; the global generator is
-    left as it was either way."""
-    factory = find_factory(name)
-    with torch.random.fork_rng():
-        if seed is not None:
-            torch.manual_seed(seed)
-        model = factory(classes)
-    if not isinstance(model, nn.Module):
-        raise DynpruneError(f'"{name}" returned {type(model).__name__}. Expected a torch.nn.Module.')
-    return model
+def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[int] | None = None) -> nn.Module:
+    """A new network for `classes` classes, in float32. With a seed, its initial weights are reproducible; the global generators are left
+    as they were either way. size: channels, height and width of an input, by which lazy layers find their own sizes.
+
+    Raises DynpruneError for names that lead to no network, and where building it fails.
+    """
+    base, options = parse_name(name)
+    factory = find_factory(base, options)
+    with same_randomness(seed):
+        try:
+            model = factory(classes)
+        except DynpruneError:
+            raise
+        except Exception as error:
+            if torch.get_default_device().type == "meta":  # the caller tries whether it can be built there
+                raise RuntimeError(f"not on the meta device: {first_line(error)}") from error
+            raise failed(name, error) from error
+        if not isinstance(model, nn.Module):
+            raise DynpruneError(f'"{name}" returned {type(model).__name__}. Expected a torch.nn.Module.')
+        materialise(model, name, size)
+    refuse_strange(model, name)
+    return in_precision(model, torch.float32)
 
 
-def find_factory(name: str) -> Callable[[int], nn.Module]:
+def materialise(model: nn.Module, name: str, size: Sequence[int] | None) -> None:
+    """Let lazy layers find their sizes, in one forward pass."""
+    if not any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in [*model.parameters(), *model.buffers()]):
+        return
+    if size is None:
+        raise DynpruneError(f'"{name}" has lazy layers, whose sizes depend on the input, which is not known here.')
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size))
+    except Exception as error:
+        raise DynpruneError(f'"{name}" has lazy layers and fails on an input of {"x".join(map(str, size))} ({type(error).__name__}: {first_line(error)}).') from error
+    model.train()
+
+
+def failed(name: str, error: BaseException) -> DynpruneError:
+    """What a factory's exception means, in one line that names the place in the user's code."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    where = f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    hint = ""
+    if isinstance(error, TypeError) and "argument" in str(error):
+        hint = f' Arguments can follow the name: "{name}{"&" if "?" in name else "?"}depth=18".'
+    return DynpruneError(f'"{name}" cannot be built: {type(error).__name__}{where}: {first_line(error)}.{hint}')
+
+
+def first_line(error: BaseException) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return "".join(char for char in line if char.isprintable())[:300].rstrip(".")
+
+
+def parse_name(name: str) -> tuple[str, dict[str, object]]:
+    """"timm:resnet18?in_chans=1&drop_rate=0.1" to the name and its arguments: numbers, True, False, None, tuples, or text."""
+    base, mark, text = name.partition("?")
+    options: dict[str, object] = {}
+    for part in text.split("&") if mark else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise DynpruneError(f'--model got "{name}". Expected arguments such as {base}?width=64&depth=18.')
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return base, options
+
+
+def find_factory(name: str, options: dict[str, object] | None = None) -> Factory:
+    """What builds the network of this name, given the number of classes."""
+    options = options or {}
     if name in ZOO:
+        if options:
+            raise DynpruneError(f'"{name}" takes no arguments. Got {", ".join(options)}.')
         return ZOO[name]
     source, colon, rest = name.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, ZOO, 1)
-        raise DynpruneError(f'No model "{name}". ' + (f"Did you mean {close[0]}? " if close else "") + f"Choose one of: {FORMS}.")
-    if source == "torchvision":
-        return torchvision_factory(rest)
-    if source == "timm":
-        return timm_factory(rest)
-    return user_factory(source, rest)
+        raise DynpruneError(f'No model "{name}". {suggestion(name)}Choose one of: {FORMS}.')
+    if source in ("torchvision", "timm", "transformers"):
+        fetching = [key for key in options if any(word in key.lower() for word in FETCHING)]
+        if fetching:
+            raise DynpruneError(f'"{name}" got {fetching[0]}, which would read files or the network. Start from trained weights with --weights FILE.')
+        return {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}[source](rest, options)
+    return user_factory(source, rest, options)
 
 
-def torchvision_factory(name: str) -> Callable[[int], nn.Module]:
+def suggestion(name: str) -> str:
+    """Where a network of this name, or one like it, is to be had."""
+    import torchvision
+
+    sources = {"torchvision:": torchvision.models.list_models()}
+    if "timm" in sys.modules or importlib.util.find_spec("timm"):
+        import timm
+
+        sources["timm:"] = timm.list_models()
+    for prefix, names in {"": list(ZOO), **sources}.items():
+        if name in names:
+            return f"Did you mean {prefix}{name}? "
+    close = difflib.get_close_matches(name, [*ZOO, *sources["torchvision:"]], 1)
+    return f"Did you mean {close[0] if close[0] in ZOO else 'torchvision:' + close[0]}? " if close else ""
+
+
+def torchvision_factory(name: str, options: dict[str, object]) -> Factory:
     import torchvision
 
     known = [model for model in torchvision.models.list_models() if not model.startswith("quantized_")]
@@ -61,10 +145,10 @@ def torchvision_factory(name: str) -> Callable[[int], nn.Module]:
     extra: dict[str, object] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     if name in torchvision.models.list_models(module=torchvision.models.segmentation) + torchvision.models.list_models(module=torchvision.models.detection):
         extra["weights_backbone"] = None
-    return lambda classes: torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+    return lambda classes: torchvision.models.get_model(name, weights=None, **{"num_classes": classes, **extra, **options})
 
 
-def timm_factory(name: str) -> Callable[[int], nn.Module]:
+def timm_factory(name: str, options: dict[str, object]) -> Factory:
     try:
         import timm
     except ImportError as error:
@@ -72,67 +156,45 @@ def timm_factory(name: str) -> Callable[[int], nn.Module]:
     if not timm.is_model(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "see timm.list_models()"
         raise DynpruneError(f'timm has no model "{name}". Close to it: {close}.')
-    return lambda classes: timm.create_model(name, pretrained=False, num_classes=classes)
+    return lambda classes: timm.create_model(name, pretrained=False, **{"num_classes": classes, **options})
 
 
-def user_factory(module_name: str, factory_name: str) -> Callable[[int], nn.Module]:
-    """Import the user's factory, also from the working directory. It is called with num_classes if it takes that."""
+def transformers_factory(name: str, options: dict[str, object]) -> Factory:
+    """An image classifier of transformers: of a kind such as "convnextv2" with the default configuration, or of a folder with a config.json."""
+    try:
+        from transformers import AutoConfig, AutoModelForImageClassification
+    except ImportError as error:
+        raise DynpruneError(f'transformers is not installed, so "transformers:{name}" cannot be built. Install it: pip install transformers.') from error
+    if Path(name).is_dir():
+        return lambda classes: AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, local_files_only=True, num_labels=classes, **options))
+    known = sorted(config.model_type for config in AutoModelForImageClassification._model_mapping)
+    if name not in known:
+        close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:8]) + ", ..."
+        raise DynpruneError(f'transformers has no image classifier "{name}". Close to it: {close}. A folder with a config.json will do too.')
+    return lambda classes: AutoModelForImageClassification.from_config(AutoConfig.for_model(name, num_labels=classes, **options))
+
+
+def user_factory(module_name: str, path: str, options: dict[str, object]) -> Factory:
+    """Import the user's factory, also from the working directory: a function, a class, or one inside a class, "Class.method". It is
+    called with the number of classes if it takes that."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
+    except SyntaxError as error:
+        raise DynpruneError(f'Cannot import "{module_name}": {error.msg} in {error.filename}:{error.lineno}.') from error
+    except ModuleNotFoundError as error:
         raise DynpruneError(f'Cannot import "{module_name}" ({error}). Expected one of: {FORMS}.') from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise DynpruneError(f'"{module_name}" has no callable "{factory_name}". Expected a function that returns a torch.nn.Module.')
-    takes = inspect.signature(factory).parameters
-    accepts = "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    return (lambda classes: factory(num_classes=classes)) if accepts else (lambda classes: factory())
-
-
-def refuse_packed(path: Path) -> None:
-    """torch.save writes a zip archive without compression; anything else could unpack to far more than its size, or be plain pickle."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("not the zip archive that torch.save writes since version 1.6")
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("a compressed archive, which torch.save does not write")
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file, without unpickling code: safetensors, or torch.load with weights_only."""
-    if not path.is_file():
-        raise DynpruneError(f"No weights file {path}. Expected a safetensors file or a saved state dict.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        refuse_packed(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DynpruneError(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-                            "Expected safetensors, or a state dict saved with torch.save(model.state_dict(), ...).") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise DynpruneError(f"{path} holds {type(state).__name__}, not a state dict. Expected a mapping from names to tensors.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` from a checkpoint; every tensor must fit by name and shape."""
-    state, own = read_state_dict(path), model.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in state if name not in own]
-    shapes = [f"{name} is {list(state[name].shape)}, the model has {list(own[name].shape)}"
-              for name in own if name in state and state[name].shape != own[name].shape]
-    problems = [f"{title} {len(found)}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-                for title, found in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if found]
-    if problems:
-        raise DynpruneError(f"{path} does not fit the model. Tensors {'; '.join(problems)}. "
-                            "Check that --model and the number of classes are those it was trained with.")
-    model.load_state_dict(state, strict=False)
+        raise failed(f"{module_name}:{path}", error) from error
+    factory: object = module
+    for part in path.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        raise DynpruneError(f'"{module_name}" has no callable "{path}". Expected a function or a class that gives a torch.nn.Module.')
+    try:
+        takes = inspect.signature(factory).parameters
+    except ValueError:  # some that are written in C tell nothing
+        takes = {}
+    counts = next((key for key in COUNTS_CLASSES if key in takes), "num_classes" if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else None)
+    return lambda classes: factory(**({counts: classes} if counts else {}) | options)
