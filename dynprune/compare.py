@@ -38,6 +38,7 @@ from dynprune.session import PASSES, Session, fill_full, fit_in
 from dynprune.scores import fitting
 from dynprune.tracing import trace
 from dynprune.train import Progress, train
+from dynprune.weights import load_weights
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
 COMMON = ("model", "weights", "data", "data_root", "image_size", "val_fraction", "policy", "budget", "paper", "epochs", "batch_size", "seed")  # what rivals share

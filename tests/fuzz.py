@@ -1,4 +1,5 @@
-"""Damaged and hostile files against every command that reads one: `python -m tests.fuzz [--count 2000] [--seed 0]`.
+"""Damaged and hostile files against every command that reads one: `python -m tests.fuzz [--count 2000] [--seed 0]`; and invented networks
+through all that we do: `python -m tests.fuzz --networks 300`.
 
 Bit flips, truncations, swapped headers, huge declared shapes, wrong types, hostile JSON, deep nesting, compressed archives, image
 bombs, links, folders in place of files, other kinds of files. Each case is a command in a process of its own. It must end by itself
@@ -303,12 +304,54 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def try_networks(count: int, seed: int) -> int:
+    """Invented networks: state untouched by trace; trained, compacted, exported; loaded in another process; all with equal outputs."""
+    import traceback
+    import warnings
+
+    import hypothesis
+    import torch
+    from hypothesis import HealthCheck, Phase
+
+    from tests import invent
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    ends, failures, went = Counter(), [], []
+    with tempfile.TemporaryDirectory() as root:
+        @hypothesis.seed(seed)
+        @hypothesis.settings(max_examples=count, deadline=None, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+        @hypothesis.given(invent.networks())
+        def one(recipe: dict) -> None:
+            folder = Path(root) / str(sum(ends.values()))
+            try:
+                found = invent.tried(recipe, folder)
+            except Exception:
+                failures.append(json.dumps(recipe))
+                found = "failed"
+                print(f"{json.dumps(recipe)}\n    " + "\n    ".join(traceback.format_exc().strip().splitlines()[-3:]), flush=True)
+            ends[found.partition(":")[0]] += 1
+            if found.startswith("refused"):
+                print(f"{json.dumps(recipe)}: {found}", flush=True)
+            if found == "went through":
+                went.append(folder)
+
+        one()
+        largest = max(invent.loaded_elsewhere(went).values(), default=0.0)
+    print(f"{sum(ends.values())} networks: {ends['went through']} went through, {ends['refused']} refused before training, {len(failures)} failed; loaded in another process, "
+          f"they differ by at most {largest:.0e} of the largest output")
+    return 1 if failures or largest > 1e-4 else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", default="", help="only cases whose damaged file has this in its name")
+    parser.add_argument("--networks", type=int, default=0, help="invent so many networks instead (`tests/invent.py`)")
     options = parser.parse_args(argv)
+    if options.networks:
+        return try_networks(options.networks, options.seed)
     cases = [case for case in CASES if options.file in case[0]]
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     from dynprune import artifact, bench, cli, compact, export, gate, gated_bench, gated_export, latency, plan, report, train  # noqa: F401 (before the forks, which then start at once)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64", "--epochs", "8", "--explore", "0.5", "--checkpoint-every", "1"]
+OPTIONS = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64", "--epochs", "8", "--explore", "0.5", "--checkpoint-every", "1", "--no-onnx"]
 TIMES = {"seconds", "images_per_second", "data_wait_share"}
 
 
