@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,9 @@ class Facts:
         return TrainConfig(**settings).validate()
 
 
-def save(path: Path, model: nn.Module, facts: Facts) -> None:
-    tensors, state = state_of(model)
+def save(path: Path, model: nn.Module, facts: Facts, *, within: Collection[tuple] | None = None) -> None:
+    """within: see `state_of`."""
+    tensors, state = state_of(model, within=within)
     write_tensors(path, tensors, {"kind": "compact", **dataclasses.asdict(dataclasses.replace(facts, state=state))})
 
 
@@ -130,8 +131,11 @@ def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mappi
     """The compact network, built on the meta device where the full one takes no memory, with unfilled tensors.
 
     Raises ValueError if the file's tensors have other shapes. None if the network has values that its state does not hold, or cannot
-    be built there; then it has to be built in full, which the check before has shown to be what the file is about.
+    be built there; then it has to be built in full, which the check before has shown to be what the file is about. None for code of the
+    user's own: what that keeps as it is built, such as a table in a cache, would stay on the meta device.
     """
+    if runs_code(name):
+        return None
     try:
         with torch.device("meta"):
             full = zoo.build(name, len(facts.classes), size=facts.input_size)

@@ -267,13 +267,14 @@ def mark_mixed(groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: Lab
         for root in np.unique(component[mixed.labels.numpy()]).tolist():
             mixers.setdefault(root, set()).add(mixed.op)
     found: dict[str, set[str]] = {name: set() for name in groups}
-    names = list(groups)
-    for key, axis in table.items():
+    names, roots = list(groups), np.array(list(mixers), dtype=np.int64)
+    for key, axis in table.items() if mixers else ():
         labels = tracer.numbers[parse_number(key[0])] if is_number(key[0]) else tracer.axes.get(key)
         if labels is not None:
-            for number, root in set(zip(axis.group.tolist(), component[labels.numpy()].tolist())):
-                if number >= 0:
-                    found[names[number]] |= mixers.get(root, set())
+            own = component[labels.numpy()]
+            here = (axis.group >= 0) & np.isin(own, roots)
+            for number, root in set(zip(axis.group[here].tolist(), own[here].tolist())):
+                found[names[number]] |= mixers[root]
     return {name: replace(group, mixed_by=tuple(sorted(found[name]))) for name, group in groups.items()}
 
 
@@ -297,32 +298,37 @@ def element_axis(name: str, roots: np.ndarray, pinned: np.ndarray) -> tuple[int,
 
 def group_arms(axes: dict[AxisKey, np.ndarray], pinned: np.ndarray, parameters: frozenset[str], reads: set[AxisKey]) -> dict[str, Group]:
     """Arms with the same axes and multiplicities form a group, named after the first layer that makes them."""
-    places: dict[int, dict[AxisKey, np.ndarray]] = {}
-    for key, roots in axes.items():
-        order = np.argsort(roots, kind="stable")
-        found, starts = np.unique(roots[order], return_index=True)
-        for root, positions in zip(found.tolist(), np.split(order, starts[1:])):
-            if not pinned[root]:
-                places.setdefault(root, {})[key] = positions
-    by_signature: dict[tuple, list[dict[AxisKey, np.ndarray]]] = {}
-    for arm in places.values():
-        by_signature.setdefault(tuple((key, len(positions)) for key, positions in arm.items()), []).append(arm)
+    if not any((~pinned[roots]).any() for roots in axes.values()):
+        return {}
+    keys = list(axes)
+    free = [np.flatnonzero(~pinned[roots]) for roots in axes.values()]
+    root = np.concatenate([roots[own] for roots, own in zip(axes.values(), free)])
+    key = np.repeat(np.arange(len(keys)), [len(own) for own in free])
+    order = np.argsort(root, kind="stable")  # by arm, and of each arm by axis and position, as they were
+    root, key, position = root[order], key[order], np.concatenate(free)[order]
+    starts = np.flatnonzero(np.append(True, root[1:] != root[:-1]))
+    lengths = np.diff(np.append(starts, len(root)))
+    by_signature: dict[bytes, list[int]] = {}
+    for arm in np.argsort(key[starts], kind="stable").tolist():  # in the order in which axes were met
+        by_signature.setdefault(key[starts[arm]:starts[arm] + lengths[arm]].tobytes(), []).append(arm)
     groups: dict[str, Group] = {}
     named: Counter[str] = Counter()
-    for signature, arms in by_signature.items():
-        if len(arms) < 2 or all(dim < 0 for (_, dim), _ in signature):
+    for arms in by_signature.values():
+        signature, counts = np.unique(key[starts[arms[0]]:starts[arms[0]] + lengths[arms[0]]], return_counts=True)
+        own = [keys[number] for number in signature.tolist()]
+        if len(arms) < 2 or all(dim < 0 for _, dim in own):
             continue  # the last arm of a group can never go, and a number alone has nothing to remove
-        keys = [key for key, _ in signature]
-        arms.sort(key=lambda arm: int(arm[keys[0]][0]))
-        members = {key: np.stack([arm[key] for arm in arms]) for key in keys}
-        made = tuple(key for key in keys if key[0] in parameters and key not in reads)
-        first = (made or tuple(key for key in keys if key[1] >= 0))[0][0]
+        places = position[starts[arms][:, None] + np.arange(lengths[arms[0]])]
+        places = places[np.argsort(places[:, 0], kind="stable")]
+        members = dict(zip(own, np.split(places, np.cumsum(counts)[:-1], axis=1)))
+        made = tuple(key for key in own if key[0] in parameters and key not in reads)
+        first = (made or tuple(key for key in own if key[1] >= 0))[0][0]
         base = first.rpartition(".")[0] or first
         named[base] += 1
         name = f"{base}#{named[base]}" if named[base] > 1 else base
         while name in groups:  # a layer may bear the name that a second group would get
             name += "#"
-        groups[name] = Group(name, len(arms), members, made, tuple(key for key in keys if key in reads))
+        groups[name] = Group(name, len(arms), members, made, tuple(key for key in own if key in reads))
     return groups
 
 

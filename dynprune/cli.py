@@ -460,6 +460,7 @@ GENTLE_LR = 0.05  # for a network that is trained already
 def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, resume: bool, trust: bool):
     from dynprune.data import load_data
     from dynprune.gate import GateSession, gate as run_gate
+    from dynprune.gate_rehearsal import rehearse_gates
     from dynprune.report import Display
     from dynprune.runs import GateRun, Run
 
@@ -489,6 +490,8 @@ def do_gate(given: dict, base: Path | None, out: Path | None, overwrite: bool, r
         display.note(f"reading {config.data}")
         session = GateSession(config, load_data(config))
         config = session.config
+        if not (resume and run.has_checkpoint):
+            rehearse_gates(session, note=display.note, say=display.say)
         run = run if resume else GateRun.create(path, config, overwrite)
         display.say(f"{config.base or config.model} on {config.data}: {len(session.model.gates)} gated groups with {sum(len(gate.sizes) for gate in session.model.gates)} gates; "
                     f"validation is {session.data.chooses}, test is {session.data.reports}")

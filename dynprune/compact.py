@@ -29,10 +29,11 @@ from dynprune.tracing import exact_part, masked, trace
 from dynprune.latency import Report, silent
 from dynprune.scores import evaluate, exact_scores, fitting
 from dynprune.session import Session, fit_in, part, slots_in
-from dynprune.state import named_tensors
+from dynprune.state import named_tensors, paths_of
 from dynprune.train import Progress, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it
+UNCHANGED = 1e-3  # the same of one network on two machines, some of whose functions may know no float64
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     graph = trace(full, data.example)
     slots, template = slots_in(tensors, facts, full, graph)
     executed = Reservoir(copied(full), graph, slots, template)
+    refuse_changed(run, executed.active, data, facts.get("scores", []))
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
     proven = exact_part(graph, selection)  # a norm over channels sees those that are hidden, so mixed groups cannot be proven this way
@@ -126,7 +128,7 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
                            graph.macs(widths), graph.params(widths), graph.macs({}), graph.params({}), accuracy)
     before = run.compact_file.with_name("compact.unproven.safetensors")
     try:
-        artifact.save(before, model, facts)
+        artifact.save(before, model, facts, within=paths_of(reservoir.full))
         loaded = artifact.load(before, zoo.build(config.model, len(data.classes), size=data.size))
         if not largest_difference(model, loaded, data) < TOLERANCE:
             raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
@@ -144,6 +146,15 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
         evaluate(executed.active, data, data.test) if changed else accuracy, data.reports, difference, unproven, dropped, widths)
     run.record("compact", asdict(result))
     return result
+
+
+def refuse_changed(run: Run, active: nn.Module, data: Data, scores: list[float]) -> None:
+    """Raises DynpruneError if the network that a checkpoint brings back computes something else than the one that was trained. scores: of
+    that one, on the example."""
+    now, then = exact_scores(active, data.example).reshape(-1), torch.tensor(scores, dtype=torch.float64)
+    if scores and not (now.shape == then.shape and float((now - then).abs().max()) <= UNCHANGED * float(then.abs().max())):
+        raise DynpruneError(f"{run.checkpoint_file} gives back a network that computes something else than the one that was trained. Did the code of "
+                            f'"{run.config.model}" change, or a file that it reads? Nothing was written.')
 
 
 def check_options(min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float) -> None:

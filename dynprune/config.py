@@ -90,6 +90,7 @@ class Recipe:
                                     check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
     seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
                         expected="a number from 0 to 4294967295")
+    no_onnx: bool = setting(False, "Train although the network cannot be exported to ONNX; compact, gate and load still work.")
 
     def __post_init__(self) -> None:
         if type(self.image_size) is int:  # one number is a square; 0 was once what auto is
@@ -180,7 +181,6 @@ class TrainConfig(Recipe):
     paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
     reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
                              choices=("device", "cpu"))
-    no_onnx: bool = setting(False, "Train although the network cannot be exported to ONNX; compact and load still work.")
     compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
 
     def validate(self) -> Self:

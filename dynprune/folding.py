@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.channels import ChannelGraph, components
-from dynprune.copies import cloned, copied
+from dynprune.copies import cloned
 from dynprune.labels import LabelTracer, tensors_in
 from dynprune.numbers import Source
 
@@ -25,7 +25,7 @@ UNUSED = -7654321  # no forward pass works with so many channels
 
 
 def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, inputs: tuple) -> dict[Key, Tensor]:
-    """Numbers to repair in compact copies, with the labels that they count."""
+    """Numbers to repair in compact copies, with the labels that they count. The model is run once more."""
     if not graph.groups:
         return {}
     known, component = {source for source, _ in tracer.numbers}, torch.from_numpy(components(tracer))
@@ -40,7 +40,7 @@ def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, 
                 labels = counted(path, {word.lower() for word in words}, value, tracer, component)
                 if labels is not None:
                     found[source, (1, 1, 0)] = labels
-    return found if found and unused(model, [source for source, _ in found], inputs) else {}
+    return found if found and unused(model, [source for source, _ in found], inputs, tracer.outputs) else {}
 
 
 def counted(path: str, words: set[str], value: int, tracer: LabelTracer, component: Tensor) -> Tensor | None:
@@ -69,16 +69,17 @@ def alike(axes: list[Tensor], component: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def unused(model: nn.Module, sources: list[Source], inputs: tuple) -> bool:
-    """Whether the outputs stay the same when these numbers are nonsense."""
-    spoilt = copied(model).eval()
-    for source in sources:
-        setattr(spoilt.get_submodule(source.module), source.attribute, UNUSED)
+def unused(model: nn.Module, sources: list[Source], inputs: tuple, outputs: list[Tensor]) -> bool:
+    """Whether the outputs stay what they were when these numbers are nonsense. They are put back."""
+    before = [getattr(model.get_submodule(source.module), source.attribute) for source in sources]
     try:
+        for source in sources:
+            setattr(model.get_submodule(source.module), source.attribute, UNUSED)
         torch.manual_seed(0)
-        one = list(tensors_in(copied(model).eval()(*cloned(inputs))))
-        torch.manual_seed(0)
-        other = list(tensors_in(spoilt(*cloned(inputs))))
+        found = list(tensors_in(model(*cloned(inputs))))
     except Exception:
         return False
-    return len(one) == len(other) and all(a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(one, other))
+    finally:
+        for source, value in zip(sources, before):
+            setattr(model.get_submodule(source.module), source.attribute, value)
+    return len(outputs) == len(found) and all(a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(outputs, found))

@@ -40,7 +40,7 @@ from dynprune.runs import GateRun, Run
 from dynprune.saliency import magnitude
 from dynprune.scores import fitting, logits
 from dynprune.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
-from dynprune.state import check_facts as check_state, fill
+from dynprune.state import check_facts as check_state, fill, paths_of
 from dynprune.tracing import first_line, trace
 from dynprune.weights import load_weights
 from dynprune.train import Progress, train
@@ -90,6 +90,7 @@ class GateSession:
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         network, self.facts = base_network(config, data.classes, data.size)
+        self.paths = paths_of(network)
         self.data = data = fitting(network, data)
         self.graph = trace(network, data.example)
         self.trained = bool(config.base or config.weights)
@@ -293,7 +294,7 @@ class GateSession:
         """Write everything that is needed to go on. Weights that are not finite are refused."""
         if not all(bool(torch.isfinite(value).all()) for value in self.model.parameters()):
             raise lost(self, run, self.step, math.nan)
-        own, state = gated_file.tensors_of(self.model)
+        own, state = gated_file.tensors_of(self.model, self.paths)
         tensors = {f"model.{name}": value for name, value in own.items()}
         for kind, optimizer, module in self.optimizers():
             for name, parameter in module.named_parameters():
@@ -379,8 +380,8 @@ def gate(config: GateConfig, run: GateRun, *, resume: bool = False, override: bo
     cuts = [own.group for own in model.gates if own.cuts]
     fresh = run.gated_file.with_name("gated.unproven.safetensors")
     try:
-        gated_file.save(fresh, model, facts, gated_file.GateFacts(config.block, config.hidden, cuts, config.estimator, config.target, stats.share))
-        difference = file_difference(fresh, session, config)
+        gated_file.save(fresh, model, facts, gated_file.GateFacts(config.block, config.hidden, cuts, config.estimator, config.target, stats.share), within=session.paths)
+        difference = file_difference(fresh, model, data, config)
         if not difference < FILE_TOLERANCE:
             raise DynpruneError(f"The gated file, read back, differs from the network that was saved by {difference:.1e} of the largest output. Nothing was kept. "
                                 "Please report the model's name.")
@@ -408,11 +409,11 @@ def facts_of(session: GateSession, accuracy: float) -> artifact.Facts:
 
 
 @torch.no_grad()
-def file_difference(path: Path, session: GateSession, config: GateConfig) -> float:
+def file_difference(path: Path, model: GatedNetwork, data: Data, config: GateConfig) -> float:
     """Largest difference of the file's output, with the gates of the network that was saved, over the largest output."""
-    network = zoo.build(config.model, len(session.data.classes), size=session.data.size)
+    network = zoo.build(config.model, len(data.classes), size=data.size)
     loaded = gated_file.load_gated(path, network)[0]
-    batch = next(iter(session.data.eval_batches(session.data.val, 16)))[0]
-    output, choices = session.model.run(batch, session.model.threshold)
+    batch = next(iter(data.eval_batches(data.val, 16)))[0]
+    output, choices = model.run(batch, model.threshold)
     ours, theirs = logits(output), logits(loaded.run(batch, fixed({own.group: opened for own, opened in zip(choices.gates, choices.open)}))[0])
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))

@@ -7,7 +7,7 @@ file says (how to build the network, what was kept of it) and how the gates are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,14 +38,15 @@ class GateFacts:
     share: float
 
 
-def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts) -> None:
-    tensors, state = tensors_of(model)
+def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts, *, within: Collection[tuple] | None = None) -> None:
+    """within: see `state_of`."""
+    tensors, state = tensors_of(model, within)
     write_tensors(path, tensors, {"kind": "gated", **asdict(dataclasses.replace(facts, state=state)), "gates": asdict(gates)})
 
 
-def tensors_of(model: GatedNetwork) -> tuple[dict[str, Tensor], dict]:
+def tensors_of(model: GatedNetwork, within: Collection[tuple] | None = None) -> tuple[dict[str, Tensor], dict]:
     """The network's state under "network.", and what belongs to the gates; see `state_of`."""
-    tensors, state = state_of(model.network)
+    tensors, state = state_of(model.network, within=within)
     return {f"network.{name}": value for name, value in tensors.items()} | gate_tensors(model), state
 
 

@@ -147,6 +147,7 @@ class LabelTracer(TorchFunctionMode):
         self.used: set[str] = set()
         self.stack: list[str] = []
         self.batch = 1
+        self.outputs: list[Tensor] = []
         self.numbers: dict[tuple[Source, tuple[int, int, int]], Tensor] = {}
         self.guessed: set[tuple[Source, tuple[int, int, int]]] = set()
         self.recent: deque[Tensor] = deque(maxlen=RECENT)

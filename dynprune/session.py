@@ -33,7 +33,7 @@ from dynprune.numbers import parse_number
 from dynprune.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.runs import Run, write_text
 from dynprune.saliency import magnitude, prepare
-from dynprune.scores import fitting, logits
+from dynprune.scores import exact_scores, fitting, logits
 from dynprune.state import carry_over, check_facts as check_state, fill, in_precision, state_of
 from dynprune.tracing import first_line, trace
 from dynprune.weights import load_weights
@@ -216,9 +216,7 @@ class Session:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise lost(self, run, self.step, math.nan)
         self.explorer.count(self.reservoir.slots)
-        self.reservoir.write_back()
-        carry_over(self.model, self.reservoir.full, sizes={parse_number(name)[0] for name, dim in self.graph.axes if dim < 0})
-        own, state = state_of(self.reservoir.full)
+        own, state = state_of(up_to_date(self.reservoir))
         tensors = {f"full.{name}": value for name, value in own.items()}
         tensors |= {f"explorer.{name}": value for name, value in self.explorer.state().items()}
         tensors |= {f"slots.{name}": torch.from_numpy(arms) for name, arms in self.reservoir.slots.items()}
@@ -227,7 +225,8 @@ class Session:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
-        facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
+        scores = exact_scores(self.model, self.data.example).reshape(-1).tolist() if self.step == self.steps else []
+        facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "scores": scores, "steps": self.steps, "classes": self.data.classes,
                  "size": self.data.size, "state": state, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
         run.write_checkpoint(tensors, facts)
         picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
@@ -318,6 +317,13 @@ def trace_images(network: nn.Module, example: Tensor) -> ChannelGraph:
         return trace(network, example)
     except ModelFails as error:
         raise DynpruneError(f"{error} Its height and width are set with --image-size, such as --image-size 96 or 96x64.") from error
+
+
+def up_to_date(reservoir: Reservoir) -> nn.Module:
+    """The full-width network with all that training changed in the active one: parameters, statistics, attributes."""
+    reservoir.write_back()
+    carry_over(reservoir.active, reservoir.full, sizes={parse_number(name)[0] for name, dim in reservoir.graph.axes if dim < 0})
+    return reservoir.full
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

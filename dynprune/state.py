@@ -59,6 +59,11 @@ def plain_values(model: nn.Module) -> dict[Path, object]:
     return {path: value for path, value in attribute_values(model) if path[0] in own and isinstance(value, PLAIN)}
 
 
+def paths_of(model: nn.Module) -> set[Path]:
+    """Where the model has values beside its parameters and buffers."""
+    return {path for path, _ in attribute_values(model)}
+
+
 def carry_over(trained: nn.Module, full: nn.Module, sizes: Collection[Source]) -> None:
     """Give the full-width network the attributes that training changed in its narrow copy, but for the sizes that differ between them, and
     for what the copy has made as it ran."""
@@ -69,12 +74,15 @@ def carry_over(trained: nn.Module, full: nn.Module, sizes: Collection[Source]) -
                 set_value(full, path, value)
 
 
-def state_of(model: nn.Module, left_out: list[str] | None = None) -> tuple[dict[str, Tensor], dict]:
+def state_of(model: nn.Module, left_out: list[str] | None = None, *, within: Collection[Path] | None = None) -> tuple[dict[str, Tensor], dict]:
     """Named tensors, and what else there is as JSON: under "loose" the paths of tensors in attributes, under "plain" plain values with
-    their paths, under "extra" the extra state of modules. left_out: is told of extra state that is no plain value."""
+    their paths, under "extra" the extra state of modules. left_out: is told of extra state that is no plain value. within: the paths that
+    count, those of a network that has not run yet: what it has noted down since then, such as a log, is no state."""
     tensors = named_tensors(model)
     loose: dict[str, list] = {}
     for number, (path, value) in enumerate(loose_tensors(model).items()):
+        if within is not None and path not in within:
+            continue
         key = f"{LOOSE}{number}"
         while key in tensors:
             key += "'"
@@ -87,7 +95,7 @@ def state_of(model: nn.Module, left_out: list[str] | None = None) -> tuple[dict[
                 extra[name] = value
             elif left_out is not None:
                 left_out.append(name)
-    return tensors, {"loose": loose, "plain": [[list(path), value] for path, value in plain_values(model).items()], "extra": extra}
+    return tensors, {"loose": loose, "plain": [[list(path), value] for path, value in plain_values(model).items() if within is None or path in within], "extra": extra}
 
 
 def as_json(value: object) -> bool:

@@ -64,7 +64,10 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
             tracer.batch = next((len(value) for value in tensors_in(inputs) if value.ndim), 1)
             for value in tensors_in(inputs):
                 tracer.set(value, tracer.pinned_like(value))
-            pin_outputs(tracer, model(*inputs))
+            torch.manual_seed(0)
+            output = model(*inputs)
+            tracer.outputs = list(tensors_in(output))
+            pin_outputs(tracer, output)
     except Exception as error:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(given))
         raise ModelFails(

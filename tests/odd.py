@@ -102,6 +102,74 @@ class InClosure(Base):
         return self.mix(super().forward(x))
 
 
+TOP = torch.rand(4) + 0.5  # drawn when the module is imported: another process draws others
+STEADY = torch.linspace(1, 2, 4)
+
+
+@functools.lru_cache
+def table(count: int) -> Tensor:
+    return torch.linspace(1, 2, count)
+
+
+class RandomAtTop(Base):
+    """A random constant of the module, or of a class: it cannot be stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * TOP
+
+
+class SteadyAtTop(Base):
+    """Constants that any process makes alike, at the top of the file and in a cache."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__(num_classes)
+        self.register_buffer("table", table(num_classes), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * STEADY + self.table
+
+
+class NotesDown(Base):
+    """Keeps what it saw, in a list, a dict and an attribute that is empty at first; it computes nothing with that."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__(num_classes)
+        self.seen, self.maps, self.last, self.count = [], {}, None, 0
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        self.count += 1
+        self.seen.append(x.mean())
+        self.maps[self.count] = self.last = y
+        return y
+
+
+class MakesStatistics(Base):
+    """Running statistics in an attribute that is None until the first training step."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__(num_classes)
+        self.mean = None
+
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        if self.training:
+            self.mean = 0.9 * (0 if self.mean is None else self.mean) + 0.1 * y.detach().float().mean(0)
+        return y if self.mean is None else y - self.mean
+
+
+class Counts(Base):
+    """A number that training changes and evaluation uses."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__(num_classes)
+        self.steps = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        return super().features(x) * (1 + self.steps / 10)
+
+
 class ExtraState(Base):
     """Its extra state changes what it computes."""
 
@@ -357,6 +425,13 @@ class DependsOnData(Base):
         if y.mean() > 10:
             y = y * 2
         return self.head(y)
+
+
+class ReturnsDict(Base):
+    """Scores under a name in training mode, alone in evaluation."""
+
+    def forward(self, x: Tensor) -> object:
+        return {"out": super().forward(x)} if self.training else super().forward(x)
 
 
 class NoBfloat16(Base):

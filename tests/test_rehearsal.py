@@ -1,5 +1,6 @@
 """What was trained is in the files, and what could not be brought back is refused before it is trained."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -13,14 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 import dynprune
-from dynprune import artifact
+from dynprune import artifact, zoo
 from dynprune.compact import compact
-from dynprune.config import TrainConfig
+from dynprune.config import GateConfig, TrainConfig
 from dynprune.data import load_data
 from dynprune.errors import DynpruneError
 from dynprune.export import export
+from dynprune.gate import GateSession, gate
+from dynprune.gate_rehearsal import rehearse_gates
 from dynprune.rehearsal import rehearse, step_problem
-from dynprune.runs import Run, read_tensors
+from dynprune.runs import GateRun, Run, read_tensors
 from dynprune.session import Session
 from dynprune.state import fill, state_of
 from dynprune.train import train
@@ -29,7 +32,8 @@ from tests.test_cli import write_folder
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("NonPersistent", "NarrowedNonPersistent", "PlainTensor", "InContainers", "HiddenLayer", "ExtraState", "OddExtraState", "Alias", "Shared", "odd_names", "Locked", "lazy",
-        "half", "bfloat16", "NoiseInTraining", "FixedNoiseInTraining", "SideHead", "Complex", "grey", "Encoded", "Asserts", "InPlace", "foldable")
+        "half", "bfloat16", "NoiseInTraining", "FixedNoiseInTraining", "SideHead", "Complex", "grey", "Encoded", "Asserts", "InPlace", "foldable",
+        "SteadyAtTop", "NotesDown", "Counts")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,8 @@ def test_a_resumed_run_has_what_the_first_one_had(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("InClosure", "depends on values that are in no parameter, buffer or attribute"), ("Noisy", "another output each time"),
+    ("InClosure", "depends on values that are in no parameter, buffer or attribute"), ("RandomAtTop", "such as random numbers in a function or at the top of a file"),
+    ("MakesStatistics", 'depends on what a training step leaves in "mean", which was not there before'), ("ReturnsDict", "at the chosen widths: The model returns dict"), ("Noisy", "another output each time"),
     ("DependsOnData", r"cannot be exported: .*odd.py:\d+, `if y.mean\(\) > 10:`"), ("five_channels", "to have 5 channels, but got 3"),
     ("raises", "cannot be built: KeyError in odd.py"), ("needs_depth", r"missing 1 required positional argument: 'depth'.*needs_depth\?depth=18"),
     ("ignores_classes", "output of shape 1x100 .* Expected one score per class: 1x4")])
@@ -137,6 +142,44 @@ def test_rehearsing_changes_nothing(folder):
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python and session.step == 0
     ours, theirs = state_of(session.reservoir.active)[0], state_of(other.reservoir.active)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not any(p.grad is not None for p in session.parameters.values())
+
+
+def test_importing_a_module_anew_leaves_the_first_one(folder):
+    import tests
+    with zoo.imported_anew("tests.odd:Base"):
+        other = zoo.build("tests.odd:Base", 4)
+        assert type(other) is not odd.Base and type(other).__module__ == "tests.odd"
+    assert sys.modules["tests.odd"] is odd and tests.odd is odd and isinstance(zoo.build("tests.odd:Base", 4), odd.Base)
+    with zoo.imported_anew("torchvision:resnet18"):
+        assert sys.modules["tests.odd"] is odd and sys.modules["torch"] is torch
+
+
+def test_a_network_that_changed_after_training_is_refused_by_compact(folder, tmp_path, monkeypatch):
+    """The checkpoint knows what the trained network said of the example."""
+    config = config_for(folder, "SteadyAtTop", no_onnx=True)
+    data = load_data(config)
+    train(config, run := Run.create(tmp_path / "run", config, False), session=Session(config, data))
+    compact(run, data=data)
+    monkeypatch.setattr(odd, "STEADY", odd.STEADY * 2)
+    with pytest.raises(DynpruneError, match="computes something else than the one that was trained"):
+        compact(run, data=data)
+
+
+@pytest.mark.parametrize("name, words", [("Base", ""), ("NotesDown", ""), ("RandomAtTop", "at the top of a file"), ("Noisy", "another output each time")])
+def test_gates_are_rehearsed_too(folder, name, words):
+    config = GateConfig(model=f"tests.odd:{name}", data=str(folder), image_size=16, batch_size=8, epochs=1, block=4)
+    session = GateSession(config, load_data(config))
+    before = state_of(session.network)[0]["head.weight"].clone()
+    with pytest.raises(DynpruneError, match=words) if words else contextlib.nullcontext():
+        rehearse_gates(session)
+    assert torch.equal(state_of(session.network)[0]["head.weight"], before) and session.step == 0
+
+
+def test_what_a_gated_network_notes_down_does_not_keep_its_file_from_loading(folder, tmp_path):
+    config = GateConfig(model="tests.odd:NotesDown", data=str(folder), image_size=16, batch_size=8, epochs=1, block=4)
+    session = GateSession(config, load_data(config))
+    result = gate(config, GateRun.create(tmp_path / "gate", session.config, False), session=session)
+    assert result.file_max_diff < 1e-4 and dynprune.load(result.path, trust=True)(torch.randn(1, 3, 16, 16)).shape == (1, 4)
 
 
 def test_an_opset_that_is_not_written_is_refused_before_training(folder):

@@ -11,9 +11,12 @@ import difflib
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ FORMS = f"{', '.join(ZOO)}, torchvision:NAME, timm:NAME, transformers:NAME, pack
 COUNTS_CLASSES = ("num_classes", "n_classes", "nclasses", "num_labels", "classes")  # what factories call the number of classes
 FETCHING = ("pretrained", "checkpoint", "weights", "cache", "url", "file", "trust_remote")  # arguments of libraries that read files or the network
 
+INSTALLED = {Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parents[1]}  # besides folders called site-packages
+
 Factory = Callable[[int], object]
 
 
@@ -39,7 +44,8 @@ def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[in
     Raises DynpruneError for names that lead to no network, and where building it fails.
     """
     base, options = parse_name(name)
-    factory = find_factory(base, options)
+    with torch.device("cpu"):  # what modules make as they are imported outlives this call, and so a caller's device
+        factory = find_factory(base, options)
     with same_randomness(seed):
         try:
             model = factory(classes)
@@ -117,6 +123,33 @@ def find_factory(name: str, options: dict[str, object] | None = None) -> Factory
             raise DynpruneError(f'"{name}" got {fetching[0]}, which would read files or the network. Start from trained weights with --weights FILE.')
         return {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}[source](rest, options)
     return user_factory(source, rest, options)
+
+
+@contextmanager
+def imported_anew(name: str) -> Iterator[None]:
+    """Inside, modules of the user's own that `name` leads to are imported again, as another process would; afterwards the first ones are
+    back. Random numbers that a module drew at its top then differ. Installed packages stay as they are."""
+    main = sys.modules.get(name.partition(":")[0])
+    home = source_folder(main)
+    own = {key: module for key, module in sys.modules.items() if home is not None and source_folder(module) == home and key != "__main__"}
+    try:
+        for key in own:
+            del sys.modules[key]
+        yield
+    finally:
+        for key in [key for key, module in sys.modules.items() if own and source_folder(module) == home and key != "__main__"]:
+            del sys.modules[key]
+        sys.modules.update(own)
+
+
+def source_folder(module: ModuleType | None) -> Path | None:
+    """The folder from which a module of the user's own is imported, that of its outermost package; None for installed ones and ours."""
+    file = getattr(module, "__file__", None) or next((f"{folder}/__init__.py" for folder in getattr(module, "__path__", ())), "")
+    top, *inner = module.__name__.split(".") if module else ("",)
+    above = list(Path(file).parents)[len(inner) + (Path(file).name == "__init__.py"):]
+    if top == "dynprune" or not file.endswith(".py") or not above or above[0] in INSTALLED or above[0].name in ("site-packages", "dist-packages"):
+        return None
+    return above[0]
 
 
 def suggestion(name: str) -> str:
