@@ -7,9 +7,9 @@ __all__ = ["__version__", "load", "trace"]
 
 def __getattr__(name: str) -> object:  # torch takes seconds to import: `dynprune --help` does without
     if name == "load":
-        from dynprune.gated_file import load
+        from dynprune.gates.file import load
         return load
     if name == "trace":
-        from dynprune.tracing import trace
+        from dynprune.structure.tracing import trace
         return trace
     raise AttributeError(f"module 'dynprune' has no attribute {name!r}")

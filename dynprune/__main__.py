@@ -1,3 +1,3 @@
-from dynprune.cli import main
+from dynprune.cli.app import main
 
 main()

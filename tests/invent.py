@@ -1,7 +1,7 @@
 """Networks that nobody would write and everybody does: invented by hypothesis, tried from trace to ONNX.
 
 `networks()` draws a recipe; `tests.invent:network?recipe=...` builds it, in any process. `tried` traces, trains, compacts, exports and
-compares; `loaded_elsewhere` opens the files in another process. `python -m tests.fuzz --networks 300` does it for many.
+compares; `loaded_elsewhere` opens the files in another process. `python -m tests.measure.fuzz --networks 300` does it for many.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Invented(nn.Module):
 
 def images():
     """A few images of four classes, in memory."""
-    from dynprune.data import Data, ImagesInMemory
+    from dynprune.data.loading import Data, ImagesInMemory
 
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(CLASSES).repeat(6)
@@ -226,7 +226,7 @@ def images():
 
 
 def snapshot(model: nn.Module) -> dict:
-    from dynprune.attributes import attribute_values
+    from dynprune.state.attributes import attribute_values
 
     tensors = {name: (value.clone(), value.data_ptr()) for name, value in [*model.named_parameters(), *model.named_buffers()]}
     plain = {path: value.clone() if isinstance(value, Tensor) else np.copy(value) if isinstance(value, np.ndarray) else value for path, value in attribute_values(model)}
@@ -248,16 +248,16 @@ def tried(recipe: dict, folder: Path) -> str:
     """
     import dynprune
     from dynprune import zoo
-    from dynprune.compact import compact
-    from dynprune.config import TrainConfig
+    from dynprune.deploy.compact import compact
+    from dynprune.runs.config import TrainConfig
     from dynprune.errors import DynpruneError
-    from dynprune.export import export
-    from dynprune.onnxfile import open_session, run as execute
-    from dynprune.rehearsal import rehearse
-    from dynprune.runs import Run
-    from dynprune.scores import logits
-    from dynprune.session import Session
-    from dynprune.train import train
+    from dynprune.deploy.export import export
+    from dynprune.files.onnxfile import open_session, run as execute
+    from dynprune.training.rehearsal import rehearse
+    from dynprune.runs.directory import Run
+    from dynprune.data.scores import logits
+    from dynprune.training.session import Session
+    from dynprune.training.train import train
 
     data, name = images(), name_of(recipe)
     model, x = zoo.build(name, CLASSES, 0), data.example
@@ -288,7 +288,7 @@ def tried(recipe: dict, folder: Path) -> str:
 
 def loaded_elsewhere(folders: list[Path]) -> dict[str, float]:
     """Open the compact files in another process: per folder, the largest difference over the largest output."""
-    code = ("import sys, json, random, numpy, torch, dynprune; from pathlib import Path; from dynprune.scores import logits; torch.manual_seed(987); random.seed(65); out = {}\n"
+    code = ("import sys, json, random, numpy, torch, dynprune; from pathlib import Path; from dynprune.data.scores import logits; torch.manual_seed(987); random.seed(65); out = {}\n"
             "for name in sys.argv[1:]:\n"
             "    x, ours = torch.load(Path(name) / 'ours.pt')\n"
             "    with torch.no_grad(): theirs = logits(dynprune.load(Path(name) / 'compact.safetensors', trust=True)(x))\n"

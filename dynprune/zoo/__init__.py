@@ -21,9 +21,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dynprune.copies import same_randomness
 from dynprune.errors import DynpruneError
-from dynprune.state import in_precision, refuse_strange
+from dynprune.state.copies import same_randomness
+from dynprune.state.tensors import in_precision, refuse_strange
 from dynprune.zoo import cifar
 
 ZOO: dict[str, Callable[[int], nn.Module]] = {
@@ -90,6 +90,11 @@ def failed(name: str, error: BaseException) -> DynpruneError:
 def first_line(error: BaseException) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return "".join(char for char in line if char.isprintable())[:300].rstrip(".")
+
+
+def runs_code(model: str) -> bool:
+    """Whether a model's name is that of a function of the user's own, which would be imported."""
+    return ":" in model and not model.startswith(("torchvision:", "timm:", "transformers:"))
 
 
 def parse_name(name: str) -> tuple[str, dict[str, object]]:

@@ -1,0 +1,230 @@
+"""How long widths take in onnxruntime on this machine.
+
+Takes a network and its channel graph, returns milliseconds for any widths. Single layers are measured once per processor and
+onnxruntime version, at a few widths each, and kept in a file; a network's layers are interpolated and added up. Layers do not
+add up exactly (activations, pooling, reordering between layouts), so whole networks of candidate widths are exported and timed
+beside the dense one, and the sum is corrected by what they took. All of it at batch 1 with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import platformdirs
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from dynprune.budgets.allocation import CostModel
+from dynprune.data.scores import Scores
+from dynprune.errors import DynpruneError
+from dynprune.files.disk import write_text
+from dynprune.files.onnxfile import open_session, run, write_onnx
+from dynprune.machine import processor
+from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.labels import Op
+from dynprune.structure.surgery import slim
+
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's channels, where it is measured
+LAYER_SECONDS, LAYER_RUNS = 0.015, (5, 60)  # per layer: so long, within these numbers of runs
+NETWORK_SECONDS, NETWORK_RUNS = 2.0, (15, 300)
+SAVE_EVERY = 50  # layers
+
+Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, out of how much
+
+
+def silent(_text: str, _done: int, _total: int) -> None:
+    """No report."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer at given numbers of channels; `op` says the rest."""
+
+    op: Op
+    kernel: tuple[int, ...]
+    inputs: int
+    outputs: int
+    groups: int
+
+    @property
+    def key(self) -> str:
+        op = self.op
+        parts = ["x".join(map(str, values)) for values in (self.kernel, op.stride, op.padding, op.dilation, op.size)]
+        return f"{op.kind} {self.inputs}>{self.outputs} groups {self.groups} kernel {parts[0]} stride {parts[1]} padding {parts[2]} dilation {parts[3]} at {parts[4]}"
+
+    def onnx(self) -> bytes:
+        """A model of this layer alone, with random weights."""
+        op, rng = self.op, np.random.default_rng(0)
+        if op.kind == "linear":
+            node, weight = helper.make_node("MatMul", ["x", "w"], ["y"]), rng.standard_normal((self.inputs, self.outputs))
+            shape = [math.prod(op.size), self.inputs]
+        else:
+            transposed = op.kind.startswith("conv_transpose")
+            ends = (self.inputs, self.outputs // self.groups) if transposed else (self.outputs, self.inputs // self.groups)
+            weight = rng.standard_normal((*ends, *self.kernel))
+            node = helper.make_node("ConvTranspose" if transposed else "Conv", ["x", "w"], ["y"], group=self.groups, strides=op.stride,
+                                    pads=op.padding * 2, dilations=op.dilation)
+            shape = [1, self.inputs, *op.size]
+        graph = helper.make_graph([node], "layer", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+                                  [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+                                  [numpy_helper.from_array((0.01 * weight).astype(np.float32), "w")])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+
+
+class LayerTable:
+    """Measured layers, kept in `path` from run to run. A damaged file is measured anew."""
+
+    def __init__(self, path: Path | None = None):
+        name = "".join(c if c.isalnum() else "-" for c in f"{processor()} onnxruntime {onnxruntime.__version__}")
+        self.path = path or platformdirs.user_cache_path("dynprune") / f"layers-{name}.json"
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"ms": {}}
+            self.ms = {str(key): float(ms) for key, ms in known["ms"].items() if float(ms) > 0}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.ms = {}
+
+    def measure(self, layers: list[Layer], report: Report) -> None:
+        """Measure those that are not known yet."""
+        unknown = list({layer.key: layer for layer in layers if layer.key not in self.ms}.values())
+        for number, layer in enumerate(unknown):
+            report("timing layers in onnxruntime (kept for next time)", number, len(unknown))
+            self.ms[layer.key] = time_layer(layer)
+            if number % SAVE_EVERY == SAVE_EVERY - 1 or number == len(unknown) - 1:
+                self.save()
+
+    def save(self) -> None:
+        """A cache that cannot be written costs time, not the run."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({"processor": processor(), "onnxruntime": onnxruntime.__version__, "ms": self.ms}, indent=0))
+        except (OSError, DynpruneError):
+            pass
+
+
+def time_layer(layer: Layer) -> float:
+    """Lower quartile of its runs: what other programs take comes on top, never off."""
+    session = open_session(layer.onnx(), 1)
+    feed = {"x": np.random.default_rng(1).standard_normal(session.get_inputs()[0].shape).astype(np.float32)}
+    return float(np.percentile(interleaved([(session, feed)], LAYER_SECONDS, LAYER_RUNS)[0], 25))
+
+
+def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> float:
+    started = time.perf_counter()
+    run(session, feed)
+    return 1000 * (time.perf_counter() - started)
+
+
+def interleaved(pairs: list[tuple[onnxruntime.InferenceSession, dict]], seconds: float, runs: tuple[int, int]) -> list[list[float]]:
+    """Milliseconds of every run of each (session, inputs), in turn, so that a drift of the machine's speed meets all alike."""
+    once = sum(min(run_ms(*pair) for _ in range(2)) for pair in pairs) / 1000
+    samples: list[list[float]] = [[] for _ in pairs]
+    for _ in range(int(np.clip(seconds / max(once, 1e-6), *runs))):
+        for kept, pair in zip(samples, pairs):
+            kept.append(run_ms(*pair))
+    return samples
+
+
+class LatencyModel:
+    """Milliseconds of any widths: `correction` x the sum of interpolated layers."""
+
+    def __init__(self, graph: ChannelGraph, cost: CostModel, smallest: np.ndarray, table: LayerTable, report: Report = silent):
+        """smallest: the narrowest widths that will be asked for, int64 of shape (groups,)."""
+        self.correction = 1.0
+        least = cost.axis_sizes(smallest)
+        ops = [op for op in graph.ops if op.weight in graph.shapes and op.size]
+        ends = [self.ends(graph, op) for op in ops]
+        grids = [[grid(int(least[cost.rows[key]]) if key else size, size) for key, size in pair] for pair in ends]
+        layers = [[[self.layer(graph, op, i, o) for o in outputs] for i in inputs] for op, (inputs, outputs) in zip(ops, grids)]
+        table.measure([layer for rows in layers for row in rows for layer in row], report)
+        points = max((len(g) for pair in grids for g in pair), default=1) + 1
+        self.rows = np.array([[cost.rows[key] if key else -1 for key, _ in pair] for pair in ends]).reshape(-1, 2)
+        self.fixed = np.array([[size for _, size in pair] for pair in ends]).reshape(-1, 2)
+        self.grids = np.array([[padded(np.array(g, dtype=float), points, 1.0) for g in pair] for pair in grids]).reshape(-1, 2, points)
+        self.ms = np.array([padded(np.array([padded(np.array([table.ms[layer.key] for layer in row]), points, 0.0) for row in rows]), points, 0.0)
+                            for rows in layers]).reshape(-1, points, points)
+
+    @staticmethod
+    def ends(graph: ChannelGraph, op: Op) -> list[tuple[tuple[str, int] | None, int]]:
+        """Axis (None where nothing can be removed) and size of the weight's two channel dimensions."""
+        shape = graph.shapes[op.weight]
+        return [((op.weight, dim) if (op.weight, dim) in graph.axes else None, shape[dim]) for dim in (0, 1)]
+
+    @staticmethod
+    def layer(graph: ChannelGraph, op: Op, first: int, second: int) -> Layer:
+        """The layer whose weight has these two channel dimensions."""
+        shape = graph.shapes[op.weight]
+        groups = op.groups
+        if groups > 1 and shape[1] == 1:  # depthwise: it loses groups
+            groups = max(1, first * groups // shape[0])
+        if op.kind == "linear":
+            inputs, outputs = second, first
+        elif op.kind.startswith("conv_transpose"):
+            inputs, outputs = first, second * groups
+        else:
+            inputs, outputs = second * groups, first
+        return Layer(op, tuple(shape[2:]), inputs, outputs, groups)
+
+    def total(self, sizes: np.ndarray) -> float:
+        """Milliseconds; sizes: of every axis, from CostModel.axis_sizes."""
+        if not len(self.rows):
+            return 0.0
+        at = np.where(self.rows < 0, self.fixed, sizes[self.rows])
+        low = np.clip((self.grids <= at[..., None]).sum(2) - 1, 0, self.grids.shape[2] - 2)
+        left, right = (np.take_along_axis(self.grids, low[..., None] + step, 2)[..., 0] for step in (0, 1))
+        share = np.clip((at - left) / (right - left), 0, 1)
+        each = np.arange(len(at))
+        corner = [[self.ms[each, low[:, 0] + i, low[:, 1] + j] for j in (0, 1)] for i in (0, 1)]
+        a, b = share[:, 0], share[:, 1]
+        return self.correction * float(((1 - a) * ((1 - b) * corner[0][0] + b * corner[0][1]) + a * ((1 - b) * corner[1][0] + b * corner[1][1])).sum())
+
+
+def grid(least: int, full: int) -> list[int]:
+    """Where a dimension is measured between its narrowest and full size: multiples of 16 where it has that many."""
+    step = next((step for step in (16, 8, 4) if full >= 4 * step), 1)
+    return sorted({max(min(least, full), min(full, math.ceil(full * share / step) * step)) for share in SHARES} | {full})
+
+
+def padded(values: np.ndarray, length: int, step: float) -> np.ndarray:
+    """Repeat the last entry along the first dimension up to `length`, each time `step` larger."""
+    more = np.arange(1, length - len(values) + 1).reshape(-1, *[1] * (values.ndim - 1))
+    return np.concatenate([values, values[-1:] + step * more])
+
+
+class Stopwatch:
+    """Times compact candidates of one network beside its dense form, as whole ONNX files in onnxruntime."""
+
+    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor):
+        self.full, self.graph, self.example = full, graph, example.cpu()
+        self.dense = self.open(full)
+
+    def open(self, model: nn.Module) -> onnxruntime.InferenceSession:
+        was_training = model.training
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                write_onnx(Scores(model.eval()), self.example, path, None, {})
+                return open_session(path.read_bytes(), 1)
+        finally:
+            model.train(was_training)
+
+    def candidate(self, widths: Mapping[str, int]) -> nn.Module:
+        return slim(self.full, self.graph.kept({name: np.arange(width) for name, width in widths.items()}))
+
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """Medians in ms of the dense network and of `model`, timed in turn."""
+        session = self.open(model)
+        feeds = [(s, {s.get_inputs()[0].name: self.example.numpy()}) for s in (self.dense, session)]
+        dense, narrow = (float(np.median(kept)) for kept in interleaved(feeds, NETWORK_SECONDS, NETWORK_RUNS))
+        return dense, narrow
+
+    def measure_dense(self) -> float:
+        feed = {self.dense.get_inputs()[0].name: self.example.numpy()}
+        return float(np.median(interleaved([(self.dense, feed)], NETWORK_SECONDS, NETWORK_RUNS)[0]))

@@ -1,0 +1,5 @@
+"""The command line: options to settings, settings to calls, results to a report. No logic of its own."""
+
+from dynprune.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,310 @@
+"""What would a user do instead? Several ways to a network within the budget, trained on the same data, side by side.
+
+Takes the training settings, the policies and the number of seeds; trains every pair in a run directory of its own, skips what is
+finished and goes on with what was stopped. Returns every run's accuracy, size and cost, and what they say about ours.
+
+    cucb         dynamic channel execution: the bandit chooses the channels
+    cucb-paper   the same as published, with a new selection at every step
+    random       the same schedule, channels chosen by chance
+    static       a thin network of the widths that --allocation gives: from scratch or, where --weights gives a trained network, its largest channels
+    static-ours  a thin network of the widths that cucb ended with, from scratch
+    dense        the whole network
+    dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest; where --weights gives a
+                 trained network, cut at once
+
+A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a setting's worth is shown.
+"""
+
+from __future__ import annotations
+
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dynprune import zoo
+from dynprune.budgets.limits import parse_limit
+from dynprune.data.loading import Data, load_data
+from dynprune.data.scores import fitting
+from dynprune.errors import DynpruneError
+from dynprune.files.disk import write_text
+from dynprune.machine import environment
+from dynprune.runs.config import TrainConfig
+from dynprune.runs.directory import Run
+from dynprune.state.copies import copied
+from dynprune.structure.tracing import trace
+from dynprune.training.session import PASSES, Session, fill_full, fit_in
+from dynprune.training.train import Progress, train
+from dynprune.zoo.weights import load_weights
+
+POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
+COMMON = ("model", "weights", "data", "data_root", "image_size", "val_fraction", "policy", "budget", "paper", "epochs", "batch_size", "seed")  # what rivals share
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """accuracy: on the test images, of the last step's model. train_macs: of all steps, forward and backward."""
+
+    policy: str
+    seed: int
+    accuracy: float
+    macs: int
+    params: int
+    train_macs: int
+    train_seconds: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class PolicySummary:
+    """spread: standard deviation over the seeds, None with one seed. lead: how far ours (the first policy) is ahead of it, in accuracy."""
+
+    policy: str
+    seeds: int
+    accuracy: float
+    spread: float | None
+    macs: int
+    params: int
+    train_macs: float
+    train_seconds: float
+    lead: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    model: str
+    data: str
+    budget: str
+    equal: str
+    test_data: str
+    runs: list[ComparedRun]
+    policies: list[PolicySummary]
+    verdict: str
+    plot: str | None
+    environment: dict
+
+
+def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, equal: str = "images", report: Callable[[Progress], None] = lambda _: None,
+            say: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False) -> Comparison:
+    """Train every policy with every seed in OUT/POLICY-SEED. Raises DynpruneError for a comparison that makes no sense, before any training.
+
+    equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
+    """
+    check(config, policies, seeds, equal, out)
+    found = []
+    if any(policy.startswith("dense+prune") for policy in policies):
+        torch_pruning()
+    for seed in range(config.seed, config.seed + seeds):
+        own = dataclasses.replace(config, seed=seed)
+        data = load_data(own.source)  # split by the seed, as each run's own settings say
+        own = own.resolved(len(data.train))
+        data = fitting(zoo.build(own.model, len(data.classes), size=data.size), data)
+        reference: ComparedRun | None = None
+        for policy in policies:
+            epochs = config.epochs if equal == "images" or reference is None else None
+            one = Trial(own, policy, out, data, report, stop).run(epochs, reference)
+            reference = reference or one
+            found.append(one)
+            say(f"{policy}, seed {one.seed}: {100 * one.accuracy:.2f} % with {one.macs / 1e6:.1f} M MACs, {one.params / 1e6:.2f} M parameters, "
+                f"{one.train_seconds:.0f} s, {one.epochs} epochs")
+    summaries = summarise(found, policies)
+    plot = draw(found, out / "comparison.png", say)
+    result = Comparison(config.model, data.name, " ".join(config.budget), equal, data.reports, found, summaries, verdict(summaries), plot, environment())
+    write_text(out / "comparison.json", json.dumps(dataclasses.asdict(result), indent=2))
+    return result
+
+
+def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path) -> None:
+    for policy in policies:
+        if policy.partition(":")[0] not in POLICIES:
+            raise DynpruneError(f'--policies got "{policy}". Choose from: {", ".join(POLICIES)}, each with changed settings if need be, such as cucb:explore=0.03.')
+        variant(config, policy)
+    if len(set(policies)) < 2 or len(set(policies)) < len(policies):
+        raise DynpruneError(f"--policies got {','.join(policies)}. Expected at least two, each once, separated by commas.")
+    names = [policy.split(":")[0] for policy in policies]
+    if "static-ours" in names and "cucb" not in policies[: names.index("static-ours")]:
+        raise DynpruneError("--policies static-ours takes the widths that cucb ended with. Put cucb before it.")
+    if seeds < 1:
+        raise DynpruneError(f"--seeds got {seeds}. Expected at least 1.")
+    if equal not in ("images", "cost"):
+        raise DynpruneError(f'--equal got "{equal}". Expected images or cost.')
+    if any(policy.startswith("dense+prune") for policy in policies) and any(parse_limit(text).quantity != "macs" for text in config.budget):
+        raise DynpruneError("--policies dense+prune cuts to a budget of MACs alone. Leave it out, or give one budget in MACs.")
+    if out.exists() and not out.is_dir():
+        raise DynpruneError(f"--out got {out}, which is a file. Expected a folder for the runs.")
+
+
+def variant(config: TrainConfig, policy: str) -> TrainConfig:
+    """The settings that a policy such as cucb:explore=0.03:hold=40 trains with."""
+    name, *changes = policy.split(":")
+    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainConfig) if field.name not in COMMON and type(field.default) in (int, float, str)}
+    changed = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        key = key.replace("-", "_")
+        try:
+            changed[key] = fields[key](value)
+        except (KeyError, ValueError) as error:
+            raise DynpruneError(f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.') from error
+    own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
+    allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
+    grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0  # a thin network from scratch is an ordinary one
+    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, **changed}).validate()
+
+
+class Trial:
+    """One policy with one seed."""
+
+    def __init__(self, config: TrainConfig, policy: str, out: Path, data: Data, report: Callable[[Progress], None], stop: Callable[[], bool]):
+        self.config, self.policy, self.out, self.data, self.report, self.stop = config, policy, out, data, report, stop
+        self.path = out / f"{policy.replace(':', ',')}-{config.seed}"
+
+    def run(self, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
+        """Train for so many epochs or, with None, as long as costs what `reference` cost."""
+        settings = variant(self.config, self.policy)
+        if self.policy.startswith("dense+prune"):
+            return self.prune_and_train_on(settings, epochs, reference)
+        fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy.startswith("static-ours") else None
+        if epochs is None:
+            epochs = affordable(reference.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs)
+        return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), fit=fit)
+
+    def per_epoch(self, macs: int) -> int:
+        return PASSES * macs * self.data.steps_per_epoch(self.config.batch_size) * self.config.batch_size
+
+    def finish(self, path: Path, settings: TrainConfig, *, fit=None, full: nn.Module | None = None) -> ComparedRun:
+        """Train in `path`, go on there, or read what is finished."""
+        run = Run(path)
+        known = run.config_file.is_file() and without_machine(run.config) == without_machine(settings)
+        if not known and run.config_file.is_file():
+            raise DynpruneError(f"{path} was trained with other settings. Choose another --out, or remove it.")
+        recorded = run.results.get("train", {}) if known else {}
+        if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
+            session = Session(settings, self.data, fit=fit, full=full)
+            run = run if known else Run.create(path, settings, overwrite=False)
+            result = train(settings, run, session=session, resume=known and run.has_checkpoint, report=self.report, stop=self.stop)
+            recorded = {**dataclasses.asdict(result), "params": session.graph.params(session.widths)}
+            run.record("train", recorded)
+        return ComparedRun(self.policy, settings.seed, recorded["accuracy"], recorded["macs"], recorded["params"],
+                           recorded["train_macs"], recorded["seconds"], settings.epochs)
+
+    def prune_and_train_on(self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
+        """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its learning rate; a tenth was two points worse
+        (`tests/ablations.md`). Where --weights gives a trained network, it is cut at once and trained on like its rivals."""
+        graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
+        if settings.weights:
+            small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
+            epochs = epochs or affordable(reference.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
+            return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), full=small)
+        dense_epoch = self.per_epoch(graph.macs({}))
+        before = max(1, epochs // 2) if epochs else affordable(reference.train_macs / 2, dense_epoch)
+        first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
+        small = prune(self.dense_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
+        macs = trace(small, self.data.example).macs({})
+        after = max(1, epochs - before) if epochs else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
+        second = self.finish(self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small)
+        return dataclasses.replace(second, train_macs=first.train_macs + second.train_macs, train_seconds=first.train_seconds + second.train_seconds, epochs=before + after)
+
+    def given_model(self) -> nn.Module:
+        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
+        load_weights(model, Path(self.config.weights))
+        return model
+
+    def dense_model(self) -> nn.Module:
+        model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
+        fill_full(model, *Run(self.path / "dense").read_checkpoint())
+        return model
+
+
+def without_machine(config: TrainConfig) -> TrainConfig:
+    """The settings that change what is learned: how often the state is saved and who decodes the photos does not."""
+    return dataclasses.replace(config, checkpoint_every=TrainConfig.checkpoint_every, workers=TrainConfig.workers)
+
+
+def affordable(train_macs: float, per_epoch: int) -> int:
+    """Whole epochs that cost closest to this, at least one."""
+    return max(1, round(train_macs / per_epoch))
+
+
+def torch_pruning():
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise DynpruneError('--policies dense+prune needs Torch-Pruning. Install it: pip install "dynprune[compare]".') from error
+    return tp
+
+
+def prune(model: nn.Module, data: Data, macs: float) -> nn.Module:
+    """Torch-Pruning's usual choice (magnitude of whole groups, the same ratio in every layer), with the largest ratio of channels kept that meets the MACs."""
+    tp, low, high = torch_pruning(), 0.0, 1.0
+    best = None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        small = copied(model).eval()
+        outputs = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == len(data.classes)]
+        tp.pruner.BasePruner(small, data.example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=outputs).step()
+        try:
+            cost = trace(small, data.example).macs({})
+        except DynpruneError as error:
+            raise DynpruneError(f"What Torch-Pruning makes of this network does not run ({error}) Leave dense+prune out.") from error
+        if cost <= macs:
+            best, high = small, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise DynpruneError(f"Torch-Pruning cannot cut this network to {macs:.0f} MACs. Leave dense+prune out, or choose a larger budget.")
+    return best
+
+
+def summarise(runs: list[ComparedRun], policies: list[str]) -> list[PolicySummary]:
+    """Means per policy; a policy is compared with the first one seed by seed."""
+    by_policy = {policy: [run for run in runs if run.policy == policy] for policy in policies}
+    ours = statistics.mean(run.accuracy for run in by_policy[policies[0]])
+    lines = []
+    for policy, own in by_policy.items():
+        accuracies = [run.accuracy for run in own]
+        lines.append(PolicySummary(policy, len(own), statistics.mean(accuracies), statistics.stdev(accuracies) if len(own) > 1 else None,
+                                   round(statistics.mean(run.macs for run in own)), round(statistics.mean(run.params for run in own)),
+                                   statistics.mean(run.train_macs for run in own), statistics.mean(run.train_seconds for run in own),
+                                   ours - statistics.mean(accuracies)))
+    return lines
+
+
+def verdict(summaries: list[PolicySummary]) -> str:
+    """One line per rival: ahead or behind by more than the spread of both, or no difference that these seeds show."""
+    ours, lines = summaries[0], []
+    for other in summaries[1:]:
+        if ours.spread is None or other.spread is None:
+            lines.append(f"{ours.policy} {100 * other.lead:+.2f} points against {other.policy} (one seed: no spread, so nothing is shown)")
+            continue
+        spread = (ours.spread**2 + other.spread**2) ** 0.5
+        words = "above" if other.lead > spread else "below" if other.lead < -spread else "not different from"
+        lines.append(f"{ours.policy} is {words} {other.policy}: {100 * other.lead:+.2f} points, spread {100 * spread:.2f}, {ours.seeds} seeds")
+    return "\n".join(lines)
+
+
+def draw(runs: list[ComparedRun], path: Path, say: Callable[[str], None]) -> str | None:
+    """Accuracy over training cost and over MACs, as a PNG; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, field, label in zip(figure.subplots(1, 2), ("train_macs", "macs"), ("multiplications in training", "multiplications per image")):
+        for policy in dict.fromkeys(run.policy for run in runs):
+            own = [run for run in runs if run.policy == policy]
+            axes.scatter([getattr(run, field) for run in own], [100 * run.accuracy for run in own], label=policy, alpha=0.7)
+        axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}).") from error
+    return str(path)

@@ -1,0 +1,1 @@
+"""What results look like: tables for people, from the dataclasses that the functions return."""

@@ -1,0 +1,43 @@
+"""Rooms: imports between folders run one way (contracts in pyproject.toml), and each folder says what it is for."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted(path for path in (ROOT / "dynprune").iterdir() if path.is_dir() and path.name != "__pycache__")
+COMMAND = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", COMMAND, "--no-cache"], cwd=folder, capture_output=True, text=True)
+
+
+def test_imports_between_rooms_run_one_way():
+    done = lint(ROOT)
+    assert done.returncode == 0 and "0 broken" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("room, line", [("structure", "from dynprune.training.train import train"), ("execution", "from dynprune.budgets.limits import Budget"),
+                                        ("data", "from dynprune.runs.config import TrainConfig"), ("training", "from dynprune.gates.gating import GatedNetwork")])
+def test_an_import_that_runs_up_is_found(room, line, tmp_path):
+    shutil.copytree(ROOT / "dynprune", tmp_path / "dynprune", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "dynprune" / room / "new.py").write_text(f"def f():\n    {line}\n")
+    done = lint(tmp_path)
+    assert done.returncode == 1 and f"dynprune.{room}.new -> " in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_every_room_says_what_goes_in_and_what_comes_out(room):
+    words = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert len(words.split()) > 8, room
+
+
+def test_every_room_is_on_a_floor():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"dynprune.{room.name}" in text for room in ROOMS)
