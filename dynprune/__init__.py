@@ -1,15 +1,43 @@
-"""dynprune: compact CNNs by dynamic channel execution. `load(path)` opens a compact or gated file, `trace` finds channel structure."""
+"""dynprune: compact CNNs by dynamic channel execution.
+
+Every command of the command line is a function here. `trace` finds a network's channel structure, `load` opens a compact or gated file.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from dynprune.version import __version__
 
-__all__ = ["__version__", "load", "trace"]
+if TYPE_CHECKING:
+    from dynprune.budgets.limits import Budget
+    from dynprune.commands.bench import bench
+    from dynprune.commands.compact import compact
+    from dynprune.commands.compare import compare
+    from dynprune.commands.export import export
+    from dynprune.commands.gate import gate
+    from dynprune.commands.inspect import inspect
+    from dynprune.commands.plan import plan
+    from dynprune.commands.train import train
+    from dynprune.files.artifact import save
+    from dynprune.gates.file import load
+    from dynprune.runs.config import GateConfig, TrainConfig
+    from dynprune.structure.tracing import trace
+
+# torch takes seconds to import, and `dynprune --help` does without: names are looked up when they are used
+WHERE = {
+    "trace": "structure.tracing", "inspect": "commands.inspect", "plan": "commands.plan", "train": "commands.train", "compact": "commands.compact",
+    "load": "gates.file", "save": "files.artifact", "export": "commands.export", "bench": "commands.bench", "gate": "commands.gate",
+    "compare": "commands.compare", "Budget": "budgets.limits", "TrainConfig": "runs.config", "GateConfig": "runs.config"}
+
+__all__ = ["Budget", "GateConfig", "TrainConfig", "__version__", "bench", "compact", "compare", "export", "gate", "inspect", "load", "plan", "save",
+           "trace", "train"]
 
 
-def __getattr__(name: str) -> object:  # torch takes seconds to import: `dynprune --help` does without
-    if name == "load":
-        from dynprune.gates.file import load
-        return load
-    if name == "trace":
-        from dynprune.structure.tracing import trace
-        return trace
-    raise AttributeError(f"module 'dynprune' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in WHERE:
+        raise AttributeError(f"module 'dynprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dynprune.{WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

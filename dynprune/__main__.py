@@ -1,3 +1,3 @@
-from dynprune.cli.app import main
+from dynprune.cli.program import main
 
 main()

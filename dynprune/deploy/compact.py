@@ -71,13 +71,13 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     config = run.config
     tensors, facts = run.read_checkpoint()
-    if not isinstance(facts.get("step"), int) or not isinstance(facts.get("steps"), int):
+    if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list))):
         raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
     if facts["step"] < facts["steps"]:
         raise DynpruneError(f"{run.path} stopped at step {facts['step']} of {facts['steps']}. Finish it first: dynprune train --resume --out {run.path}")
     data = data or load_data(config.source)
-    if facts.get("classes") != data.classes:
-        raise DynpruneError(f"{run.checkpoint_file} knows {len(facts.get('classes', []))} classes, --data now gives {len(data.classes)}. Use the run's data.")
+    if facts["classes"] != data.classes:
+        raise DynpruneError(f"{run.checkpoint_file} knows {len(facts['classes'])} classes, --data now gives {len(data.classes)}. Use the run's data.")
     full = zoo.build(config.model, len(data.classes), size=data.size)
     data = fitting(full, data)
     graph = trace(full, data.example)
@@ -149,9 +149,11 @@ def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model
     return result
 
 
-def refuse_changed(run: Run, active: nn.Module, data: Data, scores: list[float]) -> None:
+def refuse_changed(run: Run, active: nn.Module, data: Data, scores: object) -> None:
     """Raises DynpruneError if the network that a checkpoint brings back computes something else than the one that was trained. scores: of
     that one, on the example."""
+    if not isinstance(scores, list) or not all(type(value) in (int, float) for value in scores):
+        raise DynpruneError(f"{run.checkpoint_file} garbles a header entry (scores). Expected a checkpoint written by dynprune train.")
     now, then = exact_scores(active, data.example).reshape(-1), torch.tensor(scores, dtype=torch.float64)
     if scores and not (now.shape == then.shape and float((now - then).abs().max()) <= UNCHANGED * float(then.abs().max())):
         raise DynpruneError(f"{run.checkpoint_file} gives back a network that computes something else than the one that was trained. Did the code of "

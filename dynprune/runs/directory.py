@@ -11,6 +11,7 @@ Files are written beside their place and renamed, so that none is ever half ther
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from dynprune.data.loading import Data, load_data
 from dynprune.errors import DynpruneError, DynpruneWarning
 from dynprune.files.disk import read_tensors, write_tensors, write_text
 from dynprune.machine import environment
@@ -84,6 +86,12 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         return TrainConfig.from_toml(self.config_file)
+
+    def images(self, moved: str | Data = "") -> Data:
+        """The run's data, or those that are given; a text says where they lie now."""
+        if not isinstance(moved, str):
+            return moved
+        return load_data(dataclasses.replace(self.config, data=moved).source if moved else self.config.source)
 
     def refuse_code(self, model: str = "", trust: bool = False) -> None:
         """A run's settings may name "module:factory", which would be imported and run: only if the user names it too, or trusts the run."""

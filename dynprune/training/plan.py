@@ -1,6 +1,6 @@
 """What a budget means for a network, before any training.
 
-Takes the model and the budget settings, returns the narrowest, chosen and full cost and the chosen widths.
+Takes the name of a model and a `Budget`, returns the narrowest, chosen and full cost and the chosen widths.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 from dynprune.budgets.fit import Fit, Fitter, budgets_met
 from dynprune.budgets.latency import Report, silent
+from dynprune.budgets.limits import Budget
 from dynprune.errors import DynpruneError
 from dynprune.execution.explore import worth_of_one_more
-from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.inspect import build_for_inspection, default_classes, trace_with_option
 
@@ -43,16 +43,16 @@ class Plan:
     budgets: list[dict]
 
 
-def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: bool = False, learned_by: Run | None = None,
+def plan(name: str, budget: Budget, *, shape: str = "", classes: int = 0, latency: bool = False, learned_by: Run | None = None,
          report: Report = silent) -> Plan:
     """Trace the network and allocate widths. Raises DynpruneError for constraints that make no sense, such as an unknown layer.
 
     latency: predict milliseconds even if no budget asks for them. learned_by: a run whose bandit says what a channel of each layer is worth.
     """
-    model, size = build_for_inspection(config.model, classes or default_classes(config.model), shape)
+    model, size = build_for_inspection(name, classes or default_classes(name), shape)
     example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     graph = trace_with_option(model, example)
-    fitter = Fitter(model, graph, example, config.allowed, report)
+    fitter = Fitter(model, graph, example, budget, report)
     loss = None if learned_by is None else loss_per_arm(learned_by, fitter)
     smallest = dict(zip(graph.groups, fitter.allowed.smallest.tolist()))
     if latency or fitter.in_ms:
@@ -64,12 +64,12 @@ def plan(config: TrainConfig, *, shape: str = "", classes: int = 0, latency: boo
         problem = str(error)
     chosen = found.widths or None
     timed = fitter.stopwatch is not None
-    return Plan(config.model, "x".join(map(str, size)), not problem, problem, chosen, graph.full_widths,
+    return Plan(name, "x".join(map(str, size)), not problem, problem, chosen, graph.full_widths,
                 None if problem else graph.macs(found.widths), None if problem else graph.params(found.widths), graph.macs({}), graph.params({}),
                 graph.macs(smallest), graph.params(smallest),
                 found.latency.measured_ms if found.latency else fitter.predict(found.widths) if timed and not problem else None,
                 fitter.cost.dense_ms if timed else None, fitter.predict(smallest) if timed else None,
-                [] if problem else budgets_met(graph, config.budget, found.widths, found.latency))
+                [] if problem else budgets_met(graph, budget.limits, found.widths, found.latency))
 
 
 def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:

@@ -83,7 +83,7 @@ class Session:
         example = data.example.to(self.dtype)
         self.graph = trace_images(full, example)
         self.fitter = Fitter(full, self.graph, example, config.allowed, report)
-        if fit is not None and (fit.widths.keys() != self.graph.groups.keys() or any(fit.widths[group.name] > group.arms for group in self.graph)):
+        if fit is not None and not fits(fit, self.graph):
             raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
         self.fit = self.first_fit = fit or self.find_widths()
         if not (config.weights or given):
@@ -250,6 +250,8 @@ class Session:
             self.step = facts["step"]
             slots, template = slots_in(tensors, facts, self.reservoir.full, self.graph)
             self.fit = fit_in(facts, "fit")
+            if not fits(self.fit, self.graph):
+                raise ValueError("widths of other groups, or of more arms than there are")
             if any(len(arms) > self.fit.widths[name] for name, arms in slots.items()):
                 raise ValueError("more arms than the widths allow")
             self.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
@@ -273,6 +275,11 @@ class Session:
                     value.copy_(saved)
                 elif must_fit:
                     raise ValueError(f"no state of the optimizer for {name}")
+
+
+def fits(fit: Fit, graph: ChannelGraph) -> bool:
+    """Whether these are widths that the network can have."""
+    return fit.widths.keys() == graph.groups.keys() and all(fit.widths[group.name] <= group.arms for group in graph)
 
 
 def fit_in(facts: dict, name: str) -> Fit:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dynprune.cli import app as cli
+from dynprune.cli.process import refuse_missed
 from dynprune.errors import DynpruneError
 from tests.measure import kills
 
@@ -327,7 +327,7 @@ def test_budgets_are_reported_and_a_missed_one_is_an_error(finished):
     assert result["compact"]["budgets"] == [line]
     missed = dataclasses.make_dataclass("Result", ["budgets"])([{"budget": "latency=0.5", "limit": 1.0, "predicted": 1.0, "actual": 1.2, "met": False}])
     with pytest.raises(DynpruneError, match="budget latency=0.5 missed: measured 1.2, allowed 1"):
-        cli.refuse_missed(missed)
+        refuse_missed(missed)
 
 
 def test_inspect_proves_and_reports():

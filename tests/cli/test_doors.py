@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dynprune import zoo
-from dynprune.cli import app as cli
+from dynprune.cli import program as cli
 from dynprune.deploy import bench
 from dynprune.errors import DynpruneError, DynpruneWarning
 from dynprune.files.onnxfile import size_bytes, write_onnx

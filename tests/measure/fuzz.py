@@ -191,8 +191,8 @@ CASES: list[tuple[str, list[str], int]] = [  # file to damage, command, weight
     ("run/checkpoint.safetensors", ["compact", "run", "--trust"], 8),
     ("run/config.toml", ["compact", "run", "--trust"], 6),
     ("run/result.json", ["compact", "run", "--trust"], 1),
-    ("run/checkpoint.safetensors", ["train", "--resume", "--override", "--epochs", "4", "--trust", "--out", "run"], 6),
-    ("run/metrics.jsonl", ["train", "--resume", "--override", "--epochs", "4", "--trust", "--out", "run"], 3),
+    ("run/checkpoint.safetensors", ["train", "--resume", "--override", "--epochs", "3", "--trust", "--out", "run"], 6),
+    ("run/metrics.jsonl", ["train", "--resume", "--override", "--epochs", "3", "--trust", "--out", "run"], 3),
     ("run/config.toml", ["train", "--resume", "--trust", "--out", "run"], 4),
     ("run/compact.safetensors", ["export", "run", "--onnx", "--trust"], 6),
     ("run/config.toml", ["export", "run", "--onnx", "--trust"], 2),
@@ -249,7 +249,7 @@ def prepare(folder: Path) -> None:
 def run_command(command: list[str]) -> None:
     """In the child: as `dynprune` would, with short timings."""
     from dynprune.deploy import bench
-    from dynprune.cli import app as cli
+    from dynprune.cli import program as cli
     from dynprune.gates import bench as gated_bench, export as gated_export, file as gated_file, onnx as gated_onnx
     from dynprune.budgets import latency
 
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     from dynprune.files import artifact
     from dynprune.deploy import bench, compact, export
-    from dynprune.cli import app as cli
+    from dynprune.cli import program as cli
     from dynprune.gates import training as gate, bench as gated_bench, export as gated_export
     from dynprune.budgets import latency
     from dynprune.training import plan, train

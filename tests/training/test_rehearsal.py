@@ -167,6 +167,19 @@ def test_a_network_that_changed_after_training_is_refused_by_compact(folder, tmp
         compact(run, data=data)
 
 
+@pytest.mark.parametrize("entry, value, words", [
+    ("classes", 7, "lacks a header entry"), ("scores", ["x"], "garbles a header entry"), ("scores", 3, "garbles a header entry"),
+    ("fit", {"widths": {"a": 2**31}, "latency": None, "candidates": 0}, "widths of other groups, or of more arms than there are")])
+def test_a_garbled_checkpoint_is_refused_in_one_line(folder, tmp_path, entry, value, words):
+    config = config_for(folder, "Base", no_onnx=True)
+    data = load_data(config.source)
+    train(config, run := Run.create(tmp_path / "run", config, False), session=Session(config, data))
+    tensors, facts = run.read_checkpoint()
+    run.write_checkpoint(tensors, {**facts, entry: value})
+    with pytest.raises(DynpruneError, match=words):
+        Session(config, data).restore(run) if entry == "fit" else compact(run, data=data)
+
+
 @pytest.mark.parametrize("name, words", [("Base", ""), ("NotesDown", ""), ("RandomAtTop", "at the top of a file"), ("Noisy", "another output each time")])
 def test_gates_are_rehearsed_too(folder, name, words):
     config = GateConfig(model=f"tests.odd:{name}", data=str(folder), image_size=16, batch_size=8, epochs=1, block=4)

@@ -1,0 +1,82 @@
+"""Options that commands share, each defined once; those of settings are made from the settings' fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as python_inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from dynprune.errors import DynpruneError
+from dynprune.runs.config import Recipe, TrainConfig
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` wrote.")]
+AnyRunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` or `dynprune gate` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
+Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")]
+DataNow = Annotated[str, typer.Option("--data", help="Where the run's data lie now, if they were moved.", show_default=False)]
+Named = Annotated[str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)]
+MinRate = Annotated[float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")]
+BnImages = Annotated[int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")]
+FinetuneEpochs = Annotated[int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")]
+FinetuneLr = Annotated[float, typer.Option("--finetune-lr", help="Learning rate at the start of fine-tuning.")]
+Opset = Annotated[Optional[int], typer.Option("--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False)]
+Fold = Annotated[bool, typer.Option("--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1.")]
+Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
+BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
+
+PANELS = {"model": "Model and data", "epochs": "Training recipe", "precision": "Machine", "policy": "Method", "reservoir": "Machine", "target": "Method"}
+
+
+def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
+    """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
+    fields = [field for field in dataclasses.fields(kind) if field.name not in without]
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in python_inspect.signature(command).parameters.values() if p.name != "given"]
+    options, panel = [], ""
+    for field in fields:
+        panel = PANELS.get(field.name, panel)
+        several, auto = isinstance(field.default, tuple), field.metadata["auto"]
+        shown = "auto" if auto is not None and field.default == auto else (" ".join(field.default) if several else str(field.default)) or False
+        option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
+        options.append(python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None,
+                                         annotation=Annotated[Optional[list[str] if several else str if auto is not None else type(field.default)], option]))
+
+    def wrapper(**values: object) -> None:
+        given = {field.name: number_or_auto(field, values.pop(field.name)) for field in fields}
+        command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
+
+    wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    return wrapper
+
+
+def number_or_auto(field: dataclasses.Field, value: object) -> object:
+    """The number that "auto" stands for, or the one that was given, where a setting has both."""
+    auto = field.metadata["auto"]
+    if auto is None or value is None or value == "auto":
+        return auto if value == "auto" and auto is not None else value
+    try:
+        number = type(auto)(value)  # type: ignore[call-arg]
+    except ValueError:
+        number = auto
+    if number == auto:
+        raise DynpruneError(f"--{field.name.replace('_', '-')} got {value}. Expected {field.metadata['expected']}.")
+    return number
+
+
+def parse_batches(text: str) -> list[int]:
+    """"1,8,32" to numbers."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise DynpruneError(f'--batch got "{text}". Expected numbers of images separated by commas, such as 1,8,32.')
+    return batches

@@ -1,0 +1,139 @@
+"""The command as a process: signals, exit codes, what goes to stdout and stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+from dynprune.errors import DynpruneError, DynpruneWarning, Stopped
+from dynprune.listener import Listener
+
+
+@contextmanager
+def listening() -> Iterator[Listener]:
+    """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop to stop."""
+    from dynprune.report.tables import Display
+
+    display = Display() if int(os.environ.get("RANK", "0")) == 0 else Display.silent()
+    with display.live():
+        yield Listener(display.note, display.live_note, display.say, display.step, display.work)
+
+
+@contextmanager
+def stoppable() -> Iterator[Listener]:
+    """As `listening`, for training: Ctrl-C and SIGTERM ask it to stop after its step, and to save."""
+    with listening() as listener, stop_requested() as stop:
+        yield dataclasses.replace(listener, stop=stop)
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask the training loop to stop after its step; a second one stops at once."""
+    asked: list[int] = []
+    own = os.getpid()
+
+    def ask(number: int, frame: object) -> None:
+        if os.getpid() != own or asked:  # processes that decode photos inherit this
+            interrupt(number, frame)
+        asked.append(number)
+        print("stopping after this step and saving; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    except Stopped as error:
+        error.exit_code = 128 + asked[0] if asked else error.exit_code
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def told(message: str) -> DynpruneError:
+    """An error about a result that was printed already."""
+    error = DynpruneError(message)
+    error.told = True
+    return error
+
+
+def finish(json_output: bool, result: dict, tables: Callable[[], list]) -> None:
+    from dynprune.report.tables import show
+
+    if json_output:
+        print(json.dumps(result))
+    else:
+        show(*tables())
+
+
+def refuse_missed(result) -> None:
+    """A budget that is missed is an error, after everything was shown."""
+    from dynprune.budgets.fit import first_missed
+
+    if missed := first_missed(result.budgets):
+        raise told(f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed {missed['limit']:.4g}. On a quiet machine measure again; "
+                            "if it stays so, train with a smaller budget.")
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to end at once. No `except Exception` stops it; every `finally` runs."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def interrupt(number: int, _frame: object) -> None:
+    raise Interrupted(number)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """Our own warnings as one line; others as Python shows them."""
+    if issubclass(category, DynpruneWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))  # type: ignore[arg-type]
+
+
+def fail(message: str, code: int, told: bool = False) -> NoReturn:
+    """One line on stderr and, with --json, an object on stdout, unless a result stands there already."""
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv and not told:
+        print(json.dumps({"error": message, "exit_code": code}))
+    sys.exit(code)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command. Exit codes: 0, 1 for errors, 2 for options that make no sense, 130 after Ctrl-C, 143 after SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know a sign, and names of files need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    warnings.showwarning = show_warning
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except DynpruneError as error:
+        fail(str(error), error.exit_code, error.told)
+    except PermissionError as error:
+        fail(f"Permission denied: {error.filename}. Make it readable (and a run directory writable), or choose another place.", 1)
+    except Interrupted as error:
+        fail(f"interrupted by {error}", error.exit_code)
+    except typer.Abort:
+        fail("interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Typer's own: options that make no sense
+            raise
+        if "--json" in sys.argv:
+            fail(error.format_message(), 2)
+        error.show()
+        sys.exit(2)

@@ -1,0 +1,4 @@
+"""Settings and run directories.
+
+In: options, or a directory. Out: a checked configuration (`config.py`), and a run's files with their checkpoints (`directory.py`).
+"""
