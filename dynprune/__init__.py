@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynprune.commands.inspect import inspect
     from dynprune.commands.plan import plan
     from dynprune.commands.train import train
-    from dynprune.files.artifact import save
+    from dynprune.commands.save import save
     from dynprune.gates.file import load
     from dynprune.runs.config import GateConfig, TrainConfig
     from dynprune.structure.tracing import trace
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # torch takes seconds to import, and `dynprune --help` does without: names are looked up when they are used
 WHERE = {
     "trace": "structure.tracing", "inspect": "commands.inspect", "plan": "commands.plan", "train": "commands.train", "compact": "commands.compact",
-    "load": "gates.file", "save": "files.artifact", "export": "commands.export", "bench": "commands.bench", "gate": "commands.gate",
+    "load": "gates.file", "save": "commands.save", "export": "commands.export", "bench": "commands.bench", "gate": "commands.gate",
     "compare": "commands.compare", "Budget": "budgets.limits", "TrainConfig": "runs.config", "GateConfig": "runs.config"}
 
 __all__ = ["Budget", "GateConfig", "TrainConfig", "__version__", "bench", "compact", "compare", "export", "gate", "inspect", "load", "plan", "save",

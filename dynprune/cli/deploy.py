@@ -40,7 +40,7 @@ def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, fine
 
 
 def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
-           out: Annotated[Optional[Path], typer.Option("--out", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
            opset: Opset = None, fold_normalization: Fold = False, data: DataNow = "", model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
     """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch.
 

@@ -1,4 +1,4 @@
-"""Commands that look at a network and train nothing: inspect, plan."""
+"""Commands that look at a network and train nothing: inspect, plan, guide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynprune.cli.options import Json
 from dynprune.cli.process import finish, listening, told
 
 
-def inspect(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
+def inspect(model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
             input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224. [default: what the source is used to]",
                                                      show_default=False)] = "",
             classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.")] = 0,
@@ -34,8 +34,8 @@ def inspect(model: Annotated[str, typer.Option("--model", help="Network, named a
         raise typer.Exit(1)
 
 
-def plan(model: Annotated[str, typer.Option("--model", help="Network, named as for `train`.")] = "vgg16",
-         budget: Annotated[list[str], typer.Option("--budget", help="As for `train`; several hold at once.")] = ["0.25"],  # noqa: B006 (Typer reads it)
+def plan(model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
+         budget: Annotated[list[str], typer.Option("--budget", "-b", help="As for `train`; several hold at once.")] = ["0.25"],  # noqa: B006 (Typer reads it)
          allocation: Annotated[str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")] = "uniform",
          learned_by: Annotated[Optional[Path], typer.Option("--from", help="Use what the bandit of this run learned.", metavar="RUN")] = None,
          latency: Annotated[bool, typer.Option(help="Predict milliseconds in onnxruntime; layers are timed once and kept.")] = True,
@@ -59,3 +59,17 @@ def plan(model: Annotated[str, typer.Option("--model", help="Network, named as f
     finish(json_output, dataclasses.asdict(result), lambda: [plan_table(result)])
     if not result.satisfiable:
         raise told(result.problem)
+
+
+def guide(topic: Annotated[Optional[str], typer.Argument(metavar="[TOPIC]", help="Page to show; without one, the list of pages.", show_default=False)] = None) -> None:
+    """Show a page of the guide in the terminal.
+
+    Example: `dynprune guide budgets`
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from dynprune.guide import TOPICS, page
+
+    text = page(topic) if topic else "# Guide\n\n`dynprune guide TOPIC` shows a page.\n\n" + "\n".join(f"- **{name}**: {words}" for name, words in TOPICS.items())
+    Console().print(Markdown(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect as python_inspect
 import typing
@@ -18,7 +19,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that
 AnyRunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` or `dynprune gate` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
-Out = Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
+Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")]
 DataNow = Annotated[str, typer.Option("--data", help="Where the run's data lie now, if they were moved.", show_default=False)]
 Named = Annotated[str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)]
@@ -34,27 +35,50 @@ BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime 
 PANELS = {"model": "Model and data", "epochs": "Training recipe", "precision": "Machine", "policy": "Method", "reservoir": "Machine", "target": "Method"}
 
 
+FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}  # what everyone needs, before the rest; --out with them
+
+
 def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
     """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
     fields = [field for field in dataclasses.fields(kind) if field.name not in without]
     hints = typing.get_type_hints(command, include_extras=True)
-    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in python_inspect.signature(command).parameters.values() if p.name != "given"]
-    options, panel = [], ""
+    own = [parameter.replace(annotation=in_panel(hints[parameter.name]) if parameter.name not in ("out", "json_output") else hints[parameter.name],
+                             kind=parameter.KEYWORD_ONLY)
+           for parameter in python_inspect.signature(command).parameters.values() if parameter.name != "given"]
+    options, panel = {}, ""
     for field in fields:
         panel = PANELS.get(field.name, panel)
-        several, auto = isinstance(field.default, tuple), field.metadata["auto"]
-        shown = "auto" if auto is not None and field.default == auto else (" ".join(field.default) if several else str(field.default)) or False
-        option = typer.Option("--" + field.name.replace("_", "-"), help=field.metadata["help"], show_default=shown, rich_help_panel=panel)
-        options.append(python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None,
-                                         annotation=Annotated[Optional[list[str] if several else str if auto is not None else type(field.default)], option]))
+        options[field.name] = setting_option(field, None if field.name in FIRST else panel)
+    options = {name: options[name] for name in [*(name for name in FIRST if name in options), *options]}
 
     def wrapper(**values: object) -> None:
         given = {field.name: number_or_auto(field, values.pop(field.name)) for field in fields}
         command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
 
-    wrapper.__signature__ = python_inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    wrapper.__signature__ = python_inspect.Signature([*options.values(), *own])  # type: ignore[attr-defined]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
+
+
+def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspect.Parameter:
+    """The option of a setting: its meaning, with the default as one would write it."""
+    several, auto = isinstance(field.default, tuple), field.metadata["auto"]
+    default = "auto" if auto is not None and field.default == auto else " ".join(field.default) if several else str(field.default)
+    text = field.metadata["help"] + (f" [default: {default}]" if default and not isinstance(field.default, bool) else "")
+    names = ["--" + field.name.replace("_", "-"), *([FIRST[field.name]] if field.name in FIRST else [])]
+    option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
+    value = list[str] if several else str if auto is not None else type(field.default)
+    return python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[value], option])
+
+
+def in_panel(annotation: object) -> object:
+    """An option of the command's own, shown below those that everyone needs."""
+    kind, info = typing.get_args(annotation)[:2]
+    if not isinstance(info, typer.models.OptionInfo):
+        return annotation
+    info = copy.copy(info)
+    info.rich_help_panel = "This command"
+    return Annotated[kind, info]
 
 
 def number_or_auto(field: dataclasses.Field, value: object) -> object:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dynprune.cli.deploy import bench, compact, export
-from dynprune.cli.look import inspect, plan
+from dynprune.cli.look import guide, inspect, plan
 from dynprune.cli.options import with_settings
 from dynprune.cli.process import run_app
 from dynprune.cli.train import compare, gate, run, train
@@ -37,7 +37,7 @@ def dynprune(_version: Annotated[bool, typer.Option("--version", callback=versio
     """
 
 
-for command in (train, compact, export, bench, with_settings(gate, GateConfig, without=("base",)), run, compare, inspect, plan):
+for command in (train, compact, export, bench, with_settings(gate, GateConfig, without=("base",)), run, compare, inspect, plan, guide):
     app.command()(command)
 
 

@@ -44,7 +44,7 @@ def train(given: dict, out: Out = None, overwrite: Overwrite = False,
 def gate(given: dict,
          base: Annotated[Optional[Path], typer.Argument(metavar="[RUN]", help="Finished and compacted run whose network gets the gates; its data settings are taken over. "
                                                                              "Without it, a new network of --model.")] = None,
-         out: Annotated[Optional[Path], typer.Option("--out", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False)] = None,
+         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False)] = None,
          overwrite: Overwrite = False,
          resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
          trust: Trust = False, json_output: Json = False) -> None:
@@ -102,7 +102,7 @@ def compare(given: dict,
                                                                      "static-ours, dense, dense+prune. With settings of its own: cucb:explore=0.03.")] = "cucb,random,static",
             seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, with seeds from --seed on. One seed shows nothing; three begin to.")] = 3,
             equal: Annotated[str, typer.Option("--equal", help="What all have in equal amount: images (training images seen) or cost (multiplications).")] = "images",
-            out: Annotated[Path, typer.Option("--out", help="Folder for the runs and the comparison; what is finished there is not repeated.")] = Path("runs/comparison"),
+            out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the comparison; what is finished there is not repeated.")] = Path("runs/comparison"),
             json_output: Json = False) -> None:
     """Train what you would do instead, side by side: random channels, thin networks from scratch, dense, dense and pruned.
 

@@ -69,6 +69,12 @@ def save(path: Path, model: nn.Module, facts: Facts, *, within: Collection[tuple
     write_tensors(path, tensors, {"kind": "compact", **dataclasses.asdict(dataclasses.replace(facts, state=state))})
 
 
+def tensor_shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The shape of a parameter or buffer, None where there is none of this name."""
+    value = named_tensors(model).get(name)
+    return None if value is None else tuple(value.shape)
+
+
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
     """The compact network in `path`, in eval mode on the CPU.
 
@@ -83,6 +89,8 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
     """As `load`, with what else the file knows. Shapes are checked against the tensors in the file before memory is taken for any."""
     tensors, header = read_tensors(path, "compact")
     facts, name, kept = facts_in(path, header)
+    if model is None and not name:
+        raise DynpruneError(f"{path} does not name its network. Pass the full-width one: load(path, model).")
     if model is None and runs_code(name) and not trust:
         raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
     try:

@@ -147,11 +147,11 @@ def export_table(result: ExportResult) -> Table:
 
 
 def bench_table(result: BenchResult) -> Table:
-    table = Table("batch", "dense p50", "p95", "images/s", "compact p50", "p95", "images/s", "speed-up", "runs",
+    table = Table("batch", "dense, ms\np50 / p95", "\nimages/s", "compact, ms\np50 / p95", "\nimages/s", "speed-up\np50", "runs",
                   title=f"bench: onnxruntime, {result.threads or 'default'} thread(s)", title_justify="left", title_style="bold")
     for row in result.rows:
         cells = [cell for side in (row.dense, row.compact)
-                 for cell in (f"{side.p50_ms:.3g} ms", f"{side.p95_ms:.3g} ms", f"{side.images_per_second:,.0f}")]
+                 for cell in (f"{side.p50_ms:.3g} / {side.p95_ms:.3g}", f"{side.images_per_second:,.0f}")]
         table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x", str(len(row.dense.samples_ms)))
     facts = [f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
              f"parameters {million(result.dense_params)} to {million(result.compact_params)}",

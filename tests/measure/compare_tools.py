@@ -137,7 +137,7 @@ TOOLS = {"dynprune": ours, "torch-pruning": torch_pruning, "torch-kirigami": tor
 
 # what each needs to find the structure and to remove channels, without importance measures, strategies, checkpoints and command lines
 SOURCES = {
-    "dynprune": ["labels.py", "rules.py", "numbers.py", "channels.py", "tracing.py", "surgery.py"],
+    "dynprune": [f"structure/{name}.py" for name in ("labels", "rules", "numbers", "channels", "tracing", "surgery")],
     "torch-pruning": ["_helpers.py", "ops.py", "dependency", "pruner/function.py"],
     "torch-kirigami": ["bindings.py", "operator_recipes.py", "dep_graph"] + [f"pruning/{name}.py" for name in (
         "axis_domains", "candidates", "layouts", "plan", "planner", "pruner", "recipes", "rewrite", "state", "types", "validation")],
