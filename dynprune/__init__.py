@@ -1,6 +1,7 @@
 """dynprune: compact CNNs by dynamic channel execution.
 
-Every command of the command line is a function here. `trace` finds a network's channel structure, `load` opens a compact or gated file.
+Every command of the command line is a function here. `trace` finds a network's channel structure, `load` opens a
+compact or gated file.
 """
 
 import importlib
@@ -17,20 +18,47 @@ if TYPE_CHECKING:
     from dynprune.commands.gate import gate
     from dynprune.commands.inspect import inspect
     from dynprune.commands.plan import plan
-    from dynprune.commands.train import train
     from dynprune.commands.save import save
+    from dynprune.commands.train import train
     from dynprune.gates.file import load
     from dynprune.runs.config import GateConfig, TrainConfig
     from dynprune.structure.tracing import trace
 
 # torch takes seconds to import, and `dynprune --help` does without: names are looked up when they are used
 WHERE = {
-    "trace": "structure.tracing", "inspect": "commands.inspect", "plan": "commands.plan", "train": "commands.train", "compact": "commands.compact",
-    "load": "gates.file", "save": "commands.save", "export": "commands.export", "bench": "commands.bench", "gate": "commands.gate",
-    "compare": "commands.compare", "Budget": "budgets.limits", "TrainConfig": "runs.config", "GateConfig": "runs.config"}
+    "trace": "structure.tracing",
+    "inspect": "commands.inspect",
+    "plan": "commands.plan",
+    "train": "commands.train",
+    "compact": "commands.compact",
+    "load": "gates.file",
+    "save": "commands.save",
+    "export": "commands.export",
+    "bench": "commands.bench",
+    "gate": "commands.gate",
+    "compare": "commands.compare",
+    "Budget": "budgets.limits",
+    "TrainConfig": "runs.config",
+    "GateConfig": "runs.config",
+}
 
-__all__ = ["Budget", "GateConfig", "TrainConfig", "__version__", "bench", "compact", "compare", "export", "gate", "inspect", "load", "plan", "save",
-           "trace", "train"]
+__all__ = [
+    "Budget",
+    "GateConfig",
+    "TrainConfig",
+    "__version__",
+    "bench",
+    "compact",
+    "compare",
+    "export",
+    "gate",
+    "inspect",
+    "load",
+    "plan",
+    "save",
+    "trace",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

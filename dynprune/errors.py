@@ -4,7 +4,8 @@
 class DynpruneError(Exception):
     """A known problem, told as: what was received, what was expected, what to do next.
 
-    Only the command line catches it: it prints the message on stderr, with --json as an object on stdout too, and exits with `exit_code`.
+    Only the command line catches it: it prints the message on stderr, with --json as an object on stdout too, and exits
+    with `exit_code`.
     told: a result that names the problem was printed already.
     """
 
@@ -17,7 +18,8 @@ class ModelFails(DynpruneError):
 
 
 class Stopped(DynpruneError):
-    """A run that was asked to stop, and did so after saving its state. The command line exits with 128 + the signal's number."""
+    """A run that was asked to stop, and did so after saving its state. The command line exits with 128 + the signal's
+    number."""
 
 
 class DynpruneWarning(UserWarning):

@@ -13,9 +13,10 @@ def nothing(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Listener:
-    """note: what is being done now; detail: the same, of things too small for a line of their own. say: what the user should know. step: a
-    `training.train.Progress` after training steps. work: what is done, how much of it, out of how much. stop: asked after every training
-    step; when it says so, the state is saved and the call ends with `errors.Stopped`."""
+    """note: what is being done now; detail: the same, of things too small for a line of their own. say: what the user
+    should know. step: a `training.train.Progress` after training steps. work: what is done, how much of it, out of how
+    much. stop: asked after every training step; when it says so, the state is saved and the call ends with
+    `errors.Stopped`."""
 
     note: Callable[[str], None] = nothing
     detail: Callable[[str], None] = nothing

@@ -1,4 +1,5 @@
-"""Two tests at a time (see pyproject.toml), one thread each: workers that share cores with several threads each wait for one another."""
+"""Two tests at a time (see pyproject.toml), one thread each: workers that share cores with several threads each wait
+for one another."""
 
 import os
 

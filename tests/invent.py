@@ -1,7 +1,8 @@
 """Networks that nobody would write and everybody does: invented by hypothesis, tried from trace to ONNX.
 
-`networks()` draws a recipe; `tests.invent:network?recipe=...` builds it, in any process. `tried` traces, trains, compacts, exports and
-compares; `loaded_elsewhere` opens the files in another process. `python -m tests.measure.fuzz --networks 300` does it for many.
+`networks()` draws a recipe; `tests.invent:network?recipe=...` builds it, in any process. `tried` traces, trains,
+compacts, exports and compares; `loaded_elsewhere` opens the files in another process. `python -m tests.measure.fuzz
+--networks 300` does it for many.
 """
 
 from __future__ import annotations
@@ -23,20 +24,57 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 CLASSES, SIZE = 4, (3, 16, 16)
-BLOCKS = ("conv", "residual", "depthwise", "grouped", "concat", "squeeze", "folding", "scale", "split", "shuffled", "transposed")
+BLOCKS = (
+    "conv",
+    "residual",
+    "depthwise",
+    "grouped",
+    "concat",
+    "squeeze",
+    "folding",
+    "scale",
+    "split",
+    "shuffled",
+    "transposed",
+)
 NORMS = ("batch", "batch without weights", "instance", "group", "spectral", "none")
 CONSTANTS = ("buffer", "tensor", "list", "dict", "object", "array", "number", "order", "layer", "none")
 TRAINING = ("noise", "fixed noise", "side", "dropout", "none")
 NAMES = ("block{}", "#{}", "a:{}", "ü {}", "{}", "weight{}", "#[{}]")
-EXTRAS = ("alias", "tied", "encoding", "asserts", "extra state", "lock", "writes input", "counter", "unused", "more outputs")
+EXTRAS = (
+    "alias",
+    "tied",
+    "encoding",
+    "asserts",
+    "extra state",
+    "lock",
+    "writes input",
+    "counter",
+    "unused",
+    "more outputs",
+)
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> dict:
-    """A recipe: blocks with widths, norms and names; a constant that no state dict holds; what differs in training; and oddities."""
-    blocks = draw(st.lists(st.fixed_dictionaries({"kind": st.sampled_from(BLOCKS), "width": st.sampled_from([8, 12, 16]), "norm": st.sampled_from(NORMS)}), min_size=1, max_size=4))
-    return {"blocks": blocks, "names": draw(st.sampled_from(NAMES)), "constant": draw(st.sampled_from(CONSTANTS)), "training": draw(st.sampled_from(TRAINING)),
-            "extras": sorted(draw(st.sets(st.sampled_from(EXTRAS), max_size=3)))}
+    """A recipe: blocks with widths, norms and names; a constant that no state dict holds; what differs in training; and
+    oddities."""
+    blocks = draw(
+        st.lists(
+            st.fixed_dictionaries(
+                {"kind": st.sampled_from(BLOCKS), "width": st.sampled_from([8, 12, 16]), "norm": st.sampled_from(NORMS)}
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    return {
+        "blocks": blocks,
+        "names": draw(st.sampled_from(NAMES)),
+        "constant": draw(st.sampled_from(CONSTANTS)),
+        "training": draw(st.sampled_from(TRAINING)),
+        "extras": sorted(draw(st.sets(st.sampled_from(EXTRAS), max_size=3))),
+    }
 
 
 def name_of(recipe: dict) -> str:
@@ -49,8 +87,12 @@ def network(num_classes: int, recipe: str) -> nn.Module:
 
 
 def norm(kind: str, channels: int) -> nn.Module:
-    return {"batch": lambda: nn.BatchNorm2d(channels), "batch without weights": lambda: nn.BatchNorm2d(channels, affine=False), "instance": lambda: nn.InstanceNorm2d(channels),
-            "group": lambda: nn.GroupNorm(2, channels)}.get(kind, nn.Identity)()
+    return {
+        "batch": lambda: nn.BatchNorm2d(channels),
+        "batch without weights": lambda: nn.BatchNorm2d(channels, affine=False),
+        "instance": lambda: nn.InstanceNorm2d(channels),
+        "group": lambda: nn.GroupNorm(2, channels),
+    }.get(kind, nn.Identity)()
 
 
 class Scale(nn.Module):
@@ -106,7 +148,7 @@ class Block(nn.Module):
         if self.kind == "folding":
             return F.relu(y + self.more(x))
         if self.kind == "split":
-            return torch.cat([self.more(y[:, : self.part]), y[:, self.part:]], 1)
+            return torch.cat([self.more(y[:, : self.part]), y[:, self.part :]], 1)
         if self.kind == "shuffled":
             n, c, h, w = y.shape
             return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -211,7 +253,8 @@ class Invented(nn.Module):
         return (scores, scores.new_ones(3), self.head.bias) if "more outputs" in self.extras else scores
 
 
-# -- trying one out -------------------------------------------------------------------------------------------------------
+# -- trying one out
+# -------------------------------------------------------------------------------------------------------
 
 
 def images():
@@ -220,16 +263,36 @@ def images():
 
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(CLASSES).repeat(6)
-    pixels = (torch.randint(0, 100, (len(labels), *SIZE), generator=rng) + 35 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    pixels = (torch.randint(0, 100, (len(labels), *SIZE), generator=rng) + 35 * labels.view(-1, 1, 1, 1)).to(
+        torch.uint8
+    )
     split = ImagesInMemory(pixels, labels)
-    return Data("invented", list("abcd"), SIZE, (0.4,) * 3, (0.2,) * 3, split, split, split, "the training images", "the training images", "none", 0)
+    return Data(
+        "invented",
+        list("abcd"),
+        SIZE,
+        (0.4,) * 3,
+        (0.2,) * 3,
+        split,
+        split,
+        split,
+        "the training images",
+        "the training images",
+        "none",
+        0,
+    )
 
 
 def snapshot(model: nn.Module) -> dict:
     from dynprune.state.attributes import attribute_values
 
-    tensors = {name: (value.clone(), value.data_ptr()) for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    plain = {path: value.clone() if isinstance(value, Tensor) else np.copy(value) if isinstance(value, np.ndarray) else value for path, value in attribute_values(model)}
+    tensors = {
+        name: (value.clone(), value.data_ptr()) for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
+    plain = {
+        path: value.clone() if isinstance(value, Tensor) else np.copy(value) if isinstance(value, np.ndarray) else value
+        for path, value in attribute_values(model)
+    }
     return {"tensors": tensors, "plain": plain, "modes": [module.training for module in model.modules()]}
 
 
@@ -238,24 +301,33 @@ def equal(one: object, other: object) -> bool:
         return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
+    return (
+        torch.equal(one, other)
+        if isinstance(one, Tensor)
+        else bool(np.array_equal(one, other))
+        if isinstance(one, np.ndarray)
+        else one == other
+    )
 
 
 def tried(recipe: dict, folder: Path) -> str:
-    """Trace, rehearse, train, compact and export one network in `folder`; leaves x.pt and ours.pt there for `loaded_elsewhere`.
+    """Trace, rehearse, train, compact and export one network in `folder`; leaves x.pt and ours.pt there for
+    `loaded_elsewhere`.
 
-    Returns "went through", or the words with which it was refused before training. Raises AssertionError for anything else.
+    Returns "went through", or the words with which it was refused before training. Raises AssertionError for anything
+    else.
     """
     import dynprune
     from dynprune import zoo
-    from dynprune.deploy.compact import compact
-    from dynprune.runs.config import TrainConfig
-    from dynprune.errors import DynpruneError
-    from dynprune.deploy.export import export
-    from dynprune.files.onnxfile import open_session, run as execute
-    from dynprune.training.rehearsal import rehearse
-    from dynprune.runs.directory import Run
     from dynprune.data.scores import logits
+    from dynprune.deploy.compact import compact
+    from dynprune.deploy.export import export
+    from dynprune.errors import DynpruneError
+    from dynprune.files.onnxfile import open_session
+    from dynprune.files.onnxfile import run as execute
+    from dynprune.runs.config import TrainConfig
+    from dynprune.runs.directory import Run
+    from dynprune.training.rehearsal import rehearse
     from dynprune.training.session import Session
     from dynprune.training.train import train
 
@@ -264,8 +336,23 @@ def tried(recipe: dict, folder: Path) -> str:
     before, draws = snapshot(model), (torch.get_rng_state(), random.getstate())
     kept = x.clone()
     dynprune.trace(model, x)
-    assert equal(before, snapshot(model)) and torch.equal(x, kept) and torch.equal(torch.get_rng_state(), draws[0]) and random.getstate() == draws[1], "trace changed something"
-    config = TrainConfig(model=name, epochs=2, batch_size=8, budget=("0.6",), align="1", min_width=2, precision="float32", threads=1, lr=0.02)
+    assert (
+        equal(before, snapshot(model))
+        and torch.equal(x, kept)
+        and torch.equal(torch.get_rng_state(), draws[0])
+        and random.getstate() == draws[1]
+    ), "trace changed something"
+    config = TrainConfig(
+        model=name,
+        epochs=2,
+        batch_size=8,
+        budget=("0.6",),
+        align="1",
+        min_width=2,
+        precision="float32",
+        threads=1,
+        lr=0.02,
+    )
     try:
         session = Session(config, data)
         rehearse(session)
@@ -274,7 +361,11 @@ def tried(recipe: dict, folder: Path) -> str:
     run = Run.create(folder, session.config, True)
     trained = train(config, run, session=session)
     compacted = compact(run, data=data)
-    assert compacted.accuracy == trained.accuracy and compacted.max_rel_diff < 1e-5, (trained.accuracy, compacted.accuracy, compacted.max_rel_diff)
+    assert compacted.accuracy == trained.accuracy and compacted.max_rel_diff < 1e-5, (
+        trained.accuracy,
+        compacted.accuracy,
+        compacted.max_rel_diff,
+    )
     exported = export(run, data=data)
     images_of_noise = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -288,12 +379,13 @@ def tried(recipe: dict, folder: Path) -> str:
 
 def loaded_elsewhere(folders: list[Path]) -> dict[str, float]:
     """Open the compact files in another process: per folder, the largest difference over the largest output."""
-    code = ("import sys, json, random, numpy, torch, dynprune; from pathlib import Path; from dynprune.data.scores import logits; torch.manual_seed(987); random.seed(65); out = {}\n"
-            "for name in sys.argv[1:]:\n"
-            "    x, ours = torch.load(Path(name) / 'ours.pt')\n"
-            "    with torch.no_grad(): theirs = logits(dynprune.load(Path(name) / 'compact.safetensors', trust=True)(x))\n"
-            "    out[name] = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))\n"
-            "print(json.dumps(out))")
+    code = (
+        "import sys, json, random, numpy, torch, dynprune; from pathlib import Path; from dynprune.data.scores "
+        "import logits; torch.manual_seed(987); random.seed(65); out = {}\nfor name in sys.argv[1:]:\n    x, ours "
+        "= torch.load(Path(name) / 'ours.pt')\n    with torch.no_grad(): theirs = logits(dynprune.load(Path(name) "
+        "/ 'compact.safetensors', trust=True)(x))\n    out[name] = float((ours - theirs).abs().max() / "
+        "ours.abs().max().clamp(min=1e-30))\nprint(json.dumps(out))"
+    )
     done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

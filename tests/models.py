@@ -1,4 +1,5 @@
-"""Networks of a few channels in which structural mistakes would show: residuals, concats, depthwise, grouped, shared."""
+"""Networks of a few channels in which structural mistakes would show: residuals, concats, depthwise, grouped,
+shared."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     rng = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in ((module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 1.5), (module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3)):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+            ):
                 tensor.data.copy_(torch.rand(tensor.shape, generator=rng) * (high - low) + low)
     return model.eval()
 

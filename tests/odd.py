@@ -1,4 +1,5 @@
-"""Networks as people write them: constants out of the state dict, odd names, layers under two names, sizes that are used in training only.
+"""Networks as people write them: constants out of the state dict, odd names, layers under two names, sizes that are
+used in training only.
 
 Each takes 3 x 16 x 16 images or larger and returns 4 scores; `tests.odd:NAME` is a model's name.
 """
@@ -30,7 +31,8 @@ class Base(nn.Module):
         return self.head(self.features(x))
 
 
-# -- values that no state dict holds ------------------------------------------------------------------------------------
+# -- values that no state dict holds
+# ------------------------------------------------------------------------------------
 
 
 class NonPersistent(Base):
@@ -74,7 +76,11 @@ class InContainers(Base):
         self.order = torch.randperm(num_classes).tolist()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x) * self.scales[0] + self.scales[1] + self.deep[0]["shift"] * self.settings.gain * self.settings.factor
+        y = (
+            super().forward(x) * self.scales[0]
+            + self.scales[1]
+            + self.deep[0]["shift"] * self.settings.gain * self.settings.factor
+        )
         return (y * torch.from_numpy(self.array))[:, self.order]
 
 
@@ -96,7 +102,6 @@ class InClosure(Base):
         super().__init__(num_classes)
         mixing = torch.randn(num_classes, num_classes)
         self.mix = lambda y: y @ mixing
-
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(super().forward(x))
@@ -197,7 +202,8 @@ class OddExtraState(Base):
         raise AssertionError("never called with what was left out")
 
 
-# -- names, aliases, attributes -----------------------------------------------------------------------------------------
+# -- names, aliases, attributes
+# -----------------------------------------------------------------------------------------
 
 
 class Alias(Base):
@@ -214,7 +220,11 @@ class Shared(nn.Module):
 
     def __init__(self, num_classes: int = 4):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1),
+        )
         self.c.weight = self.b.weight
         self.head = nn.Linear(16, num_classes)
 
@@ -224,8 +234,15 @@ class Shared(nn.Module):
 
 def odd_names(num_classes: int = 4) -> nn.Module:
     net = nn.Sequential()
-    for name, layer in (("#1", nn.Conv2d(3, 16, 3)), ("a:b", nn.BatchNorm2d(16)), ("#1#2", nn.Conv2d(16, 8, 3)), ("ü 0", nn.AdaptiveAvgPool2d(1)),
-                        ("flat", nn.Flatten()), ("#[x, 1]", nn.Linear(8, 8)), ("head", nn.Linear(8, num_classes))):
+    for name, layer in (
+        ("#1", nn.Conv2d(3, 16, 3)),
+        ("a:b", nn.BatchNorm2d(16)),
+        ("#1#2", nn.Conv2d(16, 8, 3)),
+        ("ü 0", nn.AdaptiveAvgPool2d(1)),
+        ("flat", nn.Flatten()),
+        ("#[x, 1]", nn.Linear(8, 8)),
+        ("head", nn.Linear(8, num_classes)),
+    ):
         net.add_module(name, layer)
     return net
 
@@ -286,7 +303,8 @@ class InPlace(Base):
         return super().forward(x.sub_(0.5).div_(0.25))
 
 
-# -- training and evaluation --------------------------------------------------------------------------------------------
+# -- training and evaluation
+# --------------------------------------------------------------------------------------------
 
 
 class NoiseInTraining(Base):
@@ -331,13 +349,19 @@ class Statistics(nn.Module):
 
     def __init__(self, num_classes: int = 4):
         super().__init__()
-        self.conv, self.norm, self.head, self.unused = nn.Conv2d(3, 16, 3), self.Norm(16), nn.Linear(16, num_classes), nn.Linear(4, 4)
+        self.conv, self.norm, self.head, self.unused = (
+            nn.Conv2d(3, 16, 3),
+            self.Norm(16),
+            nn.Linear(16, num_classes),
+            nn.Linear(4, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.conv(x)).mean((2, 3)))
 
 
-# -- constants, scales, layers ------------------------------------------------------------------------------------------
+# -- constants, scales, layers
+# ------------------------------------------------------------------------------------------
 
 
 class Encoded(Base):
@@ -364,7 +388,14 @@ class Scale(nn.Module):
 
 
 def scaled(num_classes: int = 4, shape: tuple[int, ...] = (1, 16, 1, 1), name: str = "weight") -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), Scale(shape, name), nn.Conv2d(16, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, num_classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        Scale(shape, name),
+        nn.Conv2d(16, 24, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, num_classes),
+    )
 
 
 class Foldable(nn.Module):
@@ -381,12 +412,23 @@ class Foldable(nn.Module):
     def switch_to_deploy(self) -> None:
         wide, small = self.branches
         self.folded = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups)
-        self.folded.weight.data, self.folded.bias.data = wide.weight.data + F.pad(small.weight.data, [1] * 4), wide.bias.data + small.bias.data
+        self.folded.weight.data, self.folded.bias.data = (
+            wide.weight.data + F.pad(small.weight.data, [1] * 4),
+            wide.bias.data + small.bias.data,
+        )
         del self.branches
 
 
 def foldable(num_classes: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), Foldable(16, 16), Foldable(16, 24), Foldable(24, 24, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, num_classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        Foldable(16, 16),
+        Foldable(16, 24),
+        Foldable(24, 24, 24),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, num_classes),
+    )
 
 
 class TakesTraining(nn.Module):
@@ -404,17 +446,33 @@ class TakesTraining(nn.Module):
 
 
 def rewrites(num_classes: int = 4) -> nn.Module:
-    return nn.Sequential(TakesTraining(3, 16), nn.ReLU(), TakesTraining(16, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, num_classes))
+    return nn.Sequential(
+        TakesTraining(3, 16),
+        nn.ReLU(),
+        TakesTraining(16, 24),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, num_classes),
+    )
 
 
 def all_zero(num_classes: int = 4) -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, num_classes, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, num_classes, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     nn.init.constant_(model[2].bias, -100.0)
     return model
 
 
 def all_mixed(num_classes: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(1, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(1, 16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, num_classes),
+    )
 
 
 class DependsOnData(Base):
@@ -460,7 +518,15 @@ class Noisy(Base):
 
 
 def lazy(num_classes: int = 4) -> nn.Module:
-    return nn.Sequential(nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(num_classes))
+    return nn.Sequential(
+        nn.LazyConv2d(16, 3),
+        nn.LazyBatchNorm2d(),
+        nn.ReLU(),
+        nn.LazyConv2d(24, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LazyLinear(num_classes),
+    )
 
 
 def half(num_classes: int = 4) -> nn.Module:

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(path for path in (ROOT / "dynprune").iterdir() if path.is_dir() and path.name != "__pycache__")
-COMMAND = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
+COMMAND = (
+    "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
+)
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
@@ -22,8 +24,15 @@ def test_imports_between_rooms_run_one_way():
     assert done.returncode == 0 and "0 broken" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("room, line", [("structure", "from dynprune.training.train import train"), ("execution", "from dynprune.budgets.limits import Budget"),
-                                        ("data", "from dynprune.runs.config import TrainConfig"), ("training", "from dynprune.gates.gating import GatedNetwork")])
+@pytest.mark.parametrize(
+    "room, line",
+    [
+        ("structure", "from dynprune.training.train import train"),
+        ("execution", "from dynprune.budgets.limits import Budget"),
+        ("data", "from dynprune.runs.config import TrainConfig"),
+        ("training", "from dynprune.gates.gating import GatedNetwork"),
+    ],
+)
 def test_an_import_that_runs_up_is_found(room, line, tmp_path):
     shutil.copytree(ROOT / "dynprune", tmp_path / "dynprune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -41,3 +50,9 @@ def test_every_room_says_what_goes_in_and_what_comes_out(room):
 def test_every_room_is_on_a_floor():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f"dynprune.{room.name}" in text for room in ROOMS)
+
+
+@pytest.mark.parametrize("options", [("check",), ("format", "--check")], ids=lambda options: options[0])
+def test_code_is_clean_and_formatted(options):
+    done = subprocess.run([sys.executable, "-m", "ruff", *options, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

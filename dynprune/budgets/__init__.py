@@ -1,5 +1,6 @@
 """From what may be spent to widths.
 
-In: a `ChannelGraph` and limits on MACs, parameters or milliseconds (`limits.py`). Out: a width for every group (`allocation.py`, `fit.py`),
-and what layers and networks take in onnxruntime on this machine (`latency.py`). Read `allocation.py` first.
+In: a `ChannelGraph` and limits on MACs, parameters or milliseconds (`limits.py`). Out: a width for every group
+(`allocation.py`, `fit.py`), and what layers and networks take in onnxruntime on this machine (`latency.py`). Read
+`allocation.py` first.
 """

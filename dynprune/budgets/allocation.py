@@ -1,13 +1,14 @@
 """From budgets to widths.
 
-Takes a ChannelGraph and what the user allows (shares or numbers of MACs, parameters, milliseconds), returns the width of every
-group. The cost of any widths in MACs and parameters is exact: it is read off the graph's table, once compiled into arrays
-(`CostModel`), so that an allocation can ask for it thousands of times. Milliseconds are predicted by `latency.LatencyModel`.
+Takes a ChannelGraph and what the user allows (shares or numbers of MACs, parameters, milliseconds), returns the width
+of every group. The cost of any widths in MACs and parameters is exact: it is read off the graph's table, once compiled
+into arrays (`CostModel`), so that an allocation can ask for it thousands of times. Milliseconds are predicted by
+`latency.LatencyModel`.
 
-Three allocations. *uniform* keeps the same share of every group. *balanced* lets the share fall with a group's parameters per
-MAC, just enough to use several budgets at once: late layers, which hold the parameters, get narrower than early ones, which
-take the time. *learned* starts from the balanced widths and moves them by what the bandit learned: wider where an arm is worth
-more loss for what it costs.
+Three allocations. *uniform* keeps the same share of every group. *balanced* lets the share fall with a group's
+parameters per MAC, just enough to use several budgets at once: late layers, which hold the parameters, get narrower
+than early ones, which take the time. *learned* starts from the balanced widths and moves them by what the bandit
+learned: wider where an arm is worth more loss for what it costs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class CostModel:
     """MACs and parameters (exact) and milliseconds (predicted) of any widths, in a few array operations.
 
     The size of a tensor is a product over its dimensions, each of them affine in the widths.
-    rows: the number of each axis in `axis_sizes`. latency: where milliseconds come from, None as long as nobody asks for them.
+    rows: the number of each axis in `axis_sizes`. latency: where milliseconds come from, None as long as nobody asks
+    for them.
     """
 
     def __init__(self, graph: ChannelGraph):
@@ -63,8 +65,16 @@ class CostModel:
                     continue
                 counts = np.bincount(graph.axes[name, dim].group + 1, minlength=len(self.names) + 1)
                 self.rows[name, dim] = len(constants)
-                coefficients.append(np.array([graph.groups[g].members[name, dim].shape[1] if (name, dim) in graph.groups[g].members else 0
-                                              for g in self.names]) if counts[1:].any() else np.zeros(len(self.names), dtype=np.int64))
+                coefficients.append(
+                    np.array(
+                        [
+                            graph.groups[g].members[name, dim].shape[1] if (name, dim) in graph.groups[g].members else 0
+                            for g in self.names
+                        ]
+                    )
+                    if counts[1:].any()
+                    else np.zeros(len(self.names), dtype=np.int64)
+                )
                 constants.append(int(counts[0]))
                 moving.append(dim)
             tensors.append(([self.rows[name, dim] for dim in moving] + [0] * 3)[:3])
@@ -74,7 +84,10 @@ class CostModel:
             self.params_weight.append(name in graph.parameters)
         self.coefficients, self.constants = np.array(coefficients), np.array(constants)
         self.tensors, self.fixed = np.array(tensors), np.array(fixed, dtype=np.int64)
-        self.weights = {"macs": np.array(self.macs_weight, dtype=np.int64), "params": np.array(self.params_weight, dtype=np.int64)}
+        self.weights = {
+            "macs": np.array(self.macs_weight, dtype=np.int64),
+            "params": np.array(self.params_weight, dtype=np.int64),
+        }
 
     def axis_sizes(self, widths: np.ndarray) -> np.ndarray:
         """Size of every axis that arms lie along, int64 of shape (axes,); `rows` says where."""
@@ -91,15 +104,23 @@ class CostModel:
 
     def dense(self, quantity: str) -> float:
         """Cost of the full-width network; milliseconds as measured, if they were."""
-        return self.dense_ms if quantity == "latency" and not math.isnan(self.dense_ms) else self.cost(quantity, self.arms)
+        return (
+            self.dense_ms if quantity == "latency" and not math.isnan(self.dense_ms) else self.cost(quantity, self.arms)
+        )
 
     def slopes(self, quantity: str, widths: np.ndarray) -> np.ndarray:
-        """Change in cost per arm of each group, (groups,). Of milliseconds: the average slope down to three quarters of the width."""
+        """Change in cost per arm of each group, (groups,). Of milliseconds: the average slope down to three quarters of
+        the width."""
         if quantity == "latency":
             narrower = np.maximum(1, widths * 3 // 4)
             here = self.cost(quantity, widths)
-            return np.array([(here - self.cost(quantity, np.where(np.arange(len(widths)) == g, narrower, widths))) / max(1, widths[g] - narrower[g])
-                             for g in range(len(widths))])
+            return np.array(
+                [
+                    (here - self.cost(quantity, np.where(np.arange(len(widths)) == g, narrower, widths)))
+                    / max(1, widths[g] - narrower[g])
+                    for g in range(len(widths))
+                ]
+            )
         sizes = self.sizes(widths)
         total = np.zeros(len(self.names))
         for dim in range(3):
@@ -111,9 +132,9 @@ class CostModel:
 def alignment(arms: int, align: str = "auto") -> int:
     """Widths of a group are multiples of this.
 
-    A number if one is given. "auto": what onnxruntime's blocked layout works in, 16 channels with AVX-512 and 8 without, falling
-    back to 8 and 4 where the group has fewer than 4 such steps: a width that 4 does not divide leaves the layout and can be slower
-    than no pruning at all.
+    A number if one is given. "auto": what onnxruntime's blocked layout works in, 16 channels with AVX-512 and 8
+    without, falling back to 8 and 4 where the group has fewer than 4 such steps: a width that 4 does not divide leaves
+    the layout and can be slower than no pruning at all.
     """
     if align != "auto":
         return min(int(align), arms)
@@ -130,26 +151,47 @@ class Constraints:
     largest: np.ndarray
 
 
-def constraints(graph: ChannelGraph, *, align: str = "auto", min_width: int = 1, max_width_share: float = 1.0, keep: Sequence[str] = ()) -> Constraints:
-    """The user's wishes per group. keep: names or patterns (`layer1.*`) of groups or layers whose channels are never narrowed."""
+def constraints(
+    graph: ChannelGraph,
+    *,
+    align: str = "auto",
+    min_width: int = 1,
+    max_width_share: float = 1.0,
+    keep: Sequence[str] = (),
+) -> Constraints:
+    """The user's wishes per group. keep: names or patterns (`layer1.*`) of groups or layers whose channels are never
+    narrowed."""
     steps = np.array([alignment(group.arms, align) for group in graph], dtype=np.int64)
     arms = np.array([group.arms for group in graph], dtype=np.int64)
     smallest = np.minimum(arms, np.maximum(steps, -(-min_width // steps) * steps))
-    largest = np.where(max_width_share < 1, np.maximum(smallest, (max_width_share * arms).astype(np.int64) // steps * steps), arms)
+    largest = np.where(
+        max_width_share < 1, np.maximum(smallest, (max_width_share * arms).astype(np.int64) // steps * steps), arms
+    )
     for pattern in keep:
         held = [any(fnmatch.fnmatchcase(name, pattern) for name in (group.name, *group.makers)) for group in graph]
         if not any(held):
             known = ", ".join(list(graph.groups)[:12]) + (", ..." if len(graph) > 12 else "")
-            raise DynpruneError(f'--keep got "{pattern}", which matches no layer with removable channels. Groups: {known}.')
+            raise DynpruneError(
+                f'--keep got "{pattern}", which matches no layer with removable channels. Groups: {known}.'
+            )
         smallest, largest = np.where(held, arms, smallest), np.where(held, arms, largest)
     return Constraints(steps, smallest, largest)
 
 
-def allocate(graph: ChannelGraph, budget: Sequence[str], allocation: str = "uniform", allowed: Constraints | None = None, *,
-             cost: CostModel | None = None, loss: np.ndarray | None = None) -> dict[str, int]:
-    """Widths per group that meet every budget. Raises DynpruneError, naming what is reachable, when even the narrowest network costs more.
+def allocate(
+    graph: ChannelGraph,
+    budget: Sequence[str],
+    allocation: str = "uniform",
+    allowed: Constraints | None = None,
+    *,
+    cost: CostModel | None = None,
+    loss: np.ndarray | None = None,
+) -> dict[str, int]:
+    """Widths per group that meet every budget. Raises DynpruneError, naming what is reachable, when even the narrowest
+    network costs more.
 
-    cost: with a latency model if a budget is in milliseconds. loss: for "learned", the loss that one more arm of each group is worth, (groups,).
+    cost: with a latency model if a budget is in milliseconds. loss: for "learned", the loss that one more arm of each
+    group is worth, (groups,).
     """
     model, allowed = cost or CostModel(graph), allowed or constraints(graph)
     bounds = [(limit, limit.value(model.dense(limit.quantity))) for limit in map(parse_limit, budget)]
@@ -167,12 +209,17 @@ def allocate(graph: ChannelGraph, budget: Sequence[str], allocation: str = "unif
 
 def constraints_for(graph: ChannelGraph, budget: Budget) -> Constraints:
     """Which widths a budget allows."""
-    return constraints(graph, align=budget.align, min_width=budget.min_width, max_width_share=budget.max_width_share, keep=budget.keep)
+    return constraints(
+        graph, align=budget.align, min_width=budget.min_width, max_width_share=budget.max_width_share, keep=budget.keep
+    )
 
 
 def refuse_unreachable(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints) -> None:
     if not model.names:
-        raise DynpruneError("No channel of this network can be removed, so no budget below 1 can be met. See what pins them: dynprune inspect.")
+        raise DynpruneError(
+            "No channel of this network can be removed, so no budget below 1 can be met. See what "
+            "pins them: dynprune inspect."
+        )
     for limit, bound in bounds:
         least, dense = model.cost(limit.quantity, allowed.smallest), model.dense(limit.quantity)
         if least > bound:
@@ -182,14 +229,20 @@ def refuse_unreachable(model: CostModel, bounds: list[tuple[Limit, float]], allo
 def unreachable(limit: Limit, least: float, dense: float, allowed: Constraints) -> DynpruneError:
     """The error that names what can be reached. least, dense: cost of the narrowest network and of the full one."""
     if limit.quantity == "latency":
-        narrowest, whole, reachable = f"takes {least:.3g} ms", f"{dense:.3g} ms", f"{math.ceil(least * 1000) / 1000:g}ms"
+        narrowest, whole, reachable = (
+            f"takes {least:.3g} ms",
+            f"{dense:.3g} ms",
+            f"{math.ceil(least * 1000) / 1000:g}ms",
+        )
     else:
         narrowest, whole, reachable = f"has {least} {limit.quantity}", f"{dense}", f"{least}"
     if not limit.absolute:
         reachable = f"{math.ceil(least / dense * 1e4) / 1e4:.4f}"
     ease = ", or a smaller --align" if allowed.steps.max() > 1 else ""
-    return DynpruneError(f"--budget {limit} is below what this network can reach: its narrowest form {narrowest}, {least / dense:.4f} of {whole}. "
-                         f"Choose at least {reachable}{ease}.")
+    return DynpruneError(
+        f"--budget {limit} is below what this network can reach: its narrowest form {narrowest}, "
+        f"{least / dense:.4f} of {whole}. Choose at least {reachable}{ease}."
+    )
 
 
 def meets(model: CostModel, bounds: list[tuple[Limit, float]], widths: np.ndarray) -> bool:
@@ -201,17 +254,23 @@ def uniform(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constr
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if meets(model, bounds, round_widths(model, allowed, np.full(len(model.arms), middle))) else (low, middle)
+        low, high = (
+            (middle, high)
+            if meets(model, bounds, round_widths(model, allowed, np.full(len(model.arms), middle)))
+            else (low, middle)
+        )
     return round_widths(model, allowed, np.full(len(model.arms), low))
 
 
-def balanced(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, shape: np.ndarray | None = None) -> np.ndarray:
-    """Shares that fall with a group's parameters per MAC: share = a * shape * density^-b, with the least b >= 0 whose widths meet every budget.
-    Float, shape (groups,), not yet rounded to widths.
+def balanced(
+    model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, shape: np.ndarray | None = None
+) -> np.ndarray:
+    """Shares that fall with a group's parameters per MAC: share = a * shape * density^-b, with the least b >= 0 whose
+    widths meet every budget. Float, shape (groups,), not yet rounded to widths.
 
-    With one budget, or where the others bind before the parameters do, b is 0; with a flat `shape` (the default) this is then `uniform`.
-    A smooth family of shares is deliberate: maximising a sum of log(width) under a product of neighbouring widths, greedily or exactly,
-    alternates wide and narrow layers.
+    With one budget, or where the others bind before the parameters do, b is 0; with a flat `shape` (the default) this
+    is then `uniform`. A smooth family of shares is deliberate: maximising a sum of log(width) under a product of
+    neighbouring widths, greedily or exactly, alternates wide and narrow layers.
     """
     shape = np.ones(len(model.arms)) if shape is None else shape
     macs, params = (model.slopes(quantity, model.arms) for quantity in ("macs", "params"))
@@ -219,11 +278,13 @@ def balanced(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Const
     others = [pair for pair in bounds if pair[0].quantity != "params"]
 
     def widest(b: float, within: list[tuple[Limit, float]]) -> np.ndarray:
-        shares = shape * density ** -b
+        shares = shape * density**-b
         low, high = 0.0, 1.0 / shares.min()
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if meets(model, within, round_widths(model, allowed, middle * shares)) else (low, middle)
+            low, high = (
+                (middle, high) if meets(model, within, round_widths(model, allowed, middle * shares)) else (low, middle)
+            )
         return low * shares
 
     low, high = 0.0, 2.0
@@ -231,24 +292,34 @@ def balanced(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Const
         return widest(0.0, bounds)
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if meets(model, bounds, round_widths(model, allowed, widest(middle, others))) else (middle, high)
+        low, high = (
+            (low, middle)
+            if meets(model, bounds, round_widths(model, allowed, widest(middle, others)))
+            else (middle, high)
+        )
     return widest(high, bounds)
 
 
-DAMPING, FARTHEST = 0.5, 2.0  # of `learned`: exponent of an arm's worth, and how far widths may move from the balanced ones
+DAMPING, FARTHEST = (
+    0.5,
+    2.0,
+)  # of `learned`: exponent of an arm's worth, and how far widths may move from the balanced ones
 
 
 def learned(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, loss: np.ndarray) -> np.ndarray:
-    """The super-arm of the whole network: widths by estimated loss per cost, a bounded step away from the balanced ones.
+    """The super-arm of the whole network: widths by estimated loss per cost, a bounded step away from the balanced
+    ones.
 
-    The oracle that CUCB asks for would choose the widths that lose least under the budgets. With the cost linear in the widths it
-    is a fractional knapsack, solved by filling in the order of loss per cost (Dantzig, 1957). Costs are products of neighbouring
-    widths, though, and that greedy choice exploits it: it makes a layer narrow where its neighbour is wide. So costs are linearised
-    once, at the balanced widths, and the choice is kept near them by an entropy term, which makes it a step of exponentiated
-    gradient (Kivinen & Warmuth, 1997) on the logarithm of an arm's worth: width_g ~ balanced_g * (loss_g / price_g)^0.5, at most
-    twice and at least half, scaled until the budgets are used. The combination is ours.
+    The oracle that CUCB asks for would choose the widths that lose least under the budgets. With the cost linear in the
+    widths it is a fractional knapsack, solved by filling in the order of loss per cost (Dantzig, 1957). Costs are
+    products of neighbouring widths, though, and that greedy choice exploits it: it makes a layer narrow where its
+    neighbour is wide. So costs are linearised once, at the balanced widths, and the choice is kept near them by an
+    entropy term, which makes it a step of exponentiated gradient (Kivinen & Warmuth, 1997) on the logarithm of an arm's
+    worth: width_g ~ balanced_g * (loss_g / price_g)^0.5, at most twice and at least half, scaled until the budgets are
+    used. The combination is ours.
 
-    loss: estimated loss that one more arm of each group is worth, (groups,), positive. Returns shares as `balanced` does.
+    loss: estimated loss that one more arm of each group is worth, (groups,), positive. Returns shares as `balanced`
+    does.
     """
     reference = balanced(model, bounds, allowed)
     widths = round_widths(model, allowed, reference)
@@ -260,13 +331,18 @@ def learned(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constr
 
 
 def narrower(model: CostModel, allowed: Constraints, widths: np.ndarray, share: float) -> np.ndarray:
-    """Widths of much the same proportions that cost at most this share of the MACs of `widths`. Where even the narrowest cost more, the narrowest."""
+    """Widths of much the same proportions that cost at most this share of the MACs of `widths`. Where even the
+    narrowest cost more, the narrowest."""
     bounds = [(Limit("macs", bound := share * model.cost("macs", widths), True), bound)]
     within = Constraints(allowed.steps, np.minimum(allowed.smallest, widths), widths)
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if meets(model, bounds, round_widths(model, within, middle * widths / model.arms)) else (low, middle)
+        low, high = (
+            (middle, high)
+            if meets(model, bounds, round_widths(model, within, middle * widths / model.arms))
+            else (low, middle)
+        )
     return fill(model, bounds, within, round_widths(model, within, low * widths / model.arms))
 
 
@@ -277,12 +353,15 @@ def round_widths(model: CostModel, allowed: Constraints, shares: np.ndarray) -> 
 
 
 def fill(model: CostModel, bounds: list[tuple[Limit, float]], allowed: Constraints, widths: np.ndarray) -> np.ndarray:
-    """Spend what is left: widen one step at a time the group that is relatively narrowest, as long as every budget holds."""
+    """Spend what is left: widen one step at a time the group that is relatively narrowest, as long as every budget
+    holds."""
     widths, open_groups = widths.copy(), allowed.largest > widths
     while open_groups.any():
         candidate = int(np.where(open_groups, widths / model.arms, np.inf).argmin())
         wider = widths.copy()
-        wider[candidate] = min(allowed.largest[candidate], (widths[candidate] // allowed.steps[candidate] + 1) * allowed.steps[candidate])
+        wider[candidate] = min(
+            allowed.largest[candidate], (widths[candidate] // allowed.steps[candidate] + 1) * allowed.steps[candidate]
+        )
         if meets(model, bounds, wider):
             widths = wider
         else:

@@ -1,8 +1,8 @@
 """From a budget to widths, with whatever has to be measured for it.
 
-Takes the full-width network, its channel graph and a `Budget`; returns the widths. Budgets in MACs and parameters need only
-arithmetic. For a budget in milliseconds, candidate networks are exported and timed, and the prediction is corrected until the
-widths use the budget: `latency.py` says how.
+Takes the full-width network, its channel graph and a `Budget`; returns the widths. Budgets in MACs and parameters need
+only arithmetic. For a budget in milliseconds, candidate networks are exported and timed, and the prediction is
+corrected until the widths use the budget: `latency.py` says how.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TOLERANCE = 1.1  # two measurements of one file on a busy machine differ by so m
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians in ms at batch 1 with one thread in onnxruntime, both networks timed in turn, and what was predicted before."""
+    """Medians in ms at batch 1 with one thread in onnxruntime, both networks timed in turn, and what was predicted
+    before."""
 
     dense_ms: float
     predicted_ms: float
@@ -36,7 +37,8 @@ class Latency:
 
 @dataclass(frozen=True)
 class Fit:
-    """widths: of every group. latency: of these widths, None unless a budget is in milliseconds. candidates: how many were timed."""
+    """widths: of every group. latency: of these widths, None unless a budget is in milliseconds. candidates: how many
+    were timed."""
 
     widths: dict[str, int]
     latency: Latency | None = None
@@ -44,7 +46,8 @@ class Fit:
 
 
 class Fitter:
-    """Finds widths for one network and its budget, as often as it is asked. full: only its shapes matter, not its weights."""
+    """Finds widths for one network and its budget, as often as it is asked. full: only its shapes matter, not its
+    weights."""
 
     def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, budget: Budget, report: Report = silent):
         self.full, self.graph, self.example, self.budget, self.report = full, graph, example, budget, report
@@ -53,7 +56,8 @@ class Fitter:
         self.stopwatch: Stopwatch | None = None
 
     def fit(self, loss: np.ndarray | None = None) -> Fit:
-        """loss: what one more arm of each group is worth, (groups,), if the run has learned it. Raises DynpruneError when a budget cannot be met."""
+        """loss: what one more arm of each group is worth, (groups,), if the run has learned it. Raises DynpruneError
+        when a budget cannot be met."""
         if not self.in_ms:
             return Fit(self.allocate(self.budget.limits, loss))
         self.time_dense()
@@ -78,9 +82,14 @@ class Fitter:
         self.cost.latency.correction = self.cost.dense_ms / self.cost.cost("latency", self.cost.arms)
 
     def fit_latency(self, loss: np.ndarray | None) -> Fit:
-        """Propose, measure, correct, until the widths use the budget: the slowest candidate within it, and as predicted last."""
-        aimed = [str(dataclasses.replace(limit, amount=limit.amount * AIM)) if (limit := parse_limit(text)).quantity == "latency" else text
-                 for text in self.budget.limits]
+        """Propose, measure, correct, until the widths use the budget: the slowest candidate within it, and as predicted
+        last."""
+        aimed = [
+            str(dataclasses.replace(limit, amount=limit.amount * AIM))
+            if (limit := parse_limit(text)).quantity == "latency"
+            else text
+            for text in self.budget.limits
+        ]
         tried: dict[tuple, Latency] = {}
         for number in range(CANDIDATES):
             try:
@@ -108,7 +117,8 @@ class Fitter:
         return Fit(dict(best), within[best], len(tried))
 
     def narrowest_if_only_too_slow(self) -> dict[str, int]:
-        """The narrowest network, whose predicted time may be wrong; its other costs are exact, and their error stands."""
+        """The narrowest network, whose predicted time may be wrong; its other costs are exact, and their error
+        stands."""
         others = [text for text in self.budget.limits if parse_limit(text).quantity != "latency"]
         if others:
             self.allocate(others, None)
@@ -120,17 +130,24 @@ class Fitter:
         return Latency(dense_ms, self.predict(widths), measured_ms)
 
     def predict(self, widths: Mapping[str, int]) -> float:
-        return self.cost.cost("latency", np.array([widths.get(name, arms) for name, arms in self.graph.full_widths.items()], dtype=np.int64))
+        return self.cost.cost(
+            "latency",
+            np.array([widths.get(name, arms) for name, arms in self.graph.full_widths.items()], dtype=np.int64),
+        )
 
     def use(self, timed: Latency) -> float:
         """Share of the tightest budget in milliseconds that is used; above 1, it is missed."""
         return max(timed.measured_ms / limit.value(timed.dense_ms) for limit in self.in_ms)
 
 
-def budgets_met(graph: ChannelGraph, budget: Sequence[str], widths: Mapping[str, int], latency: Latency | None = None) -> list[dict[str, object]]:
-    """Per budget: its text, the bound, what these widths were predicted to cost, what they do cost, and whether it holds.
+def budgets_met(
+    graph: ChannelGraph, budget: Sequence[str], widths: Mapping[str, int], latency: Latency | None = None
+) -> list[dict[str, object]]:
+    """Per budget: its text, the bound, what these widths were predicted to cost, what they do cost, and whether it
+    holds.
 
-    MACs and parameters must not be above the bound at all; a measured time may be by 10 %, since two measurements of one file differ.
+    MACs and parameters must not be above the bound at all; a measured time may be by 10 %, since two measurements of
+    one file differ.
     """
     model = CostModel(graph)
     own = np.array([widths.get(name, arms) for name, arms in graph.full_widths.items()], dtype=np.int64)

@@ -1,9 +1,10 @@
 """How long widths take in onnxruntime on this machine.
 
-Takes a network and its channel graph, returns milliseconds for any widths. Single layers are measured once per processor and
-onnxruntime version, at a few widths each, and kept in a file; a network's layers are interpolated and added up. Layers do not
-add up exactly (activations, pooling, reordering between layouts), so whole networks of candidate widths are exported and timed
-beside the dense one, and the sum is corrected by what they took. All of it at batch 1 with one thread.
+Takes a network and its channel graph, returns milliseconds for any widths. Single layers are measured once per
+processor and onnxruntime version, at a few widths each, and kept in a file; a network's layers are interpolated and
+added up. Layers do not add up exactly (activations, pooling, reordering between layouts), so whole networks of
+candidate widths are exported and timed beside the dense one, and the sum is corrected by what they took. All of it at
+batch 1 with one thread.
 """
 
 from __future__ import annotations
@@ -58,24 +59,44 @@ class Layer:
     def key(self) -> str:
         op = self.op
         parts = ["x".join(map(str, values)) for values in (self.kernel, op.stride, op.padding, op.dilation, op.size)]
-        return f"{op.kind} {self.inputs}>{self.outputs} groups {self.groups} kernel {parts[0]} stride {parts[1]} padding {parts[2]} dilation {parts[3]} at {parts[4]}"
+        kernel, stride, padding, dilation, size = parts
+        return (
+            f"{op.kind} {self.inputs}>{self.outputs} groups {self.groups} kernel {kernel} stride {stride} "
+            f"padding {padding} dilation {dilation} at {size}"
+        )
 
     def onnx(self) -> bytes:
         """A model of this layer alone, with random weights."""
         op, rng = self.op, np.random.default_rng(0)
         if op.kind == "linear":
-            node, weight = helper.make_node("MatMul", ["x", "w"], ["y"]), rng.standard_normal((self.inputs, self.outputs))
+            node, weight = (
+                helper.make_node("MatMul", ["x", "w"], ["y"]),
+                rng.standard_normal((self.inputs, self.outputs)),
+            )
             shape = [math.prod(op.size), self.inputs]
         else:
             transposed = op.kind.startswith("conv_transpose")
-            ends = (self.inputs, self.outputs // self.groups) if transposed else (self.outputs, self.inputs // self.groups)
+            ends = (
+                (self.inputs, self.outputs // self.groups) if transposed else (self.outputs, self.inputs // self.groups)
+            )
             weight = rng.standard_normal((*ends, *self.kernel))
-            node = helper.make_node("ConvTranspose" if transposed else "Conv", ["x", "w"], ["y"], group=self.groups, strides=op.stride,
-                                    pads=op.padding * 2, dilations=op.dilation)
+            node = helper.make_node(
+                "ConvTranspose" if transposed else "Conv",
+                ["x", "w"],
+                ["y"],
+                group=self.groups,
+                strides=op.stride,
+                pads=op.padding * 2,
+                dilations=op.dilation,
+            )
             shape = [1, self.inputs, *op.size]
-        graph = helper.make_graph([node], "layer", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-                                  [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-                                  [numpy_helper.from_array((0.01 * weight).astype(np.float32), "w")])
+        graph = helper.make_graph(
+            [node],
+            "layer",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array((0.01 * weight).astype(np.float32), "w")],
+        )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
 
 
@@ -104,7 +125,10 @@ class LayerTable:
         """A cache that cannot be written costs time, not the run."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps({"processor": processor(), "onnxruntime": onnxruntime.__version__, "ms": self.ms}, indent=0))
+            write_text(
+                self.path,
+                json.dumps({"processor": processor(), "onnxruntime": onnxruntime.__version__, "ms": self.ms}, indent=0),
+            )
         except (OSError, DynpruneError):
             pass
 
@@ -122,8 +146,11 @@ def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -
     return 1000 * (time.perf_counter() - started)
 
 
-def interleaved(pairs: list[tuple[onnxruntime.InferenceSession, dict]], seconds: float, runs: tuple[int, int]) -> list[list[float]]:
-    """Milliseconds of every run of each (session, inputs), in turn, so that a drift of the machine's speed meets all alike."""
+def interleaved(
+    pairs: list[tuple[onnxruntime.InferenceSession, dict]], seconds: float, runs: tuple[int, int]
+) -> list[list[float]]:
+    """Milliseconds of every run of each (session, inputs), in turn, so that a drift of the machine's speed meets all
+    alike."""
     once = sum(min(run_ms(*pair) for _ in range(2)) for pair in pairs) / 1000
     samples: list[list[float]] = [[] for _ in pairs]
     for _ in range(int(np.clip(seconds / max(once, 1e-6), *runs))):
@@ -135,21 +162,36 @@ def interleaved(pairs: list[tuple[onnxruntime.InferenceSession, dict]], seconds:
 class LatencyModel:
     """Milliseconds of any widths: `correction` x the sum of interpolated layers."""
 
-    def __init__(self, graph: ChannelGraph, cost: CostModel, smallest: np.ndarray, table: LayerTable, report: Report = silent):
+    def __init__(
+        self, graph: ChannelGraph, cost: CostModel, smallest: np.ndarray, table: LayerTable, report: Report = silent
+    ):
         """smallest: the narrowest widths that will be asked for, int64 of shape (groups,)."""
         self.correction = 1.0
         least = cost.axis_sizes(smallest)
         ops = [op for op in graph.ops if op.weight in graph.shapes and op.size]
         ends = [self.ends(graph, op) for op in ops]
         grids = [[grid(int(least[cost.rows[key]]) if key else size, size) for key, size in pair] for pair in ends]
-        layers = [[[self.layer(graph, op, i, o) for o in outputs] for i in inputs] for op, (inputs, outputs) in zip(ops, grids)]
+        layers = [
+            [[self.layer(graph, op, i, o) for o in outputs] for i in inputs]
+            for op, (inputs, outputs) in zip(ops, grids)
+        ]
         table.measure([layer for rows in layers for row in rows for layer in row], report)
         points = max((len(g) for pair in grids for g in pair), default=1) + 1
         self.rows = np.array([[cost.rows[key] if key else -1 for key, _ in pair] for pair in ends]).reshape(-1, 2)
         self.fixed = np.array([[size for _, size in pair] for pair in ends]).reshape(-1, 2)
-        self.grids = np.array([[padded(np.array(g, dtype=float), points, 1.0) for g in pair] for pair in grids]).reshape(-1, 2, points)
-        self.ms = np.array([padded(np.array([padded(np.array([table.ms[layer.key] for layer in row]), points, 0.0) for row in rows]), points, 0.0)
-                            for rows in layers]).reshape(-1, points, points)
+        self.grids = np.array(
+            [[padded(np.array(g, dtype=float), points, 1.0) for g in pair] for pair in grids]
+        ).reshape(-1, 2, points)
+        self.ms = np.array(
+            [
+                padded(
+                    np.array([padded(np.array([table.ms[layer.key] for layer in row]), points, 0.0) for row in rows]),
+                    points,
+                    0.0,
+                )
+                for rows in layers
+            ]
+        ).reshape(-1, points, points)
 
     @staticmethod
     def ends(graph: ChannelGraph, op: Op) -> list[tuple[tuple[str, int] | None, int]]:
@@ -183,13 +225,19 @@ class LatencyModel:
         each = np.arange(len(at))
         corner = [[self.ms[each, low[:, 0] + i, low[:, 1] + j] for j in (0, 1)] for i in (0, 1)]
         a, b = share[:, 0], share[:, 1]
-        return self.correction * float(((1 - a) * ((1 - b) * corner[0][0] + b * corner[0][1]) + a * ((1 - b) * corner[1][0] + b * corner[1][1])).sum())
+        return self.correction * float(
+            (
+                (1 - a) * ((1 - b) * corner[0][0] + b * corner[0][1]) + a * ((1 - b) * corner[1][0] + b * corner[1][1])
+            ).sum()
+        )
 
 
 def grid(least: int, full: int) -> list[int]:
     """Where a dimension is measured between its narrowest and full size: multiples of 16 where it has that many."""
     step = next((step for step in (16, 8, 4) if full >= 4 * step), 1)
-    return sorted({max(min(least, full), min(full, math.ceil(full * share / step) * step)) for share in SHARES} | {full})
+    return sorted(
+        {max(min(least, full), min(full, math.ceil(full * share / step) * step)) for share in SHARES} | {full}
+    )
 
 
 def padded(values: np.ndarray, length: int, step: float) -> np.ndarray:

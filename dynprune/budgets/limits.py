@@ -15,8 +15,8 @@ FORMS = "0.25 or macs=0.25 (a share of the dense network), macs=80M, params=0.11
 
 @dataclass(frozen=True)
 class Limit:
-    """One budget: at most `amount` of "macs", "params" or "latency"; a share of the dense network's, or a number (of milliseconds for
-    latency) if `absolute`."""
+    """One budget: at most `amount` of "macs", "params" or "latency"; a share of the dense network's, or a number (of
+    milliseconds for latency) if `absolute`."""
 
     quantity: str
     amount: float
@@ -33,8 +33,9 @@ class Limit:
 class Budget:
     """What a network may cost, and which widths are allowed.
 
-    limits: each as users write it, see FORMS; all hold at once. allocation: uniform, balanced or learned. align: widths are multiples of
-    this number, or of what onnxruntime runs fastest with "auto". min_width, max_width_share: of every layer. keep: layers that stay whole.
+    limits: each as users write it, see FORMS; all hold at once. allocation: uniform, balanced or learned. align: widths
+    are multiples of this number, or of what onnxruntime runs fastest with "auto". min_width, max_width_share: of every
+    layer. keep: layers that stay whole.
     """
 
     limits: tuple[str, ...] = ("0.25",)
@@ -46,12 +47,19 @@ class Budget:
 
 
 def parse_limit(text: str) -> Limit:
-    """Read one --budget; see FORMS. Shares lie in (0, 1]; a larger number counts MACs or parameters and needs its name."""
+    """Read one --budget; see FORMS. Shares lie in (0, 1]; a larger number counts MACs or parameters and needs its
+    name."""
     quantity, given, number = text.strip().rpartition("=")
     quantity = quantity or "macs"
     units = MILLISECONDS if quantity == "latency" else SUFFIX
     match = re.fullmatch(rf"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)({'|'.join(units)})", number.strip().lower())
-    if not match or quantity not in ("macs", "params", "latency") or quantity == "latency" and not match[2] and float(match[1]) > 1:
+    if (
+        not match
+        or quantity not in ("macs", "params", "latency")
+        or quantity == "latency"
+        and not match[2]
+        and float(match[1]) > 1
+    ):
         raise DynpruneError(f'--budget got "{text}". Expected {FORMS}.')
     amount = float(match[1]) * units[match[2]]
     absolute = amount > 1 or bool(match[2])

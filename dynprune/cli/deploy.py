@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from dynprune.cli.options import (AnyRunPath, Batch, BenchThreads, BnImages, DataNow, FinetuneEpochs, FinetuneLr, Fold, Json, MinRate, Named, Opset, RunPath, Trust,
-                                  parse_batches, with_settings)
+from dynprune.cli.options import (
+    AnyRunPath,
+    Batch,
+    BenchThreads,
+    BnImages,
+    DataNow,
+    FinetuneEpochs,
+    FinetuneLr,
+    Fold,
+    Json,
+    MinRate,
+    Named,
+    Opset,
+    RunPath,
+    Trust,
+    parse_batches,
+    with_settings,
+)
 from dynprune.cli.process import finish, listening, refuse_missed, told
 from dynprune.errors import DynpruneError
 from dynprune.runs.config import TrainConfig
 
 
 def opened(path: Path, model: str, trust: bool):
-    """The run in `path`, of train or gate, if its model is none of the user's own code, or code that was named or trusted."""
+    """The run in `path`, of train or gate, if its model is none of the user's own code, or code that was named or
+    trusted."""
     from dynprune.runs.directory import open_any
 
     run = open_any(path)
@@ -24,8 +41,17 @@ def opened(path: Path, model: str, trust: bool):
     return run
 
 
-def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01,
-            data: DataNow = "", model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
+def compact(
+    run: RunPath,
+    min_rate: MinRate = 0.0,
+    bn_images: BnImages = 0,
+    finetune_epochs: FinetuneEpochs = 0,
+    finetune_lr: FinetuneLr = 0.01,
+    data: DataNow = "",
+    model: Named = "",
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
     """Remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
 
     Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
@@ -35,16 +61,38 @@ def compact(run: RunPath, min_rate: MinRate = 0.0, bn_images: BnImages = 0, fine
 
     opened(run, model, trust)
     with listening() as listener:
-        result = verb.compact(run, min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, data=data, listener=listener)
-    finish(json_output, dataclasses.asdict(result), lambda: [compact_table(result), f"next: dynprune export {run} --onnx"])
+        result = verb.compact(
+            run,
+            min_rate=min_rate,
+            bn_images=bn_images,
+            finetune_epochs=finetune_epochs,
+            finetune_lr=finetune_lr,
+            data=data,
+            listener=listener,
+        )
+    finish(
+        json_output, dataclasses.asdict(result), lambda: [compact_table(result), f"next: dynprune export {run} --onnx"]
+    )
 
 
-def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
-           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File to write. [default: RUN/compact.onnx]", show_default=False)] = None,
-           opset: Opset = None, fold_normalization: Fold = False, data: DataNow = "", model: Named = "", trust: Trust = False, json_output: Json = False) -> None:
-    """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as torch.
+def export(
+    run: AnyRunPath,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write. [default: RUN/compact.onnx]", show_default=False)
+    ] = None,
+    opset: Opset = None,
+    fold_normalization: Fold = False,
+    data: DataNow = "",
+    model: Named = "",
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
+    """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as
+    torch.
 
-    A run of `dynprune gate` gives a graph for one image at a time, in which closed gates mean less work; the form of each layer is measured.
+    A run of `dynprune gate` gives a graph for one image at a time, in which closed gates mean less work; the form of
+    each layer is measured.
     """
     if not onnx:
         raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
@@ -54,34 +102,65 @@ def export(run: AnyRunPath, onnx: Annotated[bool, typer.Option("--onnx", help="W
 
     opened(run, model, trust)
     with listening() as listener:
-        result = verb.export(run, out=out, opset=opset, fold_normalization=fold_normalization, data=data, listener=listener)
+        result = verb.export(
+            run, out=out, opset=opset, fold_normalization=fold_normalization, data=data, listener=listener
+        )
     table = export_table if isinstance(result, ExportResult) else gated_export_table
     finish(json_output, dataclasses.asdict(result), lambda: [table(result), f"next: dynprune bench {run}"])
 
 
 @with_settings
-def bench(given: dict,
-          targets: Annotated[Optional[list[Path]], typer.Argument(metavar="[RUN | A.onnx B.onnx]", help="A run directory, or two ONNX files to compare.")] = None,
-          against: Annotated[Optional[Path], typer.Option("--against", help="Run of a trained dense network to compare with.", show_default=False)] = None,
-          batch: Batch = "1,8,32", bench_threads: BenchThreads = 1,
-          training: Annotated[bool, typer.Option("--training", help="Time training steps instead: dense, static and dynamic, side by side, with the training "
-                                                                    "settings below. Answers what a run would save before it starts.")] = False,
-          steps: Annotated[int, typer.Option("--steps", help="Steps of each kind that --training times.")] = 40,
-          swap_share: Annotated[float, typer.Option("--swap-share", help="Share of the arms that --training also swaps at every step, as a stress.")] = 0.05,
-          memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Let --training measure peak memory too, each in its own process.")] = True,
-          trust: Trust = False, json_output: Json = False) -> None:
+def bench(
+    given: dict,
+    targets: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN | A.onnx B.onnx]", help="A run directory, or two ONNX files to compare."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Run of a trained dense network to compare with.", show_default=False),
+    ] = None,
+    batch: Batch = "1,8,32",
+    bench_threads: BenchThreads = 1,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Time training steps instead: dense, static and "
+            "dynamic, side by side, with the training "
+            "settings below. Answers what a run would save "
+            "before it starts.",
+        ),
+    ] = False,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of each kind that --training times.")] = 40,
+    swap_share: Annotated[
+        float,
+        typer.Option("--swap-share", help="Share of the arms that --training also swaps at every step, as a stress."),
+    ] = 0.05,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory/--no-memory", help="Let --training measure peak memory too, each in its own process."),
+    ] = True,
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
     """Measure the compact model against its dense twin in onnxruntime: interleaved, raw samples kept, one verdict.
 
-    A run of `dynprune gate` is measured over real images, against the network without gates and a static one of the same mean cost.
+    A run of `dynprune gate` is measured over real images, against the network without gates and a static one of the
+    same mean cost.
 
-    Examples: `dynprune bench runs/mine`, `dynprune bench a.onnx b.onnx`, `dynprune bench --training --model resnet56 --budget 0.25`
+    Examples: `dynprune bench runs/mine`, `dynprune bench a.onnx b.onnx`, `dynprune bench --training --model resnet56
+    --budget 0.25`
     """
     if training:
         bench_training(given, targets, steps, swap_share, memory, json_output)
         return
     model, data = given.pop("model", ""), given.pop("data", "")
     if given:
-        raise DynpruneError(f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured with the settings it was trained with.")
+        raise DynpruneError(
+            f"--{next(iter(given)).replace('_', '-')} belongs to bench --training. A run is measured "
+            f"with the settings it was trained with."
+        )
     for path in [*(targets or []), *([against] if against else [])]:
         if path.is_dir():
             opened(path, model, trust)
@@ -91,17 +170,24 @@ def bench(given: dict,
     from dynprune.report import tables
 
     with listening() as listener:
-        result = verb.bench(*(targets or []), against=against, batches=batches, threads=bench_threads, data=data, listener=listener)
+        result = verb.bench(
+            *(targets or []), against=against, batches=batches, threads=bench_threads, data=data, listener=listener
+        )
     if isinstance(result, BenchResult):
         finish(json_output, result.without_samples(), lambda: [tables.bench_table(result), result.verdict])
         refuse_missed(result)
         return
     finish(json_output, result.without_samples(), lambda: [*tables.gated_bench_tables(result), result.verdict])
     if not result.met:
-        raise told(f"target {result.target} missed: an image costs {result.stats.share:.4f} of the ungated network. Train the gates with a smaller --target.")
+        raise told(
+            f"target {result.target} missed: an image costs {result.stats.share:.4f} of the ungated network. "
+            f"Train the gates with a smaller --target."
+        )
 
 
-def bench_training(given: dict, targets: list[Path] | None, steps: int, swap_share: float, memory: bool, json_output: bool) -> None:
+def bench_training(
+    given: dict, targets: list[Path] | None, steps: int, swap_share: float, memory: bool, json_output: bool
+) -> None:
     """bench --training."""
     if targets:
         raise DynpruneError(f"bench --training got {targets[0]}. It takes no run: name the network with --model.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,15 +12,35 @@ from dynprune.budgets.limits import Budget
 from dynprune.cli.options import Json
 from dynprune.cli.process import finish, listening, told
 
+Budgets = Annotated[list[str], typer.Option("--budget", "-b", help="As for `train`; several hold at once.")]
 
-def inspect(model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
-            input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224. [default: what the source is used to]",
-                                                     show_default=False)] = "",
-            classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.")] = 0,
-            check: Annotated[bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")] = False,
-            fraction: Annotated[float, typer.Option("--fraction", help="Share of each group's channels that --check removes.")] = 0.5,
-            seed: Annotated[int, typer.Option("--seed", help="Which channels --check removes.")] = 0,
-            json_output: Json = False) -> None:
+
+def inspect(
+    model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
+    input_shape: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="Input of one example, such as 3x224x224. [default: what the source is used to]",
+            show_default=False,
+        ),
+    ] = "",
+    classes: Annotated[
+        int,
+        typer.Option(
+            "--classes",
+            help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
+        ),
+    ] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")
+    ] = False,
+    fraction: Annotated[
+        float, typer.Option("--fraction", help="Share of each group's channels that --check removes.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Which channels --check removes.")] = 0,
+    json_output: Json = False,
+) -> None:
     """Show which channels of a network can be removed, which cannot and why; with --check, prove it.
 
     Example: `dynprune inspect --model torchvision:shufflenet_v2_x1_0 --check`
@@ -34,18 +54,42 @@ def inspect(model: Annotated[str, typer.Option("--model", "-m", help="Network, n
         raise typer.Exit(1)
 
 
-def plan(model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
-         budget: Annotated[list[str], typer.Option("--budget", "-b", help="As for `train`; several hold at once.")] = ["0.25"],  # noqa: B006 (Typer reads it)
-         allocation: Annotated[str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")] = "uniform",
-         learned_by: Annotated[Optional[Path], typer.Option("--from", help="Use what the bandit of this run learned.", metavar="RUN")] = None,
-         latency: Annotated[bool, typer.Option(help="Predict milliseconds in onnxruntime; layers are timed once and kept.")] = True,
-         align: Annotated[str, typer.Option("--align", help="Widths are multiples of this; auto: 16 (8 without AVX-512), or 8 or 4 where a layer is narrow.")] = "auto",
-         min_width: Annotated[int, typer.Option("--min-width", help="No layer gets narrower than this.")] = 1,
-         max_width_share: Annotated[float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")] = 1.0,
-         keep: Annotated[Optional[list[str]], typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")] = None,
-         input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224.")] = "",
-         classes: Annotated[int, typer.Option("--classes", help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.")] = 0,
-         json_output: Json = False) -> None:
+def plan(
+    model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
+    budget: Budgets = ["0.25"],  # noqa: B006 (Typer reads it)
+    allocation: Annotated[
+        str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")
+    ] = "uniform",
+    learned_by: Annotated[
+        Path | None, typer.Option("--from", help="Use what the bandit of this run learned.", metavar="RUN")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option(help="Predict milliseconds in onnxruntime; layers are timed once and kept.")
+    ] = True,
+    align: Annotated[
+        str,
+        typer.Option(
+            "--align",
+            help="Widths are multiples of this; auto: 16 (8 without AVX-512), or 8 or 4 where a layer is narrow.",
+        ),
+    ] = "auto",
+    min_width: Annotated[int, typer.Option("--min-width", help="No layer gets narrower than this.")] = 1,
+    max_width_share: Annotated[
+        float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")
+    ] = 1.0,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")
+    ] = None,
+    input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224.")] = "",
+    classes: Annotated[
+        int,
+        typer.Option(
+            "--classes",
+            help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
+        ),
+    ] = 0,
+    json_output: Json = False,
+) -> None:
     """Show, before any training, which widths a budget gives and what they cost.
 
     Example: `dynprune plan --model torchvision:resnet18 --budget macs=0.25 --budget params=0.11 --allocation balanced`
@@ -55,13 +99,26 @@ def plan(model: Annotated[str, typer.Option("--model", "-m", help="Network, name
     from dynprune.report.tables import plan_table
 
     with listening() as listener:
-        result = verb.plan(model, allowed, shape=input_shape, classes=classes, latency=latency, learned_by=learned_by, listener=listener)
+        result = verb.plan(
+            model,
+            allowed,
+            shape=input_shape,
+            classes=classes,
+            latency=latency,
+            learned_by=learned_by,
+            listener=listener,
+        )
     finish(json_output, dataclasses.asdict(result), lambda: [plan_table(result)])
     if not result.satisfiable:
         raise told(result.problem)
 
 
-def guide(topic: Annotated[Optional[str], typer.Argument(metavar="[TOPIC]", help="Page to show; without one, the list of pages.", show_default=False)] = None) -> None:
+def guide(
+    topic: Annotated[
+        str | None,
+        typer.Argument(metavar="[TOPIC]", help="Page to show; without one, the list of pages.", show_default=False),
+    ] = None,
+) -> None:
     """Show a page of the guide in the terminal.
 
     Example: `dynprune guide budgets`
@@ -71,5 +128,10 @@ def guide(topic: Annotated[Optional[str], typer.Argument(metavar="[TOPIC]", help
 
     from dynprune.guide import TOPICS, page
 
-    text = page(topic) if topic else "# Guide\n\n`dynprune guide TOPIC` shows a page.\n\n" + "\n".join(f"- **{name}**: {words}" for name, words in TOPICS.items())
+    text = (
+        page(topic)
+        if topic
+        else "# Guide\n\n`dynprune guide TOPIC` shows a page.\n\n"
+        + "\n".join(f"- **{name}**: {words}" for name, words in TOPICS.items())
+    )
     Console().print(Markdown(text))

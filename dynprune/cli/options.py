@@ -8,7 +8,7 @@ import inspect as python_inspect
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,35 +16,77 @@ from dynprune.errors import DynpruneError
 from dynprune.runs.config import Recipe, TrainConfig
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` wrote.")]
-AnyRunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` or `dynprune gate` wrote.")]
+AnyRunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` or `dynprune gate` wrote.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run directory.")]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")]
-DataNow = Annotated[str, typer.Option("--data", help="Where the run's data lie now, if they were moved.", show_default=False)]
-Named = Annotated[str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)]
-MinRate = Annotated[float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")]
-BnImages = Annotated[int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")]
-FinetuneEpochs = Annotated[int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-POLICY]", show_default=False),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let the run name your own code as its model (package.module:factory).")
+]
+DataNow = Annotated[
+    str, typer.Option("--data", help="Where the run's data lie now, if they were moved.", show_default=False)
+]
+Named = Annotated[
+    str, typer.Option("--model", help="Name that model code yourself, instead of --trust.", show_default=False)
+]
+MinRate = Annotated[
+    float, typer.Option("--min-rate", help="Drop channels that ran in less than this share of the steps.")
+]
+BnImages = Annotated[
+    int, typer.Option("--bn-images", help="Re-estimate BatchNorm statistics on so many training images; 0 keeps them.")
+]
+FinetuneEpochs = Annotated[
+    int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")
+]
 FinetuneLr = Annotated[float, typer.Option("--finetune-lr", help="Learning rate at the start of fine-tuning.")]
-Opset = Annotated[Optional[int], typer.Option("--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False)]
-Fold = Annotated[bool, typer.Option("--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1.")]
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        "--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False
+    ),
+]
+Fold = Annotated[
+    bool,
+    typer.Option(
+        "--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1."
+    ),
+]
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
 BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 
-PANELS = {"model": "Model and data", "epochs": "Training recipe", "precision": "Machine", "policy": "Method", "reservoir": "Machine", "target": "Method"}
+PANELS = {
+    "model": "Model and data",
+    "epochs": "Training recipe",
+    "precision": "Machine",
+    "policy": "Method",
+    "reservoir": "Machine",
+    "target": "Method",
+}
 
 
-FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}  # what everyone needs, before the rest; --out with them
+# what everyone needs, before the rest; --out with them
+FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}
 
 
 def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
     """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
     fields = [field for field in dataclasses.fields(kind) if field.name not in without]
     hints = typing.get_type_hints(command, include_extras=True)
-    own = [parameter.replace(annotation=in_panel(hints[parameter.name]) if parameter.name not in ("out", "json_output") else hints[parameter.name],
-                             kind=parameter.KEYWORD_ONLY)
-           for parameter in python_inspect.signature(command).parameters.values() if parameter.name != "given"]
+    own = [
+        parameter.replace(
+            annotation=in_panel(hints[parameter.name])
+            if parameter.name not in ("out", "json_output")
+            else hints[parameter.name],
+            kind=parameter.KEYWORD_ONLY,
+        )
+        for parameter in python_inspect.signature(command).parameters.values()
+        if parameter.name != "given"
+    ]
     options, panel = {}, ""
     for field in fields:
         panel = PANELS.get(field.name, panel)
@@ -53,7 +95,14 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
 
     def wrapper(**values: object) -> None:
         given = {field.name: number_or_auto(field, values.pop(field.name)) for field in fields}
-        command(given={name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value not in (None, [])}, **values)
+        command(
+            given={
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in given.items()
+                if value not in (None, [])
+            },
+            **values,
+        )
 
     wrapper.__signature__ = python_inspect.Signature([*options.values(), *own])  # type: ignore[attr-defined]
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
@@ -63,12 +112,22 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
 def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspect.Parameter:
     """The option of a setting: its meaning, with the default as one would write it."""
     several, auto = isinstance(field.default, tuple), field.metadata["auto"]
-    default = "auto" if auto is not None and field.default == auto else " ".join(field.default) if several else str(field.default)
-    text = field.metadata["help"] + (f" [default: {default}]" if default and not isinstance(field.default, bool) else "")
+    default = (
+        "auto"
+        if auto is not None and field.default == auto
+        else " ".join(field.default)
+        if several
+        else str(field.default)
+    )
+    text = field.metadata["help"] + (
+        f" [default: {default}]" if default and not isinstance(field.default, bool) else ""
+    )
     names = ["--" + field.name.replace("_", "-"), *([FIRST[field.name]] if field.name in FIRST else [])]
     option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
     value = list[str] if several else str if auto is not None else type(field.default)
-    return python_inspect.Parameter(field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[value], option])
+    return python_inspect.Parameter(
+        field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, option]
+    )
 
 
 def in_panel(annotation: object) -> object:
@@ -96,7 +155,7 @@ def number_or_auto(field: dataclasses.Field, value: object) -> object:
 
 
 def parse_batches(text: str) -> list[int]:
-    """"1,8,32" to numbers."""
+    """ "1,8,32" to numbers."""
     try:
         batches = [int(part) for part in text.split(",")]
     except ValueError:

@@ -20,7 +20,8 @@ from dynprune.listener import Listener
 
 @contextmanager
 def listening() -> Iterator[Listener]:
-    """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop to stop."""
+    """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop
+    to stop."""
     from dynprune.report.tables import Display
 
     display = Display() if int(os.environ.get("RANK", "0")) == 0 else Display.silent()
@@ -79,8 +80,11 @@ def refuse_missed(result) -> None:
     from dynprune.budgets.fit import first_missed
 
     if missed := first_missed(result.budgets):
-        raise told(f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed {missed['limit']:.4g}. On a quiet machine measure again; "
-                            "if it stays so, train with a smaller budget.")
+        raise told(
+            f"budget {missed['budget']} missed: measured {missed['actual']:.4g}, allowed "
+            f"{missed['limit']:.4g}. On a quiet machine measure again; if it stays so, train with a smaller "
+            f"budget."
+        )
 
 
 class Interrupted(BaseException):
@@ -113,7 +117,8 @@ def fail(message: str, code: int, told: bool = False) -> NoReturn:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command. Exit codes: 0, 1 for errors, 2 for options that make no sense, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run a command. Exit codes: 0, 1 for errors, 2 for options that make no sense, 130 after Ctrl-C, 143 after
+    SIGTERM."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know a sign, and names of files need not be UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -125,7 +130,11 @@ def run_app(app: typer.Typer) -> None:
     except DynpruneError as error:
         fail(str(error), error.exit_code, error.told)
     except PermissionError as error:
-        fail(f"Permission denied: {error.filename}. Make it readable (and a run directory writable), or choose another place.", 1)
+        fail(
+            f"Permission denied: {error.filename}. Make it readable (and a run directory writable), or choose "
+            f"another place.",
+            1,
+        )
     except Interrupted as error:
         fail(f"interrupted by {error}", error.exit_code)
     except typer.Abort:

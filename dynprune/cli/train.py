@@ -4,53 +4,104 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from dynprune.cli.options import (Batch, BenchThreads, BnImages, FinetuneEpochs, FinetuneLr, Fold, Json, MinRate, Opset, Out, Overwrite, Trust, parse_batches,
-                                  with_settings)
+from dynprune.cli.options import (
+    Batch,
+    BenchThreads,
+    BnImages,
+    FinetuneEpochs,
+    FinetuneLr,
+    Fold,
+    Json,
+    MinRate,
+    Opset,
+    Out,
+    Overwrite,
+    Trust,
+    parse_batches,
+    with_settings,
+)
 from dynprune.cli.process import finish, listening, refuse_missed, stoppable
 from dynprune.errors import DynpruneError
 from dynprune.runs.config import GateConfig, TrainConfig
 
 
 @with_settings
-def train(given: dict, out: Out = None, overwrite: Overwrite = False,
-          resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
-          trust: Trust = False,
-          override: Annotated[bool, typer.Option("--override", help="With --resume: go on with the settings given here where they differ.")] = False,
-          json_output: Json = False) -> None:
+def train(
+    given: dict,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
+    ] = False,
+    trust: Trust = False,
+    override: Annotated[
+        bool, typer.Option("--override", help="With --resume: go on with the settings given here where they differ.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
     """Train with dynamic channel execution and leave a run directory.
 
     Example: `dynprune train --data photos/ --model torchvision:resnet18 --budget 0.25 --epochs 30`
     """
     if override and not resume:
-        raise DynpruneError("--override changes the settings of a run that is resumed. Pass --resume with it, or --overwrite to begin anew.")
+        raise DynpruneError(
+            "--override changes the settings of a run that is resumed. Pass --resume with it, or "
+            "--overwrite to begin anew."
+        )
     config = TrainConfig(**given).validate()
     from dynprune.commands import train as verb
     from dynprune.report.tables import train_table
 
     with stoppable() as listener:
         if resume:
-            result = verb.resume(out or verb.run_name(config, config.policy), given, override=override, model=given.get("model", ""), trust=trust, listener=listener)
+            result = verb.resume(
+                out or verb.run_name(config, config.policy),
+                given,
+                override=override,
+                model=given.get("model", ""),
+                trust=trust,
+                listener=listener,
+            )
         else:
             result = verb.train(config, out, overwrite=overwrite, listener=listener)
     if result is None:  # one of several processes, and not the first
         raise typer.Exit
-    finish(json_output, dataclasses.asdict(result), lambda: [train_table(result), f"next: dynprune compact {result.run}"])
+    finish(
+        json_output, dataclasses.asdict(result), lambda: [train_table(result), f"next: dynprune compact {result.run}"]
+    )
 
 
-def gate(given: dict,
-         base: Annotated[Optional[Path], typer.Argument(metavar="[RUN]", help="Finished and compacted run whose network gets the gates; its data settings are taken over. "
-                                                                             "Without it, a new network of --model.")] = None,
-         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False)] = None,
-         overwrite: Overwrite = False,
-         resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")] = False,
-         trust: Trust = False, json_output: Json = False) -> None:
+def gate(
+    given: dict,
+    base: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="Finished and compacted run whose "
+            "network gets the gates; its data "
+            "settings are taken over. Without it, a "
+            "new network of --model.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
+    ] = False,
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
     """Put gates into a network that decide per image which channels to compute, and train both to a mean cost.
 
-    Then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1` nothing is closed: what to compare with.
+    Then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1` nothing is closed: what to compare
+    with.
 
     Example: `dynprune gate runs/mine --target 0.33 --epochs 10`
     """
@@ -64,21 +115,41 @@ def gate(given: dict,
         if resume:
             result = verb.resume(out, given, model=given.get("model", ""), trust=trust, listener=listener)
         else:
-            result = verb.gate(config or verb.based_on(base, given, trust=trust), out, overwrite=overwrite, listener=listener)
-    finish(json_output, dataclasses.asdict(result), lambda: [*gate_tables(result), f"next: dynprune export {result.run} --onnx"])
+            result = verb.gate(
+                config or verb.based_on(base, given, trust=trust), out, overwrite=overwrite, listener=listener
+            )
+    finish(
+        json_output,
+        dataclasses.asdict(result),
+        lambda: [*gate_tables(result), f"next: dynprune export {result.run} --onnx"],
+    )
 
 
 @with_settings
-def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: MinRate = 0.0, bn_images: BnImages = 0,
-        finetune_epochs: FinetuneEpochs = 0, finetune_lr: FinetuneLr = 0.01, opset: Opset = None, fold_normalization: Fold = False,
-        batch: Batch = "1,8,32", bench_threads: BenchThreads = 1, json_output: Json = False) -> None:
+def run(
+    given: dict,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    min_rate: MinRate = 0.0,
+    bn_images: BnImages = 0,
+    finetune_epochs: FinetuneEpochs = 0,
+    finetune_lr: FinetuneLr = 0.01,
+    opset: Opset = None,
+    fold_normalization: Fold = False,
+    batch: Batch = "1,8,32",
+    bench_threads: BenchThreads = 1,
+    json_output: Json = False,
+) -> None:
     """Train, compact, export and bench in one go, with the same options. Without any: the embedded digits.
 
     Example: `dynprune run --data photos/ --model resnet56 --budget 0.25`
     """
     batches = parse_batches(batch)  # refuse before the long work
     config = TrainConfig(**given).validate()
-    from dynprune.commands import bench as bench_verb, compact as compact_verb, export as export_verb, train as train_verb
+    from dynprune.commands import bench as bench_verb
+    from dynprune.commands import compact as compact_verb
+    from dynprune.commands import export as export_verb
+    from dynprune.commands import train as train_verb
     from dynprune.deploy.compact import check_options
     from dynprune.report import tables
 
@@ -88,23 +159,73 @@ def run(given: dict, out: Out = None, overwrite: Overwrite = False, min_rate: Mi
     if trained is None:
         raise typer.Exit
     with listening() as listener:
-        compacted = compact_verb.compact(trained.run, min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, listener=listener)
-        exported = export_verb.export(trained.run, opset=opset, fold_normalization=fold_normalization, listener=listener)
+        compacted = compact_verb.compact(
+            trained.run,
+            min_rate=min_rate,
+            bn_images=bn_images,
+            finetune_epochs=finetune_epochs,
+            finetune_lr=finetune_lr,
+            listener=listener,
+        )
+        exported = export_verb.export(
+            trained.run, opset=opset, fold_normalization=fold_normalization, listener=listener
+        )
         measured = bench_verb.bench(trained.run, batches=batches, threads=bench_threads, listener=listener)
-    results = {"train": dataclasses.asdict(trained), "compact": dataclasses.asdict(compacted), "export": dataclasses.asdict(exported), "bench": measured.without_samples()}
-    finish(json_output, results, lambda: [tables.train_table(trained), tables.compact_table(compacted), tables.export_table(exported), tables.bench_table(measured), measured.verdict])
+    results = {
+        "train": dataclasses.asdict(trained),
+        "compact": dataclasses.asdict(compacted),
+        "export": dataclasses.asdict(exported),
+        "bench": measured.without_samples(),
+    }
+    finish(
+        json_output,
+        results,
+        lambda: [
+            tables.train_table(trained),
+            tables.compact_table(compacted),
+            tables.export_table(exported),
+            tables.bench_table(measured),
+            measured.verdict,
+        ],
+    )
     refuse_missed(measured)
 
 
 @with_settings
-def compare(given: dict,
-            policies: Annotated[str, typer.Option("--policies", help="Ways to train, separated by commas, yours first: cucb, cucb-paper, random, static, "
-                                                                     "static-ours, dense, dense+prune. With settings of its own: cucb:explore=0.03.")] = "cucb,random,static",
-            seeds: Annotated[int, typer.Option("--seeds", help="Runs of each, with seeds from --seed on. One seed shows nothing; three begin to.")] = 3,
-            equal: Annotated[str, typer.Option("--equal", help="What all have in equal amount: images (training images seen) or cost (multiplications).")] = "images",
-            out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the comparison; what is finished there is not repeated.")] = Path("runs/comparison"),
-            json_output: Json = False) -> None:
-    """Train what you would do instead, side by side: random channels, thin networks from scratch, dense, dense and pruned.
+def compare(
+    given: dict,
+    policies: Annotated[
+        str,
+        typer.Option(
+            "--policies",
+            help="Ways to train, separated by commas, yours "
+            "first: cucb, cucb-paper, random, static, "
+            "static-ours, dense, dense+prune. With settings "
+            "of its own: cucb:explore=0.03.",
+        ),
+    ] = "cucb,random,static",
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", help="Runs of each, with seeds from --seed on. One seed shows nothing; three begin to."
+        ),
+    ] = 3,
+    equal: Annotated[
+        str,
+        typer.Option(
+            "--equal", help="What all have in equal amount: images (training images seen) or cost (multiplications)."
+        ),
+    ] = "images",
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for the runs and the comparison; what is finished there is not repeated."
+        ),
+    ] = Path("runs/comparison"),
+    json_output: Json = False,
+) -> None:
+    """Train what you would do instead, side by side: random channels, thin networks from scratch, dense, dense and
+    pruned.
 
     Stopped comparisons go on where they were. Example:
     `dynprune compare --data photos/ --model resnet56 --budget 0.25 --policies cucb,random,static --seeds 3`
@@ -116,5 +237,7 @@ def compare(given: dict,
     from dynprune.report.tables import comparison_table
 
     with stoppable() as listener:
-        result = verb.compare(config, [name.strip() for name in policies.split(",")], seeds, out, equal=equal, listener=listener)
+        result = verb.compare(
+            config, [name.strip() for name in policies.split(",")], seeds, out, equal=equal, listener=listener
+        )
     finish(json_output, dataclasses.asdict(result), lambda: [comparison_table(result), result.verdict])

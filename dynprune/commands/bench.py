@@ -15,13 +15,20 @@ from dynprune.runs.directory import GateRun, Run, open_any
 BATCHES = (1, 8, 32)
 
 
-def bench(*targets: str | Path, against: str | Path | None = None, batches: Sequence[int] = BATCHES, threads: int = 1, data: str | Data = "",
-          listener: Listener = SILENT) -> BenchResult | GatedBenchResult:
+def bench(
+    *targets: str | Path,
+    against: str | Path | None = None,
+    batches: Sequence[int] = BATCHES,
+    threads: int = 1,
+    data: str | Data = "",
+    listener: Listener = SILENT,
+) -> BenchResult | GatedBenchResult:
     """Time networks in onnxruntime, interleaved in one process.
 
-    targets: a run, whose network is timed beside its dense (or ungated) twin, or two ONNX files. against: a run of a trained dense
-    network, in place of the twin. batches: batch sizes, the first gives the verdict; a gated network takes one image at a time. threads: 0
-    leaves onnxruntime's choice. data: where the run's data lie now, or the data themselves.
+    targets: a run, whose network is timed beside its dense (or ungated) twin, or two ONNX files. against: a run of a
+    trained dense network, in place of the twin. batches: batch sizes, the first gives the verdict; a gated network
+    takes one image at a time. threads: 0 leaves onnxruntime's choice. data: where the run's data lie now, or the data
+    themselves.
 
     Raises DynpruneError where there is nothing to compare.
 
@@ -35,8 +42,17 @@ def bench(*targets: str | Path, against: str | Path | None = None, batches: Sequ
     found = open_any(paths[0])
     if isinstance(found, GateRun) and against is None:
         if batches not in ([1], list(BATCHES)):
-            raise DynpruneError(f"--batch got {','.join(map(str, batches))}. A gated network takes one image at a time: leave --batch out.")
+            raise DynpruneError(
+                f"--batch got {','.join(map(str, batches))}. A gated network takes one image at a "
+                f"time: leave --batch out."
+            )
         return bench_gated(found, threads=threads, data=found.images(data), report=listener.note, work=listener.work)
     found = Run.open(paths[0])
-    return bench_run(found, batches=batches, threads=threads, against=Run.open(Path(against)) if against else None, data=found.images(data),
-                     report=listener.note)
+    return bench_run(
+        found,
+        batches=batches,
+        threads=threads,
+        against=Run.open(Path(against)) if against else None,
+        data=found.images(data),
+        report=listener.note,
+    )

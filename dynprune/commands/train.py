@@ -17,22 +17,30 @@ from dynprune.runs.directory import Run
 from dynprune.training import distributed
 from dynprune.training.rehearsal import rehearse
 from dynprune.training.session import Session, fit_in
-from dynprune.training.train import TrainResult, train as run_training
+from dynprune.training.train import TrainResult
+from dynprune.training.train import train as run_training
 
 PLACES = ("data", "data_root", "workers", "threads")  # where the data lie and the machine that reads them may change
 WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
 Settings = TypeVar("Settings", bound=Recipe)
 
 
-def train(config: TrainConfig, out: str | Path | None = None, *, overwrite: bool = False, opset: int | None = None,
-          listener: Listener = SILENT) -> TrainResult | None:
+def train(
+    config: TrainConfig,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    opset: int | None = None,
+    listener: Listener = SILENT,
+) -> TrainResult | None:
     """Train with dynamic channel execution and leave a run directory.
 
-    out: the directory, runs/MODEL-DATA-POLICY if none is given; overwrite: it may replace a run. opset: of the ONNX file that is wanted
-    later, tried before training. Under torchrun each process calls this, and all but the first get None.
+    out: the directory, runs/MODEL-DATA-POLICY if none is given; overwrite: it may replace a run. opset: of the ONNX
+    file that is wanted later, tried before training. Under torchrun each process calls this, and all but the first get
+    None.
 
-    Raises DynpruneError for settings, data or networks that cannot be trained, saved and exported, before training; `errors.Stopped`
-    when the listener asks to stop.
+    Raises DynpruneError for settings, data or networks that cannot be trained, saved and exported, before training;
+    `errors.Stopped` when the listener asks to stop.
 
     >>> dynprune.train(TrainConfig(model="resnet20", data="photos", budget=("0.25",)), "runs/mine").accuracy
     """
@@ -50,12 +58,20 @@ def train(config: TrainConfig, out: str | Path | None = None, *, overwrite: bool
         distributed.leave()
 
 
-def resume(out: str | Path, changes: dict | None = None, *, override: bool = False, model: str = "", trust: bool = False,
-           listener: Listener = SILENT) -> TrainResult | None:
+def resume(
+    out: str | Path,
+    changes: dict | None = None,
+    *,
+    override: bool = False,
+    model: str = "",
+    trust: bool = False,
+    listener: Listener = SILENT,
+) -> TrainResult | None:
     """Go on with the stopped run in `out`, with its settings.
 
-    changes: settings that must agree with the run's own, or are taken in their place with `override`; where the data lie may always
-    change. model, trust: name the run's own code, or trust it. Raises DynpruneError where the run cannot go on.
+    changes: settings that must agree with the run's own, or are taken in their place with `override`; where the data
+    lie may always change. model, trust: name the run's own code, or trust it. Raises DynpruneError where the run cannot
+    go on.
     """
     path, changes = Path(out), changes or {}
     run = Run.open(path)
@@ -89,32 +105,61 @@ def begin(config: TrainConfig, listener: Listener, ranks: distributed.Ranks, fit
 
 def go(session: Session, run: Run, listener: Listener, *, resume: bool, override: bool = False) -> TrainResult | None:
     config, data, ranks = session.config, session.data, session.ranks
-    listener.say(f"{config.model} on {config.data}: {len(data.train)} images to train, validation is {data.chooses}, test is {data.reports}"
-                 + (f"; {ranks.count} processes" if ranks.several else ""))
-    listener.say(f"{session.steps} steps of {config.batch_size} images, learning rate {config.lr:g}"
-                 + (f"; weights: {session.weights_from} of {config.weights}" if session.weights_from else ""))
+    listener.say(
+        f"{config.model} on {config.data}: {len(data.train)} images to train, validation is {data.chooses}, "
+        f"test is {data.reports}" + (f"; {ranks.count} processes" if ranks.several else "")
+    )
+    listener.say(
+        f"{session.steps} steps of {config.batch_size} images, learning rate {config.lr:g}"
+        + (f"; weights: {session.weights_from} of {config.weights}" if session.weights_from else "")
+    )
     if session.steps < ENOUGH // 2 and not resume:
-        listener.say(f"warning: {session.steps} steps are few to learn from. Expect little, or choose more --epochs"
-                     + (" or a smaller --batch-size." if config.batch_size > 8 else "."))
-    result = run_training(config, run, resume=resume, override=override, report=listener.step, note=listener.say if resume else listener.note,
-                          stop=listener.stop, session=session)
+        listener.say(
+            f"warning: {session.steps} steps are few to learn from. Expect little, or choose more --epochs"
+            + (" or a smaller --batch-size." if config.batch_size > 8 else ".")
+        )
+    result = run_training(
+        config,
+        run,
+        resume=resume,
+        override=override,
+        report=listener.step,
+        note=listener.say if resume else listener.note,
+        stop=listener.stop,
+        session=session,
+    )
     return result if ranks.first else None
 
 
 def run_name(config: Recipe, method: str) -> Path:
     """Where a run goes that is given no place: runs/MODEL-DATA-METHOD."""
-    return Path("runs") / "-".join(re.sub(r"[:/?&=,()\s]+", "-", part) for part in (config.model, Path(config.data).name, method))
+    return Path("runs") / "-".join(
+        re.sub(r"[:/?&=,()\s]+", "-", part) for part in (config.model, Path(config.data).name, method)
+    )
 
 
-def resumed(config: Settings, given: dict, path: Path, override: bool, free: Collection[str] = ("checkpoint_every", *PLACES)) -> Settings:
+def resumed(
+    config: Settings, given: dict, path: Path, override: bool, free: Collection[str] = ("checkpoint_every", *PLACES)
+) -> Settings:
     """The run's own settings; those given beside them must agree, or are taken with `override`."""
-    differing = [f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})" for name, value in given.items()
-                 if value != getattr(config, name) and name not in free]
+    differing = [
+        f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})"
+        for name, value in given.items()
+        if value != getattr(config, name) and name not in free
+    ]
     if differing and not override:
-        raise DynpruneError(f"--resume goes on with the settings that {path} was started with, which differ: {', '.join(differing)}. "
-                            "Drop those options, or pass --override to go on with them.")
-    fixed = [name for name in ("model", "image_size", "policy", "seed", "optimizer", *WIDTHS) if name in given and given[name] != getattr(config, name)]
+        raise DynpruneError(
+            f"--resume goes on with the settings that {path} was started with, which differ: "
+            f"{', '.join(differing)}. Drop those options, or pass --override to go on with them."
+        )
+    fixed = [
+        name
+        for name in ("model", "image_size", "policy", "seed", "optimizer", *WIDTHS)
+        if name in given and given[name] != getattr(config, name)
+    ]
     if fixed:
-        raise DynpruneError(f"--override cannot change --{fixed[0].replace('_', '-')}: the checkpoint in {path} would not fit. "
-                            "Start a new run with another --out.")
+        raise DynpruneError(
+            f"--override cannot change --{fixed[0].replace('_', '-')}: the checkpoint in {path} would "
+            f"not fit. Start a new run with another --out."
+        )
     return dataclasses.replace(config, **given).validate()

@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from dynprune.data.photos import EXTENSIONS, Depth, check_readable, depth_of, files_in, in_words, open_image, resized, shown_size
+from dynprune.data.photos import (
+    EXTENSIONS,
+    Depth,
+    check_readable,
+    depth_of,
+    files_in,
+    in_words,
+    open_image,
+    resized,
+    shown_size,
+)
 from dynprune.errors import DynpruneError
 from dynprune.state.copies import generator
 
@@ -50,7 +60,8 @@ class ImagesInMemory:
 
 @dataclass
 class ImageFiles:
-    """Photos on disk: paths and class numbers, decoded when needed. depth: what is white in those of more than 8 bits."""
+    """Photos on disk: paths and class numbers, decoded when needed. depth: what is white in those of more than 8
+    bits."""
 
     paths: list[str]
     labels: Tensor
@@ -70,9 +81,9 @@ Images = ImagesInMemory | ImageFiles
 class Data:
     """Three splits and how to turn them into normalised batches.
 
-    size: channels, height and width of what the network is given; images are kept in colour and turned into grey for a network of one
-    channel. mean, std: per channel, of pixels in 0..1. chooses, reports: which images validation and test are, in words. remarks: what
-    users should know of how the images were read.
+    size: channels, height and width of what the network is given; images are kept in colour and turned into grey for a
+    network of one channel. mean, std: per channel, of pixels in 0..1. chooses, reports: which images validation and
+    test are, in words. remarks: what users should know of how the images were read.
     """
 
     name: str
@@ -95,7 +106,8 @@ class Data:
         return torch.randn(1, *self.size, generator=generator(0))
 
     def with_channels(self, channels: int) -> Data:
-        """The same images for a network that takes so many channels, 3 or 1: then they are grey, of the mean of all colours' luminance."""
+        """The same images for a network that takes so many channels, 3 or 1: then they are grey, of the mean of all
+        colours' luminance."""
         if channels == self.size[0]:
             return self
         if (channels, self.size[0]) != (1, 3):
@@ -104,16 +116,21 @@ class Data:
             grey = in_grey(self.train.pixels[:: max(1, len(self.train) // 5000)].float() / 255)
             mean, std = round(float(grey.mean()), 4), max(0.01, round(float(grey.std()), 4))
         else:
-            mean, std = (round(sum(weight * value for weight, value in zip(LUMINANCE, values)), 4) for values in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = (
+                round(sum(weight * value for weight, value in zip(LUMINANCE, values)), 4)
+                for values in (IMAGENET_MEAN, IMAGENET_STD)
+            )
         return dataclasses.replace(self, size=(1, *self.size[1:]), mean=(mean,), std=(std,))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Enough for every image; the last batch is filled up, so that every step has the same shape."""
         return max(1, -(-len(self.train) // batch_size))
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and epoch. Every image
-        comes at least once; the first of the order come again where the last batch is not full.
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, part: slice = slice(None)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented, normalised (images, labels) of one epoch from step `start` on; the order depends on seed and
+        epoch. Every image comes at least once; the first of the order come again where the last batch is not full.
 
         part: which images of every batch are wanted; they come out as they do when all are.
         """
@@ -122,12 +139,18 @@ class Data:
         order = order.repeat(-(-steps * batch_size // len(order)))[: steps * batch_size]
         if isinstance(self.train, ImagesInMemory):
             for step in range(start, steps):
-                batch = self.train.take(order[step * batch_size:(step + 1) * batch_size])
+                batch = self.train.take(order[step * batch_size : (step + 1) * batch_size])
                 images = augment_batch(batch.pixels, self.augment, generator(seed, epoch, step), part)
                 yield self.normalise(images), batch.labels[part]
             return
         places = torch.arange(start * batch_size, steps * batch_size).view(-1, batch_size)[:, part]
-        dataset = PhotoDataset(self.train.take(order[places.reshape(-1)]), self.size[1:], self.augment, (seed, epoch), places.reshape(-1).tolist())
+        dataset = PhotoDataset(
+            self.train.take(order[places.reshape(-1)]),
+            self.size[1:],
+            self.augment,
+            (seed, epoch),
+            places.reshape(-1).tolist(),
+        )
         for pixels, labels in loader(dataset, places.size(1), self.workers):
             yield self.normalise(pixels), labels
 
@@ -158,7 +181,8 @@ def some(images: Images, count: int) -> Images:
 
 
 def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slice = slice(None)) -> Tensor:
-    """Shift each image by up to an eighth of its side (zeros come in) and mirror half of them: one draw per image. Returns `part` of them.
+    """Shift each image by up to an eighth of its side (zeros come in) and mirror half of them: one draw per image.
+    Returns `part` of them.
 
     Crops by `unfold` and one index for the whole batch; torchvision's transforms would draw one crop for all.
     """
@@ -181,9 +205,22 @@ MARGIN = 8 / 7  # photos are evaluated on their middle: 224 of 256 pixels
 class PhotoDataset(torch.utils.data.Dataset):
     """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
 
-    def __init__(self, files: ImageFiles, size: tuple[int, int], augment: str, seeds: tuple[int, ...] = (), places: Sequence[int] | None = None):
-        """size: height and width. places: of each file in its epoch (default: in order); with `seeds` it decides the image's random changes."""
-        self.files, self.size, self.seeds, self.places = files, size, seeds, range(len(files)) if places is None else places
+    def __init__(
+        self,
+        files: ImageFiles,
+        size: tuple[int, int],
+        augment: str,
+        seeds: tuple[int, ...] = (),
+        places: Sequence[int] | None = None,
+    ):
+        """size: height and width. places: of each file in its epoch (default: in order); with `seeds` it decides the
+        image's random changes."""
+        self.files, self.size, self.seeds, self.places = (
+            files,
+            size,
+            seeds,
+            range(len(files)) if places is None else places,
+        )
         self.transform = None
         if augment != "none":
             from torchvision.transforms import v2  # 1 s to import: only photos need it
@@ -213,16 +250,18 @@ def loader(dataset: PhotoDataset, batch_size: int, workers: int) -> Iterator:
         raise DynpruneError(str(error).strip().splitlines()[-1].partition("DynpruneError: ")[2] or str(error)) from None
 
 
-# -- sources ------------------------------------------------------------------------------------------------------------
+# -- sources
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which images, and what is done with them. name: digits, a dataset of torchvision's, or a folder of photos; root: where datasets lie.
+    """Which images, and what is done with them. name: digits, a dataset of torchvision's, or a folder of photos; root:
+    where datasets lie.
 
-    image_size: auto, 96, or 96x64 (height x width). val_fraction: share of the training images held back where there is no val/. augment:
-    auto, none, crop, crop+flip. workers: processes that decode photos, -1 for one per core. batch_size: the least number of training
-    images. seed: of the splits.
+    image_size: auto, 96, or 96x64 (height x width). val_fraction: share of the training images held back where there is
+    no val/. augment: auto, none, crop, crop+flip. workers: processes that decode photos, -1 for one per core.
+    batch_size: the least number of training images. seed: of the splits.
     """
 
     name: str = "digits"
@@ -236,7 +275,8 @@ class Source:
 
 
 def load_data(source: Source) -> Data:
-    """The data that `source.name` names, split and ready. Raises DynpruneError for anything that cannot be learned from."""
+    """The data that `source.name` names, split and ready. Raises DynpruneError for anything that cannot be learned
+    from."""
     if source.name == "digits":
         return load_digits(source)
     if source.name in TORCHVISION:
@@ -245,7 +285,9 @@ def load_data(source: Source) -> Data:
     if path.is_dir():
         return load_folder(source, path)
     kind = "is a file" if path.exists() else "does not exist"
-    raise DynpruneError(f'--data got "{source.name}", which {kind}. Expected digits, {", ".join(TORCHVISION)}, or a folder of photos.')
+    raise DynpruneError(
+        f'--data got "{source.name}", which {kind}. Expected digits, {", ".join(TORCHVISION)}, or a folder of photos.'
+    )
 
 
 def image_size(source: Source, side: int) -> tuple[int, int]:
@@ -256,8 +298,18 @@ def image_size(source: Source, side: int) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def finish(source: Source, name: str, classes: list[str], size: tuple[int, int], train: Images, val: Images | None,
-           test: Images, chooses: str, reports: str, remarks: tuple[str, ...] = ()) -> Data:
+def finish(
+    source: Source,
+    name: str,
+    classes: list[str],
+    size: tuple[int, int],
+    train: Images,
+    val: Images | None,
+    test: Images,
+    chooses: str,
+    reports: str,
+    remarks: tuple[str, ...] = (),
+) -> Data:
     """Split validation off if there is none, measure mean and standard deviation, and settle the defaults."""
     if val is None:
         kept, held = split_indices(train.labels, source.val_fraction, source.seed)
@@ -273,7 +325,10 @@ def finish(source: Source, name: str, classes: list[str], size: tuple[int, int],
         augment = "crop" if name in NO_FLIP else "crop+flip"
     workers = os.cpu_count() or 1 if source.workers < 0 else source.workers
     if len(train) < max(2, source.batch_size):
-        raise DynpruneError(f"--batch-size {source.batch_size or 2} is more than the {len(train)} training images. Choose a smaller one or add images.")
+        raise DynpruneError(
+            f"--batch-size {source.batch_size or 2} is more than the {len(train)} training images. "
+            f"Choose a smaller one or add images."
+        )
     return Data(name, classes, (3, *size), mean, std, train, val, test, chooses, reports, augment, workers, remarks)
 
 
@@ -283,8 +338,10 @@ def split_indices(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tens
     try:
         kept, held = train_test_split(indices, test_size=share, stratify=labels.numpy(), random_state=seed)
     except ValueError as error:
-        raise DynpruneError(f"{len(labels)} images in {len(labels.unique())} classes cannot be split with {share:.0%} held back: every class "
-                            "needs images on both sides. Add images or change --val-fraction.") from error
+        raise DynpruneError(
+            f"{len(labels)} images in {len(labels.unique())} classes cannot be split with {share:.0%} "
+            f"held back: every class needs images on both sides. Add images or change --val-fraction."
+        ) from error
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held))
 
 
@@ -293,7 +350,8 @@ def percent(share: float) -> str:
 
 
 def load_digits(source: Source) -> Data:
-    """1,797 handwritten digits, 8x8 grey (UCI, CC BY 4.0; shipped with scikit-learn), enlarged; a fifth is the test split."""
+    """1,797 handwritten digits, 8x8 grey (UCI, CC BY 4.0; shipped with scikit-learn), enlarged; a fifth is the test
+    split."""
     from sklearn.datasets import load_digits as read_digits
 
     raw = read_digits()
@@ -302,8 +360,17 @@ def load_digits(source: Source) -> Data:
     pixels = F.interpolate(grey, size=size, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
     images = ImagesInMemory(pixels.contiguous(), torch.from_numpy(raw.target).long())
     rest, held = split_indices(images.labels, 0.2, 0)
-    return finish(source, "digits", [str(i) for i in range(10)], size, images.take(rest), None, images.take(held),
-                  f"{percent(source.val_fraction)} of the training images", "test split, a fifth of all digits")
+    return finish(
+        source,
+        "digits",
+        [str(i) for i in range(10)],
+        size,
+        images.take(rest),
+        None,
+        images.take(held),
+        f"{percent(source.val_fraction)} of the training images",
+        "test split, a fifth of all digits",
+    )
 
 
 def load_torchvision(source: Source) -> Data:
@@ -320,8 +387,11 @@ def load_torchvision(source: Source) -> Data:
             try:
                 found = cls(root, download=True, **options)
             except Exception as error:
-                raise DynpruneError(f'{source.name} is not under --data-root "{root}" and could not be downloaded '
-                                    f"({type(error).__name__}: {str(error).splitlines()[0]}). Put it there by hand or check the connection.") from error
+                raise DynpruneError(
+                    f'{source.name} is not under --data-root "{root}" and could not be downloaded '
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}). Put it there by hand or "
+                    f"check the connection."
+                ) from error
         pixels = torch.as_tensor(np.asarray(found.data))
         if pixels.ndim == 3:
             pixels = pixels[:, None].expand(-1, 3, -1, -1)
@@ -330,8 +400,17 @@ def load_torchvision(source: Source) -> Data:
         labels = torch.as_tensor(np.asarray(found.labels if source.name == "svhn" else found.targets)).long()
         splits.append(ImagesInMemory(fit(pixels, *size), labels))
     classes = list(getattr(found, "classes", None) or map(str, range(10)))
-    return finish(source, source.name, classes, size, splits[0], None, splits[1],
-                  f"{percent(source.val_fraction)} of the training images", f"{source.name}'s test split")
+    return finish(
+        source,
+        source.name,
+        classes,
+        size,
+        splits[0],
+        None,
+        splits[1],
+        f"{percent(source.val_fraction)} of the training images",
+        f"{source.name}'s test split",
+    )
 
 
 def fit(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -351,11 +430,18 @@ def load_folder(source: Source, path: Path) -> Data:
     folders = {entry.name.lower(): entry for entry in entries_of(path)}
     if "train" in folders:
         train, classes = scan(folders["train"], None, skipped)
-        found = {split: folders[name] for split, names in HELD_OUT.items() if (name := next((name for name in names if name in folders), None))}
+        found = {
+            split: folders[name]
+            for split, names in HELD_OUT.items()
+            if (name := next((name for name in names if name in folders), None))
+        }
         held = {split: scan(folder, classes, skipped)[0] for split, folder in found.items()}
         if not held:
-            raise DynpruneError(f"{path} has train/ but neither val/ nor test/ (nor {', '.join(f'{name}/' for names in HELD_OUT.values() for name in names[1:])}). Add one, or pass a "
-                                "folder with one folder per class.")
+            raise DynpruneError(
+                f"{path} has train/ but neither val/ nor test/ (nor "
+                f"{', '.join(f'{name}/' for names in HELD_OUT.values() for name in names[1:])}). Add "
+                f"one, or pass a folder with one folder per class."
+            )
         if len(held) == 2:
             val, test, chooses, reports = held["val"], held["test"], f"{found['val'].name}/", f"{found['test'].name}/"
         else:
@@ -387,11 +473,14 @@ def entries_of(folder: Path) -> list[Path]:
     try:
         return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        raise DynpruneError(f"Cannot read the folder {folder} ({error.strerror}). Make it readable or pass another --data.") from error
+        raise DynpruneError(
+            f"Cannot read the folder {folder} ({error.strerror}). Make it readable or pass another --data."
+        ) from error
 
 
 def scan(folder: Path, classes: list[str] | None, skipped: Counter[str] | None = None) -> tuple[ImageFiles, list[str]]:
-    """Image files of one folder per class. classes: those of train/, which a held-out folder must not exceed. skipped: counts other files."""
+    """Image files of one folder per class. classes: those of train/, which a held-out folder must not exceed. skipped:
+    counts other files."""
     skipped = Counter() if skipped is None else skipped
     found = [entry.name for entry in entries_of(folder)]
     if not found:
@@ -400,7 +489,9 @@ def scan(folder: Path, classes: list[str] | None, skipped: Counter[str] | None =
         raise DynpruneError(f'{folder} has a single class, "{found[0]}". Expected at least two class folders.')
     unknown = [name for name in found if classes is not None and name not in classes]
     if unknown:
-        raise DynpruneError(f'{folder} has a class "{unknown[0]}" that train/ lacks. Classes in train/: {", ".join(classes[:10])}.')
+        raise DynpruneError(
+            f'{folder} has a class "{unknown[0]}" that train/ lacks. Classes in train/: {", ".join(classes[:10])}.'
+        )
     names = found if classes is None else classes
     paths, labels = [], []
     for number, name in enumerate(names):
@@ -408,7 +499,10 @@ def scan(folder: Path, classes: list[str] | None, skipped: Counter[str] | None =
             continue
         files = files_in(folder / name, skipped)
         if not files and classes is None:
-            raise DynpruneError(f"{folder / name} has no images. Expected files ending in {', '.join(EXTENSIONS)}.{' ' + in_words(skipped) if skipped else ''}")
+            raise DynpruneError(
+                f"{folder / name} has no images. Expected files ending in "
+                f"{', '.join(EXTENSIONS)}.{' ' + in_words(skipped) if skipped else ''}"
+            )
         paths += files
         labels += [number] * len(files)
     if not paths:
@@ -428,7 +522,9 @@ def decode(files: ImageFiles, height: int, width: int) -> ImagesInMemory:
     pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def read(index: int) -> None:
-        pixels[index] = torch.from_numpy(np.array(resized(open_image(files.paths[index], files.depth), height, width))).permute(2, 0, 1)
+        pixels[index] = torch.from_numpy(
+            np.array(resized(open_image(files.paths[index], files.depth), height, width))
+        ).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(read, range(len(files)), chunksize=256):

@@ -1,8 +1,8 @@
 """From an image file to pixels: what a viewer would show.
 
-Takes files as people have them: turned by EXIF, transparent, with a palette, in 16 or 32 bits or as real numbers; returns RGB with 8 bits
-per colour. What cannot be converted rightly is refused by name. Images deeper than 8 bits say nowhere which number is white, so
-that is decided once for all images of a folder (`Depth`), never for each by itself.
+Takes files as people have them: turned by EXIF, transparent, with a palette, in 16 or 32 bits or as real numbers;
+returns RGB with 8 bits per colour. What cannot be converted rightly is refused by name. Images deeper than 8 bits say
+nowhere which number is white, so that is decided once for all images of a folder (`Depth`), never for each by itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,48 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dynprune.errors import DynpruneError
 
-UNREADABLE = (OSError, EOFError, UnidentifiedImageError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
+UNREADABLE = (
+    OSError,
+    EOFError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".tga",
+    ".jp2",
+    ".avif",
+)
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits per pixel
-WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0, 2.0**24 - 1, 2.0**31 - 1, 2.0**32 - 1)  # usual largest values; the first only of real numbers
+# usual largest values; the first only of real numbers
+WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0, 2.0**24 - 1, 2.0**31 - 1, 2.0**32 - 1)
 BACKGROUND = (255, 255, 255)  # behind what is transparent
 FOUND_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Which number is white in images deeper than 8 bits, by Pillow's kind of pixel: "I" for whole numbers, "F" for real ones."""
+    """Which number is white in images deeper than 8 bits, by Pillow's kind of pixel: "I" for whole numbers, "F" for
+    real ones."""
 
     white: dict[str, float] = field(default_factory=dict)
 
@@ -53,7 +84,11 @@ def open_image(path: str, depth: Depth = Depth()) -> Image.Image:
 def in_rgb(image: Image.Image, path: str, depth: Depth) -> Image.Image:
     if image.mode in DEEP:
         kind = kind_of(image.mode)
-        values = np.asarray(image).astype(np.float64) if image.mode != "I;16B" else np.asarray(image.convert("I")).astype(np.float64)
+        values = (
+            np.asarray(image).astype(np.float64)
+            if image.mode != "I;16B"
+            else np.asarray(image.convert("I")).astype(np.float64)
+        )
         white = depth.white.get(kind) or white_for(kind, *extremes(values, path), path)
         grey = Image.fromarray(np.rint(np.clip(values * (255 / white), 0, 255)).astype(np.uint8))
         grey.info, grey._exif = image.info, image.getexif()
@@ -85,15 +120,23 @@ def extremes(values: np.ndarray, path: str) -> tuple[float, float]:
 def white_for(kind: str, low: float, high: float, path: str) -> float:
     """The smallest usual white that no pixel exceeds. Raises DynpruneError for images that have no such range."""
     if low < 0:
-        raise DynpruneError(f"The image {path} has pixels down to {low:g}. Expected numbers from 0 (black) on. Convert such images to 8 or 16 bits per pixel.")
+        raise DynpruneError(
+            f"The image {path} has pixels down to {low:g}. Expected numbers from 0 (black) on. "
+            f"Convert such images to 8 or 16 bits per pixel."
+        )
     for white in WHITES if kind == "F" else WHITES[1:]:
         if high <= white:
             return white
-    raise DynpruneError(f"The image {path} has pixels up to {high:g}, for which there is no usual white. Convert such images to 8 or 16 bits per pixel.")
+    raise DynpruneError(
+        f"The image {path} has pixels up to {high:g}, for which there is no usual white. Convert such "
+        f"images to 8 or 16 bits per pixel."
+    )
 
 
 def depth_of(paths: Iterable[str]) -> Depth:
-    """The common range of all images deeper than 8 bits among these files. The others are only looked at, not decoded."""
+    """The common range of all images deeper than 8 bits among these files. The others are only looked at, not
+    decoded."""
+
     def look(path: str) -> tuple[str, float, float, str] | None:
         try:
             with Image.open(path) as image:
@@ -122,7 +165,13 @@ def refuse_bomb(image: Image.Image) -> None:
 
 
 def unreadable(path: str, error: BaseException) -> DynpruneError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {str(error)[:100]}" if isinstance(error, ValueError) else type(error).__name__
+    why = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else f"{type(error).__name__}: {str(error)[:100]}"
+        if isinstance(error, ValueError)
+        else type(error).__name__
+    )
     return DynpruneError(f"Cannot read the image {path} ({why}). Replace or remove the file.")
 
 
@@ -139,6 +188,7 @@ def shown_size(path: str) -> tuple[int, int]:
 
 def check_readable(paths: Iterable[str]) -> None:
     """Open every photo once before the long work starts; JPEGs at an eighth of their size, which is quick."""
+
     def check(path: str) -> None:
         try:
             with Image.open(path) as image:
@@ -154,7 +204,8 @@ def check_readable(paths: Iterable[str]) -> None:
 
 
 def resized(image: Image.Image, height: int, width: int, margin: float = 1.0) -> Image.Image:
-    """The middle of the image at this size, of the image's own proportions. margin: how much more than that is cut off around.
+    """The middle of the image at this size, of the image's own proportions. margin: how much more than that is cut off
+    around.
 
     Only what is shown is resized: a panorama of 12,000 x 2 pixels takes no more memory than another image.
     """
@@ -167,11 +218,14 @@ def resized(image: Image.Image, height: int, width: int, margin: float = 1.0) ->
 
 
 def files_in(folder: Path, skipped: Counter[str]) -> list[str]:
-    """Image files anywhere under a folder, in order. skipped: counts the others by their ending; hidden files are not counted."""
+    """Image files anywhere under a folder, in order. skipped: counts the others by their ending; hidden files are not
+    counted."""
     found = []
 
     def refuse(error: OSError) -> None:
-        raise DynpruneError(f"Cannot read the folder {error.filename} ({error.strerror}). Make it readable or remove it.") from error
+        raise DynpruneError(
+            f"Cannot read the folder {error.filename} ({error.strerror}). Make it readable or remove it."
+        ) from error
 
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -190,6 +244,9 @@ def in_words(skipped: Counter[str]) -> str:
     """What was left out, for people: '3 files that are no images were skipped (.txt 2, .db 1)'."""
     if not skipped:
         return ""
-    kinds = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common(FOUND_NAMED)) + (", ..." if len(skipped) > FOUND_NAMED else "")
+    kinds = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common(FOUND_NAMED)) + (
+        ", ..." if len(skipped) > FOUND_NAMED else ""
+    )
     total = sum(skipped.values())
-    return f"{total} {'file' if total == 1 else 'files'} of kinds that are not read {'was' if total == 1 else 'were'} skipped ({kinds}); images are {', '.join(EXTENSIONS)}"
+    subject, verb = ("file", "was") if total == 1 else ("files", "were")
+    return f"{total} {subject} of kinds that are not read {verb} skipped ({kinds}); images are {', '.join(EXTENSIONS)}"

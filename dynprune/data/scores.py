@@ -1,7 +1,7 @@
 """What a model's output means: one score per class and image.
 
-Takes a model that returns a tensor, or a tuple or object with auxiliary outputs behind it; returns the scores, or the share of
-images whose class they get right.
+Takes a model that returns a tensor, or a tuple or object with auxiliary outputs behind it; returns the scores, or the
+share of images whose class they get right.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def evaluate(model: nn.Module, data: Data, images: Images, device: torch.device 
 
 @torch.no_grad()
 def exact_scores(model: nn.Module, images: Tensor) -> Tensor:
-    """The scores of a copy in float64 and in evaluation mode, so that only real disagreements show; in the model's own precision where some
-    function knows no other."""
+    """The scores of a copy in float64 and in evaluation mode, so that only real disagreements show; in the model's own
+    precision where some function knows no other."""
     try:
         return logits(doubled(model).eval()(images.double()))
     except Exception:
@@ -48,12 +48,14 @@ def logits(output: object) -> Tensor:
         return output[0]
     if hasattr(output, "logits"):
         return output.logits
-    raise DynpruneError(f"The model returns {type(output).__name__}. Expected class scores as a tensor, or first in a tuple.")
+    raise DynpruneError(
+        f"The model returns {type(output).__name__}. Expected class scores as a tensor, or first in a tuple."
+    )
 
 
 def fitting(model: nn.Module, data: Data) -> Data:
-    """The data as the network takes them: in colour, or in grey where it has one input channel. Raises DynpruneError for a network whose
-    output cannot be trained on these classes, before the long work starts."""
+    """The data as the network takes them: in colour, or in grey where it has one input channel. Raises DynpruneError
+    for a network whose output cannot be trained on these classes, before the long work starts."""
     output = None
     for channels in dict.fromkeys((data.size[0], 3, 1)):
         fitted = data.with_channels(channels) if channels != 3 or data.size[0] == 3 else data
@@ -65,8 +67,10 @@ def fitting(model: nn.Module, data: Data) -> Data:
     scores = logits(output)
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else (type(scores).__name__,)
     if len(shape) != 2 or shape[1] != len(data.classes):
-        raise DynpruneError(f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected one score per class: "
-                            f"1x{len(data.classes)}. A factory should take num_classes.")
+        raise DynpruneError(
+            f"The model gives an output of shape {'x'.join(map(str, shape))} for one image. Expected "
+            f"one score per class: 1x{len(data.classes)}. A factory should take num_classes."
+        )
     return data
 
 
@@ -75,7 +79,11 @@ def output_of(model: nn.Module, example: Tensor) -> object:
     try:
         with torch.no_grad(), same_randomness(0):
             trial = copied(model).eval()
-            return trial(example.to(next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)))
+            return trial(
+                example.to(
+                    next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+                )
+            )
     except Exception:
         return None
 

@@ -1,7 +1,7 @@
 """Latency of ONNX files in onnxruntime, measured side by side.
 
-Takes files and batch sizes, runs them in turn in one process (A B A B ...), so that a drift of the machine's speed meets
-all alike, and keeps every raw sample. Reports medians, 95th percentiles and the ratio.
+Takes files and batch sizes, runs them in turn in one process (A B A B ...), so that a drift of the machine's speed
+meets all alike, and keeps every raw sample. Reports medians, 95th percentiles and the ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dynprune.data.scores import Scores
 from dynprune.deploy.export import check_classes, load_compact
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.onnxfile import metadata_of, open_session, run as execute, size_bytes, write_onnx
+from dynprune.files.onnxfile import metadata_of, open_session, size_bytes, write_onnx
+from dynprune.files.onnxfile import run as execute
 from dynprune.machine import environment
 from dynprune.runs.directory import Run
 
@@ -57,8 +58,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown. budgets: of the
-    run, with what was predicted and measured; empty for files that belong to none."""
+    """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown.
+    budgets: of the run, with what was predicted and measured; empty for files that belong to none."""
 
     dense_path: str
     compact_path: str
@@ -89,8 +90,15 @@ class BenchResult:
         return result
 
 
-def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None = None, data: Data | None = None,
-              report: Callable[[str], None] = lambda _: None) -> BenchResult:
+def bench_run(
+    run: Run,
+    *,
+    batches: list[int],
+    threads: int,
+    against: Run | None = None,
+    data: Data | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> BenchResult:
     """The run's compact ONNX file against its dense twin, which is exported once and kept in the run directory.
 
     against: a run of `--policy dense` on the same data; its file is then the dense side, with its accuracy.
@@ -114,8 +122,17 @@ def bench_run(run: Run, *, batches: list[int], threads: int, against: Run | None
         return record(run, facts, dense_file, rows, threads, accuracy, dense_accuracy, data, against)
 
 
-def record(run: Run, facts: artifact.Facts, dense_file: Path, rows: list[BenchRow], threads: int, accuracy: float, dense_accuracy: float | None, data: Data,
-           against: Run | None) -> BenchResult:
+def record(
+    run: Run,
+    facts: artifact.Facts,
+    dense_file: Path,
+    rows: list[BenchRow],
+    threads: int,
+    accuracy: float,
+    dense_accuracy: float | None,
+    data: Data,
+    against: Run | None,
+) -> BenchResult:
     """Sum up what was measured, and keep it in the run directory."""
     widths = facts.widths
     odd = [name for name, width in widths.items() if width % 4]
@@ -123,27 +140,55 @@ def record(run: Run, facts: artifact.Facts, dense_file: Path, rows: list[BenchRo
     if against is not None:
         other = load_compact(against)[1]
         dense_macs, dense_params = other.macs, other.params
-    result = summarise(dense_file, run.onnx_file, rows, threads, (dense_macs, facts.macs), (dense_params, facts.params),
-                       accuracy, dense_accuracy, data.reports, odd, budgets_of(run, facts, rows, threads, against))
+    result = summarise(
+        dense_file,
+        run.onnx_file,
+        rows,
+        threads,
+        (dense_macs, facts.macs),
+        (dense_params, facts.params),
+        accuracy,
+        dense_accuracy,
+        data.reports,
+        odd,
+        budgets_of(run, facts, rows, threads, against),
+    )
     run.keep("bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
     return result
 
 
 def budgets_of(run: Run, facts: artifact.Facts, rows: list[BenchRow], threads: int, against: Run | None) -> list[dict]:
-    """What the run's budgets allow, what `compact` counted or measured, and what is measured now. Milliseconds are those of batch 1 on one
-    thread, and beside the dense twin; other timings say nothing about them."""
+    """What the run's budgets allow, what `compact` counted or measured, and what is measured now. Milliseconds are
+    those of batch 1 on one thread, and beside the dense twin; other timings say nothing about them."""
     single = next((row for row in rows if row.batch == 1), None) if threads == 1 and against is None else None
     lines = []
     for limit in map(parse_limit, facts.limits):
         if limit.quantity != "latency":
-            dense, actual = (facts.dense_macs, facts.macs) if limit.quantity == "macs" else (facts.dense_params, facts.params)
-            lines.append({"budget": str(limit), "limit": limit.value(dense), "predicted": actual, "actual": actual, "met": actual <= limit.value(dense)})
+            dense, actual = (
+                (facts.dense_macs, facts.macs) if limit.quantity == "macs" else (facts.dense_params, facts.params)
+            )
+            lines.append(
+                {
+                    "budget": str(limit),
+                    "limit": limit.value(dense),
+                    "predicted": actual,
+                    "actual": actual,
+                    "met": actual <= limit.value(dense),
+                }
+            )
         elif single is not None:
             bound = limit.value(single.dense.p50_ms)
             known = recorded_ms(run, str(limit))
-            lines.append({"budget": str(limit), "limit": bound, "predicted": known, "actual": single.compact.p50_ms,
-                          "met": single.compact.p50_ms <= TOLERANCE * bound})
+            lines.append(
+                {
+                    "budget": str(limit),
+                    "limit": bound,
+                    "predicted": known,
+                    "actual": single.compact.p50_ms,
+                    "met": single.compact.p50_ms <= TOLERANCE * bound,
+                }
+            )
     return lines
 
 
@@ -156,22 +201,43 @@ def recorded_ms(run: Run, budget: str) -> float:
 
 
 def check_comparable(run: Run, against: Run) -> None:
-    """A dense run may only be compared if it learned from the same images: with another split it has seen our test data."""
+    """A dense run may only be compared if it learned from the same images: with another split it has seen our test
+    data."""
     ours, theirs = run.config, against.config
     if theirs.policy != "dense":
-        raise DynpruneError(f"--against got {against.path}, a run of policy {theirs.policy}. Expected one of dynprune train --policy dense.")
-    differing = [name for name in ("data", "data_root", "image_size", "val_fraction", "seed") if getattr(ours, name) != getattr(theirs, name)]
+        raise DynpruneError(
+            f"--against got {against.path}, a run of policy {theirs.policy}. Expected one of dynprune "
+            f"train --policy dense."
+        )
+    differing = [
+        name
+        for name in ("data", "data_root", "image_size", "val_fraction", "seed")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
     if differing:
-        raise DynpruneError(f"--against {against.path} has another {', '.join(differing)}, so its test images may be among those it was trained on. Train it with "
-                            "the same settings.")
+        raise DynpruneError(
+            f"--against {against.path} has another {', '.join(differing)}, so its test images may be "
+            f"among those it was trained on. Train it with the same settings."
+        )
 
 
-def bench_files(dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None) -> BenchResult:
+def bench_files(
+    dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None
+) -> BenchResult:
     """Any two ONNX files with one image-like input; the first is called dense, the second compact."""
     rows = measure(dense, compact, batches, threads, report)
     result = summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [], [])
     sizes = [input_size(path) for path in (dense, compact)]
-    return result if sizes[0] == sizes[1] else replace(result, verdict=f"{result.verdict}; they are not the same work: {dense.name} takes images of {sizes[0]}, {compact.name} of {sizes[1]}")
+    return (
+        result
+        if sizes[0] == sizes[1]
+        else replace(
+            result,
+            verdict=f"{result.verdict}; they are not the same "
+            f"work: {dense.name} takes images of "
+            f"{sizes[0]}, {compact.name} of {sizes[1]}",
+        )
+    )
 
 
 def input_size(path: Path) -> str:
@@ -179,13 +245,39 @@ def input_size(path: Path) -> str:
     return "x".join(map(str, open_session(path).get_inputs()[0].shape[1:]))
 
 
-def summarise(dense: Path, compact: Path, rows: list[BenchRow], threads: int, macs: tuple, params: tuple, accuracy: float | None,
-              dense_accuracy: float | None, test_data: str | None, odd: list[str],
-              budgets: list[dict]) -> BenchResult:
+def summarise(
+    dense: Path,
+    compact: Path,
+    rows: list[BenchRow],
+    threads: int,
+    macs: tuple,
+    params: tuple,
+    accuracy: float | None,
+    dense_accuracy: float | None,
+    test_data: str | None,
+    odd: list[str],
+    budgets: list[dict],
+) -> BenchResult:
     first = rows[0]
-    return BenchResult(str(dense), str(compact), threads, rows, first.speedup_p50, first.dense.p50_ms, first.compact.p50_ms,
-                       size_bytes(dense), size_bytes(compact), *macs, *params, accuracy, dense_accuracy, test_data,
-                       verdict(first, macs, odd), budgets, {**environment(), "threads": threads})
+    return BenchResult(
+        str(dense),
+        str(compact),
+        threads,
+        rows,
+        first.speedup_p50,
+        first.dense.p50_ms,
+        first.compact.p50_ms,
+        size_bytes(dense),
+        size_bytes(compact),
+        *macs,
+        *params,
+        accuracy,
+        dense_accuracy,
+        test_data,
+        verdict(first, macs, odd),
+        budgets,
+        {**environment(), "threads": threads},
+    )
 
 
 def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) -> str:
@@ -205,9 +297,13 @@ def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) 
 
 
 def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[str], None], elsewhere: Path) -> Path:
-    """The full-width network with random weights, as ONNX: as fast as a trained one. It is kept in the run directory or, where that takes no
-    files, in `elsewhere`."""
-    place = run.dense_onnx_file if run.dense_onnx_file.is_file() or os.access(run.path, os.W_OK) else elsewhere / run.dense_onnx_file.name
+    """The full-width network with random weights, as ONNX: as fast as a trained one. It is kept in the run directory
+    or, where that takes no files, in `elsewhere`."""
+    place = (
+        run.dense_onnx_file
+        if run.dense_onnx_file.is_file() or os.access(run.path, os.W_OK)
+        else elsewhere / run.dense_onnx_file.name
+    )
     if not place.is_file():
         report("exporting the dense twin")
         model = Scores(zoo.build(facts.model, len(facts.classes), 0, size=facts.input_size).eval())
@@ -216,7 +312,9 @@ def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[st
             write_onnx(model, data.example, partial, None, {"producer": "dynprune", "weights": "random"})
             partial.replace(place)
         except OSError as error:
-            raise DynpruneError(f"Cannot write {place} ({error.strerror}). The dense twin needs a place in the run directory.") from error
+            raise DynpruneError(
+                f"Cannot write {place} ({error.strerror}). The dense twin needs a place in the run directory."
+            ) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -226,20 +324,34 @@ def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[st
 def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> dict[str, np.ndarray]:
     """Random values for the session's one input; only the first dimension may be left open."""
     inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or any(not isinstance(size, int) for size in inputs[0].shape[1:]):
-        raise DynpruneError(f"{path} has inputs {[(i.name, i.type, i.shape) for i in inputs]}. Expected one float input with a fixed image size.")
+    if (
+        len(inputs) != 1
+        or inputs[0].type != "tensor(float)"
+        or any(not isinstance(size, int) for size in inputs[0].shape[1:])
+    ):
+        raise DynpruneError(
+            f"{path} has inputs {[(i.name, i.type, i.shape) for i in inputs]}. Expected one float "
+            f"input with a fixed image size."
+        )
     if isinstance(inputs[0].shape[0], int) and inputs[0].shape[0] != batch:
         raise DynpruneError(f"{path} has a fixed batch of {inputs[0].shape[0]}. Pass --batch {inputs[0].shape[0]}.")
     if math.prod(inputs[0].shape[1:]) * batch > LARGEST_INPUT:
-        raise DynpruneError(f"{path} wants an input of {batch}x{'x'.join(map(str, inputs[0].shape[1:]))} numbers. Expected at most {LARGEST_INPUT:,}.")
+        raise DynpruneError(
+            f"{path} wants an input of {batch}x{'x'.join(map(str, inputs[0].shape[1:]))} numbers. "
+            f"Expected at most {LARGEST_INPUT:,}."
+        )
     values = np.random.default_rng(0).standard_normal((batch, *inputs[0].shape[1:])).astype(np.float32)
     try:
         return {inputs[0].name: values}
     except UnicodeDecodeError as error:
-        raise DynpruneError(f"{path} names its input in bytes that are not text. Is the file damaged? Export it again.") from error
+        raise DynpruneError(
+            f"{path} names its input in bytes that are not text. Is the file damaged? Export it again."
+        ) from error
 
 
-def measure(dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]) -> list[BenchRow]:
+def measure(
+    dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]
+) -> list[BenchRow]:
     """Time both files in turn at every batch size."""
     for path in (dense, compact):
         if not path.is_file():
@@ -252,8 +364,15 @@ def measure(dense: Path, compact: Path, batches: list[int], threads: int, report
         report(f"timing batch {batch}")
         feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
         samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
-        latencies = [Latency(float(np.percentile(kept, 50)), float(np.percentile(kept, 95)),
-                             1000 * batch / float(np.percentile(kept, 50)), kept) for kept in samples]
+        latencies = [
+            Latency(
+                float(np.percentile(kept, 50)),
+                float(np.percentile(kept, 95)),
+                1000 * batch / float(np.percentile(kept, 50)),
+                kept,
+            )
+            for kept in samples
+        ]
         rows.append(BenchRow(batch, *latencies, latencies[0].p50_ms / latencies[1].p50_ms))
     return rows
 
@@ -267,6 +386,9 @@ def accuracy_of(path: Path, data: Data, images: Images) -> float:
         values = batch.numpy() * std + mean if folded else batch.numpy()
         scores = execute(session, {session.get_inputs()[0].name: values})
         if scores.ndim != 2 or scores.shape[0] != len(labels):
-            raise DynpruneError(f"{path} gives an output of shape {'x'.join(map(str, scores.shape))} for {len(labels)} images. Expected one row of class scores for each.")
+            raise DynpruneError(
+                f"{path} gives an output of shape {'x'.join(map(str, scores.shape))} for "
+                f"{len(labels)} images. Expected one row of class scores for each."
+            )
         right += int((scores.argmax(1) == labels.numpy()).sum())
     return right / len(images)

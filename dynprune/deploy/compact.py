@@ -1,7 +1,7 @@
 """From a trained run to a compact file: the active model after the last step, written down and proven.
 
-Takes a run directory, keeps the settled selection (or less, with a least rate), and proves on real images that the file,
-read back, computes what was executed: the full-width network in which the removed arms' consumers see zeros.
+Takes a run directory, keeps the settled selection (or less, with a least rate), and proves on real images that the
+file, read back, computes what was executed: the full-width network in which the removed arms' consumers see zeros.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ UNCHANGED = 1e-3  # the same of one network on two machines, some of whose funct
 
 @dataclass(frozen=True)
 class CompactResult:
-    """accuracy: of the compact file on the test images; accuracy_executed: of the model that training executed. max_rel_diff:
-    between the masked original and the compact copy, over the groups where these can be equal; mixed_groups: the others, whose
-    channels a norm takes statistics over."""
+    """accuracy: of the compact file on the test images; accuracy_executed: of the model that training executed.
+    max_rel_diff: between the masked original and the compact copy, over the groups where these can be equal;
+    mixed_groups: the others, whose channels a norm takes statistics over."""
 
     path: str
     macs: int
@@ -61,23 +61,41 @@ class CompactResult:
     widths: dict[str, int]
 
 
-def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epochs: int = 0, finetune_lr: float = 0.01,
-            data: Data | None = None, report: Callable[[Progress], None] = lambda _: None, work: Report = silent) -> CompactResult:
+def compact(
+    run: Run,
+    *,
+    min_rate: float = 0.0,
+    bn_images: int = 0,
+    finetune_epochs: int = 0,
+    finetune_lr: float = 0.01,
+    data: Data | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+    work: Report = silent,
+) -> CompactResult:
     """Write RUN/compact.safetensors. Raises DynpruneError, and writes nothing, when the proof fails.
 
     min_rate: drop arms that ran in less than this share of the steps; each group keeps its most used arm.
-    bn_images: re-estimate BatchNorm statistics on so many training images. finetune_epochs: train on at the final widths.
+    bn_images: re-estimate BatchNorm statistics on so many training images. finetune_epochs: train on at the final
+    widths.
     """
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     config = run.config
     tensors, facts = run.read_checkpoint()
     if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list))):
-        raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
+        raise DynpruneError(
+            f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train."
+        )
     if facts["step"] < facts["steps"]:
-        raise DynpruneError(f"{run.path} stopped at step {facts['step']} of {facts['steps']}. Finish it first: dynprune train --resume --out {run.path}")
+        raise DynpruneError(
+            f"{run.path} stopped at step {facts['step']} of {facts['steps']}. Finish it first: "
+            f"dynprune train --resume --out {run.path}"
+        )
     data = data or load_data(config.source)
     if facts["classes"] != data.classes:
-        raise DynpruneError(f"{run.checkpoint_file} knows {len(facts['classes'])} classes, --data now gives {len(data.classes)}. Use the run's data.")
+        raise DynpruneError(
+            f"{run.checkpoint_file} knows {len(facts['classes'])} classes, --data now gives "
+            f"{len(data.classes)}. Use the run's data."
+        )
     full = zoo.build(config.model, len(data.classes), size=data.size)
     data = fitting(full, data)
     graph = trace(full, data.example)
@@ -86,78 +104,161 @@ def compact(run: Run, *, min_rate: float = 0.0, bn_images: int = 0, finetune_epo
     refuse_changed(run, executed.active, data, facts.get("scores", []))
     selection, dropped = often_enough(executed, tensors, facts["step"], min_rate)
     reservoir = Reservoir(full, graph, selection, selection if dropped else executed.template)
-    proven = exact_part(graph, selection)  # a norm over channels sees those that are hidden, so mixed groups cannot be proven this way
+    # a norm over channels sees those that are hidden, so mixed groups cannot be proven this way
+    proven = exact_part(graph, selection)
     unproven = sorted(set(selection) - set(proven))
     difference = largest_difference(masked(full, graph, proven), slim(full, graph.kept(proven)), data)
     if not difference < TOLERANCE:
-        raise DynpruneError(f"The compact model differs from what was executed by {difference:.1e} of the largest output, more than {TOLERANCE:g}. "
-                            "Nothing was written. Please report the model's name.")
+        raise DynpruneError(
+            f"The compact model differs from what was executed by {difference:.1e} of the largest "
+            f"output, more than {TOLERANCE:g}. Nothing was written. Please report the model's name."
+        )
     if finetune_epochs:
         reservoir = finetune(run, config, data, reservoir, finetune_epochs, finetune_lr, report)
     model = reservoir.active.cpu()
     if bn_images:
         reestimate_batchnorm(model, data, config, bn_images)
     latency = measured_latency(config, data, reservoir, model, fit_in(facts, "fit"), work)
-    return write(run, config, data, reservoir, model, executed, difference, dropped, unproven, latency, changed=bool(dropped or finetune_epochs or bn_images))
+    return write(
+        run,
+        config,
+        data,
+        reservoir,
+        model,
+        executed,
+        difference,
+        dropped,
+        unproven,
+        latency,
+        changed=bool(dropped or finetune_epochs or bn_images),
+    )
 
 
-def measured_latency(config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, fit: Fit, work: Report) -> Latency | None:
-    """Where a budget is in milliseconds: what the compact model takes beside its dense twin, and what was predicted of its widths."""
+def measured_latency(
+    config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, fit: Fit, work: Report
+) -> Latency | None:
+    """Where a budget is in milliseconds: what the compact model takes beside its dense twin, and what was predicted of
+    its widths."""
     fitter = Fitter(reservoir.full, reservoir.graph, data.example, config.allowed, work)
     if config.policy == "dense" or not fitter.in_ms:
         return None
     fitter.time_dense()
     timed = fitter.time(reservoir.widths, model)
-    return dataclasses.replace(timed, predicted_ms=fit.latency.measured_ms * timed.dense_ms / fit.latency.dense_ms) if fit.latency else timed
+    return (
+        dataclasses.replace(timed, predicted_ms=fit.latency.measured_ms * timed.dense_ms / fit.latency.dense_ms)
+        if fit.latency
+        else timed
+    )
 
 
-def write(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, model: nn.Module, executed: Reservoir,
-          difference: float, dropped: int, unproven: list[str], latency: Latency | None, *, changed: bool) -> CompactResult:
-    """Save the file, read it back as a stranger would, and measure that. changed: it is not just what training executed."""
+def write(
+    run: Run,
+    config: TrainConfig,
+    data: Data,
+    reservoir: Reservoir,
+    model: nn.Module,
+    executed: Reservoir,
+    difference: float,
+    dropped: int,
+    unproven: list[str],
+    latency: Latency | None,
+    *,
+    changed: bool,
+) -> CompactResult:
+    """Save the file, read it back as a stranger would, and measure that. changed: it is not just what training
+    executed."""
     graph, widths = reservoir.graph, reservoir.widths
     met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths, latency)
     if missed := first_missed(met):
         if missed["budget"].startswith("latency"):
-            raise DynpruneError(f"The compact model takes {missed['actual']:.3g} ms, above the budget {missed['budget']} ({missed['limit']:.3g} ms; predicted "
-                                f"{missed['predicted']:.3g}). Nothing was written. If the machine is busy, compact again when it is quiet; if it is another machine "
-                                "than the one that planned the widths, train with a smaller latency budget.")
-        raise DynpruneError(f"The compact model costs {missed['actual']}, above the budget {missed['budget']} ({missed['limit']:.0f}). Nothing was "
-                            "written. This is a mistake of dynprune: please report it.")
+            raise DynpruneError(
+                f"The compact model takes {missed['actual']:.3g} ms, above the budget "
+                f"{missed['budget']} ({missed['limit']:.3g} ms; predicted {missed['predicted']:.3g}). "
+                f"Nothing was written. If the machine is busy, compact again when it is quiet; if it "
+                f"is another machine than the one that planned the widths, train with a smaller "
+                f"latency budget."
+            )
+        raise DynpruneError(
+            f"The compact model costs {missed['actual']}, above the budget {missed['budget']} "
+            f"({missed['limit']:.0f}). Nothing was written. This is a mistake of dynprune: please "
+            f"report it."
+        )
     accuracy = evaluate(model, data, data.test)
     kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
-    facts = artifact.Facts(asdict(config), data.classes, list(data.size), list(data.mean), list(data.std), kept, widths,
-                           graph.macs(widths), graph.params(widths), graph.macs({}), graph.params({}), accuracy)
+    facts = artifact.Facts(
+        asdict(config),
+        data.classes,
+        list(data.size),
+        list(data.mean),
+        list(data.std),
+        kept,
+        widths,
+        graph.macs(widths),
+        graph.params(widths),
+        graph.macs({}),
+        graph.params({}),
+        accuracy,
+    )
     before = run.compact_file.with_name("compact.unproven.safetensors")
     try:
         artifact.save(before, model, facts, within=paths_of(reservoir.full))
         loaded = artifact.load(before, zoo.build(config.model, len(data.classes), size=data.size))
         if not largest_difference(model, loaded, data) < TOLERANCE:
-            raise DynpruneError("The compact file, read back, gives other outputs than the model that was saved. Nothing was kept. Please report the model's name.")
+            raise DynpruneError(
+                "The compact file, read back, gives other outputs than the model that was saved. "
+                "Nothing was kept. Please report the model's name."
+            )
         before.replace(run.compact_file)
         run.onnx_file.unlink(missing_ok=True)  # an export of an earlier compact model would be measured in its name
     except OSError as error:
-        raise DynpruneError(f"Cannot write {run.compact_file} ({error.strerror}). The file that was there before is unchanged.") from error
+        raise DynpruneError(
+            f"Cannot write {run.compact_file} ({error.strerror}). The file that was there before is unchanged."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             before.unlink(missing_ok=True)
-    params, dense_params = sum(p.numel() for p in loaded.parameters()), sum(p.numel() for p in reservoir.full.parameters())
+    params, dense_params = (
+        sum(p.numel() for p in loaded.parameters()),
+        sum(p.numel() for p in reservoir.full.parameters()),
+    )
     result = CompactResult(
-        str(run.compact_file), facts.macs, params, run.compact_file.stat().st_size, facts.dense_macs, dense_params,
-        sum(t.numel() * t.element_size() for t in named_tensors(reservoir.full).values()), met, all(line["met"] for line in met), accuracy,
-        evaluate(executed.active, data, data.test) if changed else accuracy, data.reports, difference, unproven, dropped, widths)
+        str(run.compact_file),
+        facts.macs,
+        params,
+        run.compact_file.stat().st_size,
+        facts.dense_macs,
+        dense_params,
+        sum(t.numel() * t.element_size() for t in named_tensors(reservoir.full).values()),
+        met,
+        all(line["met"] for line in met),
+        accuracy,
+        evaluate(executed.active, data, data.test) if changed else accuracy,
+        data.reports,
+        difference,
+        unproven,
+        dropped,
+        widths,
+    )
     run.record("compact", asdict(result))
     return result
 
 
 def refuse_changed(run: Run, active: nn.Module, data: Data, scores: object) -> None:
-    """Raises DynpruneError if the network that a checkpoint brings back computes something else than the one that was trained. scores: of
-    that one, on the example."""
+    """Raises DynpruneError if the network that a checkpoint brings back computes something else than the one that was
+    trained. scores: of that one, on the example."""
     if not isinstance(scores, list) or not all(type(value) in (int, float) for value in scores):
-        raise DynpruneError(f"{run.checkpoint_file} garbles a header entry (scores). Expected a checkpoint written by dynprune train.")
+        raise DynpruneError(
+            f"{run.checkpoint_file} garbles a header entry (scores). Expected a checkpoint written by dynprune train."
+        )
     now, then = exact_scores(active, data.example).reshape(-1), torch.tensor(scores, dtype=torch.float64)
-    if scores and not (now.shape == then.shape and float((now - then).abs().max()) <= UNCHANGED * float(then.abs().max())):
-        raise DynpruneError(f"{run.checkpoint_file} gives back a network that computes something else than the one that was trained. Did the code of "
-                            f'"{run.config.model}" change, or a file that it reads? Nothing was written.')
+    if scores and not (
+        now.shape == then.shape and float((now - then).abs().max()) <= UNCHANGED * float(then.abs().max())
+    ):
+        raise DynpruneError(
+            f"{run.checkpoint_file} gives back a network that computes something else than the one "
+            f"that was trained. Did the code of "
+            f'"{run.config.model}" change, or a file that it reads? Nothing was written.'
+        )
 
 
 def check_options(min_rate: float, bn_images: int, finetune_epochs: int, finetune_lr: float) -> None:
@@ -176,7 +277,10 @@ def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, mi
     counts, selection, dropped = part(tensors, "explorer.executed."), {}, 0
     for name, slots in executed.slots.items():
         if name not in counts or counts[name].shape != (executed.graph.groups[name].arms,):
-            raise DynpruneError(f"The checkpoint does not say how often the arms of {name} were executed. Expected one written by dynprune train.")
+            raise DynpruneError(
+                f"The checkpoint does not say how often the arms of {name} were executed. Expected "
+                f"one written by dynprune train."
+            )
         rates = counts[name].numpy()[slots] / max(1, steps)
         keep = rates >= min_rate
         keep[rates.argmax()] = True
@@ -187,16 +291,25 @@ def often_enough(executed: Reservoir, tensors: dict[str, Tensor], steps: int, mi
 
 @torch.no_grad()
 def largest_difference(a: nn.Module, b: nn.Module, data: Data, images: int = 32) -> float:
-    """Largest difference of two models' outputs over the largest output, on validation images, in float64 and eval mode."""
+    """Largest difference of two models' outputs over the largest output, on validation images, in float64 and eval
+    mode."""
     batch = next(iter(data.eval_batches(data.val, images)))[0][:images]
     with same_randomness(0):
         one, other = (exact_scores(model, batch) for model in (a, b))
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
 
 
-def finetune(run: Run, config: TrainConfig, data: Data, reservoir: Reservoir, epochs: int, lr: float,
-             report: Callable[[Progress], None]) -> Reservoir:
-    """Train the compact widths on, in RUN/finetune, with the run's recipe from a lower learning rate without warm-up."""
+def finetune(
+    run: Run,
+    config: TrainConfig,
+    data: Data,
+    reservoir: Reservoir,
+    epochs: int,
+    lr: float,
+    report: Callable[[Progress], None],
+) -> Reservoir:
+    """Train the compact widths on, in RUN/finetune, with the run's recipe from a lower learning rate without
+    warm-up."""
     settings = dataclasses.replace(config, epochs=epochs, lr=lr, warmup=0.0, policy="static")
     session = Session(settings, data, fit=Fit(reservoir.widths))
     session.install(session.new_reservoir(reservoir.full, reservoir.slots, reservoir.template))
@@ -214,7 +327,9 @@ def reestimate_batchnorm(model: nn.Module, data: Data, config: TrainConfig, imag
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
         model.train()
-        for batch, _ in islice(data.train_batches(config.batch_size, config.seed, 0), max(1, images // config.batch_size)):
+        for batch, _ in islice(
+            data.train_batches(config.batch_size, config.seed, 0), max(1, images // config.batch_size)
+        ):
             model(batch)
     finally:
         model.eval()

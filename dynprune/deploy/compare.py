@@ -1,22 +1,22 @@
 """What would a user do instead? Several ways to a network within the budget, trained on the same data, side by side.
 
-Takes the training settings, the policies and the number of seeds; trains every pair in a run directory of its own, skips what is
-finished and goes on with what was stopped. Returns every run's accuracy, size and cost, and what they say about ours.
+Takes the training settings, the policies and the number of seeds; trains every pair in a run directory of its own,
+skips what is finished and goes on with what was stopped. Returns every run's accuracy, size and cost, and what they say
+about ours.
 
-    cucb         dynamic channel execution: the bandit chooses the channels
-    cucb-paper   the same as published, with a new selection at every step
-    random       the same schedule, channels chosen by chance
-    static       a thin network of the widths that --allocation gives: from scratch or, where --weights gives a trained network, its largest channels
-    static-ours  a thin network of the widths that cucb ended with, from scratch
-    dense        the whole network
-    dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the rest; where --weights gives a
+    cucb         dynamic channel execution: the bandit chooses the channels cucb-paper   the same as published, with a
+    new selection at every step random       the same schedule, channels chosen by chance static       a thin network of
+    the widths that --allocation gives: from scratch or, where --weights gives a trained network, its largest channels
+    static-ours  a thin network of the widths that cucb ended with, from scratch dense        the whole network
+    dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the
+    rest; where --weights gives a
                  trained network, cut at once
 
-A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a setting's worth is shown.
+A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a
+setting's worth is shown.
 """
 
 from __future__ import annotations
-
 
 import dataclasses
 import json
@@ -43,7 +43,21 @@ from dynprune.training.train import Progress, train
 from dynprune.zoo.weights import load_weights
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
-COMMON = ("model", "weights", "data", "data_root", "image_size", "val_fraction", "policy", "budget", "paper", "epochs", "batch_size", "seed")  # what rivals share
+# what rivals share
+COMMON = (
+    "model",
+    "weights",
+    "data",
+    "data_root",
+    "image_size",
+    "val_fraction",
+    "policy",
+    "budget",
+    "paper",
+    "epochs",
+    "batch_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,8 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class PolicySummary:
-    """spread: standard deviation over the seeds, None with one seed. lead: how far ours (the first policy) is ahead of it, in accuracy."""
+    """spread: standard deviation over the seeds, None with one seed. lead: how far ours (the first policy) is ahead of
+    it, in accuracy."""
 
     policy: str
     seeds: int
@@ -89,9 +104,19 @@ class Comparison:
     environment: dict
 
 
-def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, equal: str = "images", report: Callable[[Progress], None] = lambda _: None,
-            say: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False) -> Comparison:
-    """Train every policy with every seed in OUT/POLICY-SEED. Raises DynpruneError for a comparison that makes no sense, before any training.
+def compare(
+    config: TrainConfig,
+    policies: list[str],
+    seeds: int,
+    out: Path,
+    *,
+    equal: str = "images",
+    report: Callable[[Progress], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Comparison:
+    """Train every policy with every seed in OUT/POLICY-SEED. Raises DynpruneError for a comparison that makes no sense,
+    before any training.
 
     equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
     """
@@ -110,11 +135,24 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
             one = Trial(own, policy, out, data, report, stop).run(epochs, reference)
             reference = reference or one
             found.append(one)
-            say(f"{policy}, seed {one.seed}: {100 * one.accuracy:.2f} % with {one.macs / 1e6:.1f} M MACs, {one.params / 1e6:.2f} M parameters, "
-                f"{one.train_seconds:.0f} s, {one.epochs} epochs")
+            say(
+                f"{policy}, seed {one.seed}: {100 * one.accuracy:.2f} % with {one.macs / 1e6:.1f} M MACs, "
+                f"{one.params / 1e6:.2f} M parameters, {one.train_seconds:.0f} s, {one.epochs} epochs"
+            )
     summaries = summarise(found, policies)
     plot = draw(found, out / "comparison.png", say)
-    result = Comparison(config.model, data.name, " ".join(config.budget), equal, data.reports, found, summaries, verdict(summaries), plot, environment())
+    result = Comparison(
+        config.model,
+        data.name,
+        " ".join(config.budget),
+        equal,
+        data.reports,
+        found,
+        summaries,
+        verdict(summaries),
+        plot,
+        environment(),
+    )
     write_text(out / "comparison.json", json.dumps(dataclasses.asdict(result), indent=2))
     return result
 
@@ -122,10 +160,15 @@ def compare(config: TrainConfig, policies: list[str], seeds: int, out: Path, *, 
 def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path) -> None:
     for policy in policies:
         if policy.partition(":")[0] not in POLICIES:
-            raise DynpruneError(f'--policies got "{policy}". Choose from: {", ".join(POLICIES)}, each with changed settings if need be, such as cucb:explore=0.03.')
+            raise DynpruneError(
+                f'--policies got "{policy}". Choose from: {", ".join(POLICIES)}, each with changed '
+                f"settings if need be, such as cucb:explore=0.03."
+            )
         variant(config, policy)
     if len(set(policies)) < 2 or len(set(policies)) < len(policies):
-        raise DynpruneError(f"--policies got {','.join(policies)}. Expected at least two, each once, separated by commas.")
+        raise DynpruneError(
+            f"--policies got {','.join(policies)}. Expected at least two, each once, separated by commas."
+        )
     names = [policy.split(":")[0] for policy in policies]
     if "static-ours" in names and "cucb" not in policies[: names.index("static-ours")]:
         raise DynpruneError("--policies static-ours takes the widths that cucb ended with. Put cucb before it.")
@@ -133,8 +176,12 @@ def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out:
         raise DynpruneError(f"--seeds got {seeds}. Expected at least 1.")
     if equal not in ("images", "cost"):
         raise DynpruneError(f'--equal got "{equal}". Expected images or cost.')
-    if any(policy.startswith("dense+prune") for policy in policies) and any(parse_limit(text).quantity != "macs" for text in config.budget):
-        raise DynpruneError("--policies dense+prune cuts to a budget of MACs alone. Leave it out, or give one budget in MACs.")
+    if any(policy.startswith("dense+prune") for policy in policies) and any(
+        parse_limit(text).quantity != "macs" for text in config.budget
+    ):
+        raise DynpruneError(
+            "--policies dense+prune cuts to a budget of MACs alone. Leave it out, or give one budget in MACs."
+        )
     if out.exists() and not out.is_dir():
         raise DynpruneError(f"--out got {out}, which is a file. Expected a folder for the runs.")
 
@@ -142,7 +189,11 @@ def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out:
 def variant(config: TrainConfig, policy: str) -> TrainConfig:
     """The settings that a policy such as cucb:explore=0.03:hold=40 trains with."""
     name, *changes = policy.split(":")
-    fields = {field.name: type(field.default) for field in dataclasses.fields(TrainConfig) if field.name not in COMMON and type(field.default) in (int, float, str)}
+    fields = {
+        field.name: type(field.default)
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in COMMON and type(field.default) in (int, float, str)
+    }
     changed = {}
     for change in changes:
         key, _, value = change.partition("=")
@@ -150,17 +201,30 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
         try:
             changed[key] = fields[key](value)
         except (KeyError, ValueError) as error:
-            raise DynpruneError(f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.') from error
+            raise DynpruneError(
+                f'--policies got "{change}" in "{policy}". Expected NAME=VALUE with one of: {", ".join(fields)}.'
+            ) from error
     own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
     allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
-    grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0  # a thin network from scratch is an ordinary one
-    return dataclasses.replace(config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, **changed}).validate()
+    # a thin network from scratch is an ordinary one
+    grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0
+    return dataclasses.replace(
+        config, **{"policy": own, "paper": name == "cucb-paper", "allocation": allocation, "grow": grow, **changed}
+    ).validate()
 
 
 class Trial:
     """One policy with one seed."""
 
-    def __init__(self, config: TrainConfig, policy: str, out: Path, data: Data, report: Callable[[Progress], None], stop: Callable[[], bool]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: str,
+        out: Path,
+        data: Data,
+        report: Callable[[Progress], None],
+        stop: Callable[[], bool],
+    ):
         self.config, self.policy, self.out, self.data, self.report, self.stop = config, policy, out, data, report, stop
         self.path = out / f"{policy.replace(':', ',')}-{config.seed}"
 
@@ -169,9 +233,15 @@ class Trial:
         settings = variant(self.config, self.policy)
         if self.policy.startswith("dense+prune"):
             return self.prune_and_train_on(settings, epochs, reference)
-        fit = fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit") if self.policy.startswith("static-ours") else None
+        fit = (
+            fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit")
+            if self.policy.startswith("static-ours")
+            else None
+        )
         if epochs is None:
-            epochs = affordable(reference.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs)
+            epochs = affordable(
+                reference.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs
+            )
         return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), fit=fit)
 
     def per_epoch(self, macs: int) -> int:
@@ -187,28 +257,54 @@ class Trial:
         if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
             session = Session(settings, self.data, fit=fit, full=full)
             run = run if known else Run.create(path, settings, overwrite=False)
-            result = train(settings, run, session=session, resume=known and run.has_checkpoint, report=self.report, stop=self.stop)
+            result = train(
+                settings, run, session=session, resume=known and run.has_checkpoint, report=self.report, stop=self.stop
+            )
             recorded = {**dataclasses.asdict(result), "params": session.graph.params(session.widths)}
             run.record("train", recorded)
-        return ComparedRun(self.policy, settings.seed, recorded["accuracy"], recorded["macs"], recorded["params"],
-                           recorded["train_macs"], recorded["seconds"], settings.epochs)
+        return ComparedRun(
+            self.policy,
+            settings.seed,
+            recorded["accuracy"],
+            recorded["macs"],
+            recorded["params"],
+            recorded["train_macs"],
+            recorded["seconds"],
+            settings.epochs,
+        )
 
-    def prune_and_train_on(self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
-        """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its learning rate; a tenth was two points worse
-        (`tests/ablations.md`). Where --weights gives a trained network, it is cut at once and trained on like its rivals."""
+    def prune_and_train_on(
+        self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None
+    ) -> ComparedRun:
+        """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its
+        learning rate; a tenth was two points worse (`tests/ablations.md`). Where --weights gives a trained network, it
+        is cut at once and trained on like its rivals."""
         graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
         if settings.weights:
             small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
-            epochs = epochs or affordable(reference.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
+            epochs = epochs or affordable(
+                reference.train_macs, self.per_epoch(trace(small, self.data.example).macs({}))
+            )
             return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), full=small)
         dense_epoch = self.per_epoch(graph.macs({}))
         before = max(1, epochs // 2) if epochs else affordable(reference.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
         small = prune(self.dense_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
         macs = trace(small, self.data.example).macs({})
-        after = max(1, epochs - before) if epochs else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
-        second = self.finish(self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small)
-        return dataclasses.replace(second, train_macs=first.train_macs + second.train_macs, train_seconds=first.train_seconds + second.train_seconds, epochs=before + after)
+        after = (
+            max(1, epochs - before)
+            if epochs
+            else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
+        )
+        second = self.finish(
+            self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small
+        )
+        return dataclasses.replace(
+            second,
+            train_macs=first.train_macs + second.train_macs,
+            train_seconds=first.train_seconds + second.train_seconds,
+            epochs=before + after,
+        )
 
     def given_model(self) -> nn.Module:
         model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
@@ -235,29 +331,47 @@ def torch_pruning():
     try:
         import torch_pruning as tp
     except ImportError as error:
-        raise DynpruneError('--policies dense+prune needs Torch-Pruning. Install it: pip install "dynprune[compare]".') from error
+        raise DynpruneError(
+            '--policies dense+prune needs Torch-Pruning. Install it: pip install "dynprune[compare]".'
+        ) from error
     return tp
 
 
 def prune(model: nn.Module, data: Data, macs: float) -> nn.Module:
-    """Torch-Pruning's usual choice (magnitude of whole groups, the same ratio in every layer), with the largest ratio of channels kept that meets the MACs."""
+    """Torch-Pruning's usual choice (magnitude of whole groups, the same ratio in every layer), with the largest ratio
+    of channels kept that meets the MACs."""
     tp, low, high = torch_pruning(), 0.0, 1.0
     best = None
     for _ in range(12):
         ratio = (low + high) / 2
         small = copied(model).eval()
-        outputs = [module for module in small.modules() if isinstance(module, nn.Linear) and module.out_features == len(data.classes)]
-        tp.pruner.BasePruner(small, data.example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=outputs).step()
+        outputs = [
+            module
+            for module in small.modules()
+            if isinstance(module, nn.Linear) and module.out_features == len(data.classes)
+        ]
+        tp.pruner.BasePruner(
+            small,
+            data.example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio,
+            ignored_layers=outputs,
+        ).step()
         try:
             cost = trace(small, data.example).macs({})
         except DynpruneError as error:
-            raise DynpruneError(f"What Torch-Pruning makes of this network does not run ({error}) Leave dense+prune out.") from error
+            raise DynpruneError(
+                f"What Torch-Pruning makes of this network does not run ({error}) Leave dense+prune out."
+            ) from error
         if cost <= macs:
             best, high = small, ratio
         else:
             low = ratio
     if best is None:
-        raise DynpruneError(f"Torch-Pruning cannot cut this network to {macs:.0f} MACs. Leave dense+prune out, or choose a larger budget.")
+        raise DynpruneError(
+            f"Torch-Pruning cannot cut this network to {macs:.0f} MACs. Leave dense+prune out, or "
+            f"choose a larger budget."
+        )
     return best
 
 
@@ -268,10 +382,19 @@ def summarise(runs: list[ComparedRun], policies: list[str]) -> list[PolicySummar
     lines = []
     for policy, own in by_policy.items():
         accuracies = [run.accuracy for run in own]
-        lines.append(PolicySummary(policy, len(own), statistics.mean(accuracies), statistics.stdev(accuracies) if len(own) > 1 else None,
-                                   round(statistics.mean(run.macs for run in own)), round(statistics.mean(run.params for run in own)),
-                                   statistics.mean(run.train_macs for run in own), statistics.mean(run.train_seconds for run in own),
-                                   ours - statistics.mean(accuracies)))
+        lines.append(
+            PolicySummary(
+                policy,
+                len(own),
+                statistics.mean(accuracies),
+                statistics.stdev(accuracies) if len(own) > 1 else None,
+                round(statistics.mean(run.macs for run in own)),
+                round(statistics.mean(run.params for run in own)),
+                statistics.mean(run.train_macs for run in own),
+                statistics.mean(run.train_seconds for run in own),
+                ours - statistics.mean(accuracies),
+            )
+        )
     return lines
 
 
@@ -280,11 +403,17 @@ def verdict(summaries: list[PolicySummary]) -> str:
     ours, lines = summaries[0], []
     for other in summaries[1:]:
         if ours.spread is None or other.spread is None:
-            lines.append(f"{ours.policy} {100 * other.lead:+.2f} points against {other.policy} (one seed: no spread, so nothing is shown)")
+            lines.append(
+                f"{ours.policy} {100 * other.lead:+.2f} points against {other.policy} (one seed: no spread, "
+                f"so nothing is shown)"
+            )
             continue
         spread = (ours.spread**2 + other.spread**2) ** 0.5
         words = "above" if other.lead > spread else "below" if other.lead < -spread else "not different from"
-        lines.append(f"{ours.policy} is {words} {other.policy}: {100 * other.lead:+.2f} points, spread {100 * spread:.2f}, {ours.seeds} seeds")
+        lines.append(
+            f"{ours.policy} is {words} {other.policy}: {100 * other.lead:+.2f} points, spread "
+            f"{100 * spread:.2f}, {ours.seeds} seeds"
+        )
     return "\n".join(lines)
 
 
@@ -296,10 +425,14 @@ def draw(runs: list[ComparedRun], path: Path, say: Callable[[str], None]) -> str
         say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, field, label in zip(figure.subplots(1, 2), ("train_macs", "macs"), ("multiplications in training", "multiplications per image")):
+    for axes, field, label in zip(
+        figure.subplots(1, 2), ("train_macs", "macs"), ("multiplications in training", "multiplications per image")
+    ):
         for policy in dict.fromkeys(run.policy for run in runs):
             own = [run for run in runs if run.policy == policy]
-            axes.scatter([getattr(run, field) for run in own], [100 * run.accuracy for run in own], label=policy, alpha=0.7)
+            axes.scatter(
+                [getattr(run, field) for run in own], [100 * run.accuracy for run in own], label=policy, alpha=0.7
+            )
         axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,7 +1,7 @@
 """ONNX, and the proof that it computes the same.
 
-Takes a compact file and real validation images, writes one `.onnx` file with a dynamic batch, runs it in onnxruntime and
-compares with torch. A file that disagrees is not kept.
+Takes a compact file and real validation images, writes one `.onnx` file with a dynamic batch, runs it in onnxruntime
+and compares with torch. A file that disagrees is not kept.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores, logits
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.onnxfile import open_session, read_opset, run as execute, write_onnx
+from dynprune.files.onnxfile import open_session, read_opset, write_onnx
+from dynprune.files.onnxfile import run as execute
 from dynprune.runs.directory import Run
 from dynprune.version import __version__
 from dynprune.zoo import runs_code
 
-TOLERANCE = 1e-4  # of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more
+# of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more
+TOLERANCE = 1e-4
 PARITY_IMAGES = 256
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """max_abs_diff, max_rel_diff: between torch and onnxruntime on `images` validation images; top1_agreement: their share
-    with the same class first."""
+    """max_abs_diff, max_rel_diff: between torch and onnxruntime on `images` validation images; top1_agreement: their
+    share with the same class first."""
 
     path: str
     opset: int
@@ -44,17 +46,23 @@ class ExportResult:
 
 
 def load_compact(run: Run) -> tuple[nn.Module, artifact.Facts]:
-    """The run's compact model. Code that its file names was allowed if the run's own settings name it; another model is refused."""
+    """The run's compact model. Code that its file names was allowed if the run's own settings name it; another model is
+    refused."""
     model, facts = artifact.load_with_facts(run.compact_file, trust=runs_code(run.config.model))
     if facts.model != run.config.model:
-        raise DynpruneError(f'{run.compact_file} is of "{facts.model}", the run of "{run.config.model}". Compact the run again.')
+        raise DynpruneError(
+            f'{run.compact_file} is of "{facts.model}", the run of "{run.config.model}". Compact the run again.'
+        )
     return model, facts
 
 
 def check_classes(path: Path, facts: artifact.Facts, classes: list[str]) -> None:
     """Refuse data of other classes than those that the file in `path` knows."""
     if facts.classes != classes:
-        raise DynpruneError(f"{path} knows the classes {', '.join(facts.classes[:8])}; --data now gives {', '.join(classes[:8])}. Use the data it was trained on.")
+        raise DynpruneError(
+            f"{path} knows the classes {', '.join(facts.classes[:8])}; --data now gives "
+            f"{', '.join(classes[:8])}. Use the data it was trained on."
+        )
 
 
 class Normalised(nn.Module):
@@ -70,9 +78,16 @@ class Normalised(nn.Module):
         return logits(self.model((x - self.mean) / self.std))
 
 
-def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_normalization: bool = False,
-           data: Data | None = None) -> ExportResult:
-    """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
+def export(
+    run: Run,
+    *,
+    out: Path | None = None,
+    opset: int | None = None,
+    fold_normalization: bool = False,
+    data: Data | None = None,
+) -> ExportResult:
+    """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with
+    torch."""
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
@@ -89,16 +104,27 @@ def export(run: Run, *, out: Path | None = None, opset: int | None = None, fold_
         write_onnx(wrapped.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
         difference, largest, agreement, count = parity(wrapped, partial, data, facts, fold_normalization)
         if not difference <= TOLERANCE * largest or agreement < 1:
-            raise DynpruneError(f"onnxruntime differs from torch by {difference:.1e} (largest output {largest:.1e}) with {agreement:.1%} equal classes on "
-                                f"{count} images. No file was written. Try another --opset, and please report the model's name.")
+            raise DynpruneError(
+                f"onnxruntime differs from torch by {difference:.1e} (largest output {largest:.1e}) "
+                f"with {agreement:.1%} equal classes on {count} images. No file was written. Try "
+                f"another --opset, and please report the model's name."
+            )
         partial.replace(path)
     except OSError as error:
         raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    result = ExportResult(str(path), read_opset(path), path.stat().st_size, difference, difference / max(largest, 1e-30), agreement, count,
-                          fold_normalization)
+    result = ExportResult(
+        str(path),
+        read_opset(path),
+        path.stat().st_size,
+        difference,
+        difference / max(largest, 1e-30),
+        agreement,
+        count,
+        fold_normalization,
+    )
     run.record("export", asdict(result))
     return result
 
@@ -107,13 +133,21 @@ def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
     """What a user of the file must know: class names and how pixels become inputs."""
     channels = facts.input_size[0]
     pixels = "RGB pixels" if channels == 3 else "grey pixels (luminance)"
-    return {"producer": f"dynprune {__version__}", "model": facts.model, "classes": json.dumps(facts.classes),
-            "input_size": "x".join(map(str, facts.input_size)), "input_range": f"{pixels} in 0..1" if folded else f"{pixels} in 0..1, then (x - mean) / std",
-            "mean": json.dumps([0.0] * channels if folded else facts.mean), "std": json.dumps([1.0] * channels if folded else facts.std)}
+    return {
+        "producer": f"dynprune {__version__}",
+        "model": facts.model,
+        "classes": json.dumps(facts.classes),
+        "input_size": "x".join(map(str, facts.input_size)),
+        "input_range": f"{pixels} in 0..1" if folded else f"{pixels} in 0..1, then (x - mean) / std",
+        "mean": json.dumps([0.0] * channels if folded else facts.mean),
+        "std": json.dumps([1.0] * channels if folded else facts.std),
+    }
 
 
 @torch.no_grad()
-def parity(model: nn.Module, path: Path, data: Data, facts: artifact.Facts, folded: bool) -> tuple[float, float, float, int]:
+def parity(
+    model: nn.Module, path: Path, data: Data, facts: artifact.Facts, folded: bool
+) -> tuple[float, float, float, int]:
     """Largest difference, largest output, share of equal classes, and number of images."""
     session = open_session(path)
     difference = largest = 0.0

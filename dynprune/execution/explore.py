@@ -1,8 +1,8 @@
 """When arms are chosen: explore slowly at the start, settle, then train what was chosen.
 
 Takes the policy and the number of steps, and is asked at each step whether the selection changes. While it explores, a
-selection is held for some steps (a *round*), the rewards of its arms are averaged and given to the bandit of each group.
-After the exploring steps the best arms stay for good: at every step a new selection would destroy training.
+selection is held for some steps (a *round*), the rewards of its arms are averaged and given to the bandit of each
+group. After the exploring steps the best arms stay for good: at every step a new selection would destroy training.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be playe
 
 @dataclass(frozen=True)
 class Exploration:
-    """How arms are tried out. policy: cucb, random, static or dense. explore: share of the steps that explore; hold: steps per round.
-    bonus: scale of the exploration bonus. paper: as published, a new selection at every step to the end, with a bonus of 1. moves: whether
-    widths move half-way through. seed: of random selections."""
+    """How arms are tried out. policy: cucb, random, static or dense. explore: share of the steps that explore; hold:
+    steps per round.
+    bonus: scale of the exploration bonus. paper: as published, a new selection at every step to the end, with a bonus
+    of 1. moves: whether widths move half-way through. seed: of random selections."""
 
     policy: str = "cucb"
     explore: float = 0.005
@@ -40,15 +41,25 @@ class Exploration:
 
 
 class Explorer:
-    """The policy of one run. widths: of every group, to begin with. Nothing is explored when every arm runs, or by a static network.
+    """The policy of one run. widths: of every group, to begin with. Nothing is explored when every arm runs, or by a
+    static network.
 
-    magnitudes: of every arm of a trained network, (arms,) per group. They count as the reward of one round in which all arms were played, on the scale of the first rewards
-    that are seen, so that the bandit starts from what the weights say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is
-    played once first.
-    saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can be compared.
+    magnitudes: of every arm of a trained network, (arms,) per group. They count as the reward of one round in which all
+    arms were played, on the scale of the first rewards that are seen, so that the bandit starts from what the weights
+    say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is played once
+    first.
+    saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can
+    be compared.
     """
 
-    def __init__(self, how: Exploration, graph: ChannelGraph, widths: Mapping[str, int], steps: int, magnitudes: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        how: Exploration,
+        graph: ChannelGraph,
+        widths: Mapping[str, int],
+        steps: int,
+        magnitudes: Mapping[str, Tensor] | None = None,
+    ):
         self.policy, self.bonus, self.seed = how.policy, 1.0 if how.paper else how.bonus, how.seed
         self.widths = dict(widths)
         self.bandits = {group.name: Bandit.new(group.arms) for group in graph}
@@ -57,21 +68,30 @@ class Explorer:
             bandit.update(self.bandits[name], torch.arange(len(sizes)), sizes / sizes.max().clamp(min=1e-30))
         explores = how.policy in ("cucb", "random") and any(widths[g.name] < g.arms for g in graph)
         rounds_needed = max((math.ceil(g.arms / widths[g.name]) for g in graph), default=1)
-        exploring = min(steps - 1, max(round(how.explore * steps), rounds_needed)) if explores and how.explore > 0 else 0
+        exploring = (
+            min(steps - 1, max(round(how.explore * steps), rounds_needed)) if explores and how.explore > 0 else 0
+        )
         if how.paper and explores:
             exploring = steps - 1  # the last step runs what has settled, so that something is left to keep
         self.hold = 1 if how.paper else max(1, min(how.hold, exploring // (ROUNDS_PER_ARM * rounds_needed)))
         self.rounds = exploring // self.hold
         self.steps = self.rounds * self.hold
-        self.sums = torch.zeros(2, sum(self.widths.values()))  # of this round's rewards, and of the saliencies that they come from
+        self.sums = torch.zeros(
+            2, sum(self.widths.values())
+        )  # of this round's rewards, and of the saliencies that they come from
         self.uncounted = 0
         self.saliency = {group.name: torch.zeros(group.arms, dtype=torch.float64) for group in graph}
         self.reallocation_step = self.rounds // 2 * self.hold if how.moves else 0
         self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
 
     def first(self) -> dict[str, np.ndarray]:
-        """The selection to start with. Without exploring, the arms that look best, or the lower ones of an untrained network."""
-        return self.select(0) if self.rounds else {name: bandit.settle(self.bandits[name], width).numpy() for name, width in self.widths.items()}
+        """The selection to start with. Without exploring, the arms that look best, or the lower ones of an untrained
+        network."""
+        return (
+            self.select(0)
+            if self.rounds
+            else {name: bandit.settle(self.bandits[name], width).numpy() for name, width in self.widths.items()}
+        )
 
     def changes_at(self, step: int) -> bool:
         return 0 < step <= self.steps and step % self.hold == 0
@@ -94,8 +114,8 @@ class Explorer:
         return selection
 
     def more(self, step: int, slots: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Selections of larger widths that keep the arms in `slots`: those of the others join that look best, the lower ones where nothing is known of
-        them, or any with the random policy."""
+        """Selections of larger widths that keep the arms in `slots`: those of the others join that look best, the lower
+        ones where nothing is known of them, or any with the random policy."""
         selection = {}
         for number, (name, width) in enumerate(widths.items()):
             state = self.bandits[name]
@@ -114,16 +134,20 @@ class Explorer:
         self.sums = self.sums.to(rewards.device) + rewards
 
     def end_round(self, slots: Mapping[str, np.ndarray]) -> None:
-        """Give the bandits the mean rewards of the round that just ended; slots: the arms it executed, in slot order."""
+        """Give the bandits the mean rewards of the round that just ended; slots: the arms it executed, in slot
+        order."""
         first = 0
         means = self.sums.cpu() / self.hold
         for name, arms in slots.items():
             own = slice(first, first + len(arms))
             chosen, state = torch.from_numpy(arms), self.bandits[name]
             if self.told_rounds and bool((state.counts == self.told_rounds).all()):
-                state.means *= float(means[0, own].mean()) / state.means[chosen].mean().clamp(min=1e-30)  # on the scale of rewards, or whatever was played would look worse
+                # on the scale of rewards, or whatever was played would look worse
+                state.means *= float(means[0, own].mean()) / state.means[chosen].mean().clamp(min=1e-30)
             bandit.update(state, chosen, means[0, own])
-            self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / (state.counts[chosen] - self.told_rounds)
+            self.saliency[name][chosen] += (means[1, own].double() - self.saliency[name][chosen]) / (
+                state.counts[chosen] - self.told_rounds
+            )
             first += len(arms)
         self.sums.zero_()
 
@@ -161,10 +185,13 @@ class Explorer:
                     raise ValueError(f"{kind} of another number of arms in {name}")
             state.counts, state.means = tensors[f"counts.{name}"].clone(), tensors[f"means.{name}"].clone()
             state.rounds = int(tensors[f"rounds.{name}"])
-            self.executed[name], self.saliency[name] = tensors[f"executed.{name}"].clone(), tensors[f"saliency.{name}"].clone()
+            self.executed[name], self.saliency[name] = (
+                tensors[f"executed.{name}"].clone(),
+                tensors[f"saliency.{name}"].clone(),
+            )
 
 
 def worth_of_one_more(saliency: Tensor, width: int) -> float:
     """The mean saliency of the lower half of the `width` best arms. saliency: of every arm, (arms,)."""
     best = torch.sort(saliency, descending=True).values[:width]
-    return float(best[width // 2:].mean())
+    return float(best[width // 2 :].mean())

@@ -2,13 +2,14 @@
 
 Takes a full-width module, its ChannelGraph and one selection per group. `active` is an ordinary dense module at the
 selected widths: the only thing that runs forward and backward, with static shapes. `full` is never run: it keeps the
-parameters and BatchNorm statistics of every arm. When a selection changes, `swap` exchanges only the slots that changed.
+parameters and BatchNorm statistics of every arm. When a selection changes, `swap` exchanges only the slots that
+changed.
 
-Both sides are flat: the narrowed tensors of the active model are views into a few buffers, the full ones into others, so a
-swap is a few gathers and scatters, however many layers it touches. What always moves together is moved together: a buffer's
-rows are *blocks*, the elements of a tensor behind its last channel dimension (the nine taps of a 3x3 filter), and tensors with
-blocks of one size and one type share a buffer. Which block of the active buffer belongs to which of the full one is kept on the host, so a
-GPU is never waited for.
+Both sides are flat: the narrowed tensors of the active model are views into a few buffers, the full ones into others,
+so a swap is a few gathers and scatters, however many layers it touches. What always moves together is moved together: a
+buffer's rows are *blocks*, the elements of a tensor behind its last channel dimension (the nine taps of a 3x3 filter),
+and tensors with blocks of one size and one type share a buffer. Which block of the active buffer belongs to which of
+the full one is kept on the host, so a GPU is never waited for.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("e
 
 @dataclass
 class Buffers:
-    """Tensors with blocks of one size and one type. store: full-width, (blocks, size); live: narrow; states: the optimizer's, like live."""
+    """Tensors with blocks of one size and one type. store: full-width, (blocks, size); live: narrow; states: the
+    optimizer's, like live."""
 
     store: Tensor
     live: Tensor
@@ -42,8 +44,9 @@ class Buffers:
 
 @dataclass
 class Span:
-    """One narrowed tensor. start: its first block in the active buffer; source: the block of the full buffer that each of its
-    blocks holds now, int32 where that reaches, of the narrow shape's leading dimensions; full_strides: blocks per step along each of them there."""
+    """One narrowed tensor. start: its first block in the active buffer; source: the block of the full buffer that each
+    of its blocks holds now, int32 where that reaches, of the narrow shape's leading dimensions; full_strides: blocks
+    per step along each of them there."""
 
     buffers: Buffers
     start: int
@@ -53,7 +56,8 @@ class Span:
 
 @dataclass
 class Move:
-    """Places along one dimension of a tensor that get other arms. gained: how far each arm lies from the one it replaces."""
+    """Places along one dimension of a tensor that get other arms. gained: how far each arm lies from the one it
+    replaces."""
 
     span: Span
     dim: int
@@ -67,15 +71,19 @@ class Move:
     def targets(self) -> np.ndarray:
         """The blocks concerned in the active buffer."""
         shape = self.span.source.shape
-        strides = tuple(math.prod(shape[d + 1:]) for d in range(len(shape)))
-        return self.span.start + positions([self.places if d == self.dim else np.arange(n) for d, n in enumerate(shape)], strides)
+        strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+        return self.span.start + positions(
+            [self.places if d == self.dim else np.arange(n) for d, n in enumerate(shape)], strides
+        )
 
     def sources(self) -> np.ndarray:
         return self.span.source.take(self.places, axis=self.dim)
 
     def advance(self) -> None:
         shape = [-1 if d == self.dim else 1 for d in range(self.span.source.ndim)]
-        self.span.source[(slice(None),) * self.dim + (self.places,)] += (self.gained * self.span.full_strides[self.dim]).reshape(shape).astype(self.span.source.dtype)
+        self.span.source[(slice(None),) * self.dim + (self.places,)] += (
+            (self.gained * self.span.full_strides[self.dim]).reshape(shape).astype(self.span.source.dtype)
+        )
 
 
 class Reservoir:
@@ -85,8 +93,16 @@ class Reservoir:
     device: where the active model runs; store_device: where the full tensors rest (host memory is pinned for a GPU).
     """
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, selection: Selection, template: Selection | None = None, *,
-                 device: torch.device | str = "cpu", store_device: torch.device | str | None = None):
+    def __init__(
+        self,
+        full: nn.Module,
+        graph: ChannelGraph,
+        selection: Selection,
+        template: Selection | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        store_device: torch.device | str | None = None,
+    ):
         self.full, self.graph = full, graph
         self.slots = {name: np.array(arms) for name, arms in selection.items()}
         self.template = {name: np.sort(arms) for name, arms in (template or selection).items()}
@@ -104,7 +120,9 @@ class Reservoir:
         return sum(buffers.store.numel() * buffers.store.element_size() for buffers in self.buffers.values())
 
     @torch.no_grad()
-    def _flatten(self, kept: Mapping[str, Mapping[int, Tensor]], device: torch.device, store_device: torch.device) -> None:
+    def _flatten(
+        self, kept: Mapping[str, Mapping[int, Tensor]], device: torch.device, store_device: torch.device
+    ) -> None:
         """Move narrowed tensors into flat buffers; what is not narrowed is one tensor that both sides share."""
         full, live = named_tensors(self.full), named_tensors(self.active)
         self.spans: dict[str, Span] = {}
@@ -113,21 +131,33 @@ class Reservoir:
         by_block: dict[tuple[int, torch.dtype], list[str]] = {}
         for name, dims in kept.items():
             if not is_number(name):
-                by_block.setdefault((math.prod(full[name].shape[max(dims) + 1:]), full[name].dtype), []).append(name)
+                by_block.setdefault((math.prod(full[name].shape[max(dims) + 1 :]), full[name].dtype), []).append(name)
         for (block, dtype), names in by_block.items():
             buffers = self.buffers[block, dtype] = Buffers(
-                torch.empty(sum(full[name].numel() for name in names) // block, block, dtype=dtype, device=store_device, pin_memory=pin),
-                torch.empty(sum(live[name].numel() for name in names) // block, block, dtype=dtype, device=device), [])
+                torch.empty(
+                    sum(full[name].numel() for name in names) // block,
+                    block,
+                    dtype=dtype,
+                    device=store_device,
+                    pin_memory=pin,
+                ),
+                torch.empty(sum(live[name].numel() for name in names) // block, block, dtype=dtype, device=device),
+                [],
+            )
             start = full_start = 0
             for name in names:
                 old, small = full[name], live[name]
                 lead = max(kept[name]) + 1
                 blocks, full_blocks = small.numel() // block, old.numel() // block
-                set_tensor(self.full, name, buffers.store[full_start:full_start + full_blocks].view(old.shape).copy_(old))
-                set_tensor(self.active, name, buffers.live[start:start + blocks].view(small.shape).copy_(small))
-                strides = tuple(math.prod(old.shape[d + 1:lead]) for d in range(lead))
+                set_tensor(
+                    self.full, name, buffers.store[full_start : full_start + full_blocks].view(old.shape).copy_(old)
+                )
+                set_tensor(self.active, name, buffers.live[start : start + blocks].view(small.shape).copy_(small))
+                strides = tuple(math.prod(old.shape[d + 1 : lead]) for d in range(lead))
                 index = [kept[name].get(d, torch.arange(old.shape[d])).numpy() for d in range(lead)]
-                source = (full_start + positions(index, strides)).astype(np.int32 if len(buffers.store) < 2**31 else np.int64)
+                source = (full_start + positions(index, strides)).astype(
+                    np.int32 if len(buffers.store) < 2**31 else np.int64
+                )
                 self.spans[name] = Span(buffers, start, source, strides)
                 start, full_start = start + blocks, full_start + full_blocks
         for name, tensor in live.items():
@@ -138,8 +168,12 @@ class Reservoir:
     def write_back(self) -> None:
         """Copy every active tensor into its place in the full one."""
         for span in self.spans.values():
-            rows = span.buffers.live[span.start:span.start + span.source.size]
-            span.buffers.store.index_copy_(0, self._indices([span.source], rows.device).to(span.buffers.store.device), rows.to(span.buffers.store.device))
+            rows = span.buffers.live[span.start : span.start + span.source.size]
+            span.buffers.store.index_copy_(
+                0,
+                self._indices([span.source], rows.device).to(span.buffers.store.device),
+                rows.to(span.buffers.store.device),
+            )
 
     @torch.no_grad()
     def swap(self, selection: Mapping[str, np.ndarray]) -> int:
@@ -160,7 +194,14 @@ class Reservoir:
             for (tensor, dim), places in self.places[name].items():
                 if tensor in self.spans:
                     members = self.graph.groups[name].members[tensor, dim]
-                    moves.setdefault(tensor, []).append(Move(self.spans[tensor], dim, places[slots].reshape(-1), (members[after] - members[before]).reshape(-1)))
+                    moves.setdefault(tensor, []).append(
+                        Move(
+                            self.spans[tensor],
+                            dim,
+                            places[slots].reshape(-1),
+                            (members[after] - members[before]).reshape(-1),
+                        )
+                    )
         batches: dict[int, list[Move]] = {}
         for own in moves.values():
             batch = batches.setdefault(id(own[0].span.buffers), [])
@@ -172,11 +213,15 @@ class Reservoir:
         return exchanged
 
     def _exchange(self, moves: list[Move]) -> None:
-        """Write the blocks under these moves back to the full buffer, and load what belongs there now. All moves of one tensor
-        come together, and all belong to one pair of buffers."""
+        """Write the blocks under these moves back to the full buffer, and load what belongs there now. All moves of one
+        tensor come together, and all belong to one pair of buffers."""
         store, live = moves[0].span.buffers.store, moves[0].span.buffers.live
         here = self._indices([move.targets() for move in moves], live.device)
-        store.index_copy_(0, self._indices([move.sources() for move in moves], store.device), live.index_select(0, here).to(store.device))
+        store.index_copy_(
+            0,
+            self._indices([move.sources() for move in moves], store.device),
+            live.index_select(0, here).to(store.device),
+        )
         for move in moves:
             move.advance()
         newcomers = store.index_select(0, self._indices([move.sources() for move in moves], store.device))
@@ -186,7 +231,9 @@ class Reservoir:
 
     @staticmethod
     def _indices(parts: list[np.ndarray], device: torch.device) -> Tensor:
-        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]).astype(np.int64, copy=False)).to(device, non_blocking=True)
+        return torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]).astype(np.int64, copy=False)).to(
+            device, non_blocking=True
+        )
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer's momenta flat buffers too, so that a swap forgets those of newcomers in one write."""
@@ -196,10 +243,14 @@ class Reservoir:
         for name, parameter in self.active.named_parameters():
             span = self.spans.get(name)
             for i, key in enumerate(keys):
-                optimizer.state[parameter][key] = (torch.zeros_like(parameter) if span is None else
-                                                   span.buffers.states[i][span.start:span.start + span.source.size].view(parameter.shape))
+                optimizer.state[parameter][key] = (
+                    torch.zeros_like(parameter)
+                    if span is None
+                    else span.buffers.states[i][span.start : span.start + span.source.size].view(parameter.shape)
+                )
             if "exp_avg" in keys:
-                optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)  # where the fused kernel reads it
+                # where the fused kernel reads it
+                optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
 def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
@@ -211,8 +262,9 @@ def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Let a parameter or buffer use the memory of `value`, but not its version: a network may write into one buffer (a spectral norm does
-    in every step) while autograd still needs its neighbours in memory, which then must not count as changed."""
+    """Let a parameter or buffer use the memory of `value`, but not its version: a network may write into one buffer (a
+    spectral norm does in every step) while autograd still needs its neighbours in memory, which then must not count as
+    changed."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -230,21 +282,24 @@ def by_tensor(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, dict[int, Tensor]
 
 @torch.no_grad()
 def silence(full: nn.Module, graph: ChannelGraph, arms: Mapping[str, np.ndarray]) -> None:
-    """Set the weights that read these arms to zero, in place: who executes them computes what it did before, and they can learn."""
+    """Set the weights that read these arms to zero, in place: who executes them computes what it did before, and they
+    can learn."""
     parameters = dict(full.named_parameters())
     for name, own in arms.items():
         group = graph.groups[name]
         for tensor, dim in group.reads:
             if tensor in parameters:
-                parameters[tensor].index_fill_(dim, torch.from_numpy(group.members[tensor, dim][own].reshape(-1)).to(parameters[tensor].device), 0)
+                parameters[tensor].index_fill_(
+                    dim, torch.from_numpy(group.members[tensor, dim][own].reshape(-1)).to(parameters[tensor].device), 0
+                )
 
 
 @torch.no_grad()
 def scale_for_narrow_fan_in(full: nn.Module, graph: ChannelGraph, widths: Mapping[str, int]) -> None:
     """Scale each filter bank's initial weights by sqrt(full fan-in / narrow fan-in), in place.
 
-    Initial weights are drawn for the full fan-in, but the narrow one runs: at half the width their squared norm would be
-    half of what a thin network starts with, which doubles the effective learning rate (measured: worth two points).
+    Initial weights are drawn for the full fan-in, but the narrow one runs: at half the width their squared norm would
+    be half of what a thin network starts with, which doubles the effective learning rate (measured: worth two points).
     """
     parameters = dict(full.named_parameters())
     for op in {op.weight: op for op in graph.ops}.values():

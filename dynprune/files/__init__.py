@@ -1,5 +1,5 @@
 """What is written to disk and read back: whole or not at all, and never unpickled.
 
-In: tensors and facts, or a network. Out: safetensors (`disk.py`), the compact file and the network in it (`artifact.py`), ONNX and its
-sessions (`onnxfile.py`). Read `artifact.py` first.
+In: tensors and facts, or a network. Out: safetensors (`disk.py`), the compact file and the network in it
+(`artifact.py`), ONNX and its sessions (`onnxfile.py`). Read `artifact.py` first.
 """

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dynprune import zoo
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import read_tensors, write_tensors
-from dynprune.state.tensors import check_facts as check_state, fill, named_tensors, state_of, unfilled
+from dynprune.state.tensors import check_facts as check_state
+from dynprune.state.tensors import fill, named_tensors, state_of, unfilled
 from dynprune.structure.labels import AxisKey
 from dynprune.structure.numbers import named_as_before
 from dynprune.structure.surgery import slim
@@ -30,8 +31,9 @@ from dynprune.zoo import runs_code
 
 @dataclass(frozen=True)
 class Facts:
-    """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: what the run was trained with; input_size:
-    channels, height, width; state: what the network computes with beside its tensors (`state/tensors.py`)."""
+    """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: what the run was trained
+    with; input_size: channels, height, width; state: what the network computes with beside its tensors
+    (`state/tensors.py`)."""
 
     settings: dict
     classes: list[str]
@@ -79,20 +81,24 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
     """The compact network in `path`, in eval mode on the CPU.
 
     The original is built by its name: from the zoo, torchvision or timm. A file that names your own code
-    ("package.module:factory") does not get to run it: pass the full-width `model`, or `trust=True` for a file of your own.
-    Raises DynpruneError when the file is damaged, foreign, or does not fit the model.
+    ("package.module:factory") does not get to run it: pass the full-width `model`, or `trust=True` for a file of your
+    own. Raises DynpruneError when the file is damaged, foreign, or does not fit the model.
     """
     return load_with_facts(Path(path), model, trust=trust)[0]
 
 
 def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool = False) -> tuple[nn.Module, Facts]:
-    """As `load`, with what else the file knows. Shapes are checked against the tensors in the file before memory is taken for any."""
+    """As `load`, with what else the file knows. Shapes are checked against the tensors in the file before memory is
+    taken for any."""
     tensors, header = read_tensors(path, "compact")
     facts, name, kept = facts_in(path, header)
     if model is None and not name:
         raise DynpruneError(f"{path} does not name its network. Pass the full-width one: load(path, model).")
     if model is None and runs_code(name) and not trust:
-        raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
+        raise DynpruneError(
+            f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or '
+            f"trust=True if the file is yours."
+        )
     try:
         if model is None:
             small = built(name, kept, tensors, facts, header["schema"])
@@ -100,19 +106,25 @@ def load_with_facts(path: Path, model: nn.Module | None = None, *, trust: bool =
             small = slim(model, kept)
         fill_from(small, tensors, facts, header["schema"])
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
+        raise DynpruneError(
+            f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?'
+        ) from error
     return small.eval(), facts
 
 
 def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, np.ndarray]]:
-    """What a file's header says, the name of its network, and the positions that were kept. Raises DynpruneError for entries that are absent or wrong."""
+    """What a file's header says, the name of its network, and the positions that were kept. Raises DynpruneError for
+    entries that are absent or wrong."""
     try:
         known = as_now(header)
         facts = Facts(**{field.name: known[field.name] for field in dataclasses.fields(Facts)})
         name, kept = facts.model, kept_of(facts)
         check_facts(facts)
     except (KeyError, TypeError, AttributeError, ValueError, AssertionError, OverflowError) as error:
-        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune {header['kind'].replace('gated', 'gate')}.") from error
+        raise DynpruneError(
+            f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with "
+            f"dynprune {header['kind'].replace('gated', 'gate')}."
+        ) from error
     return facts, name, kept
 
 
@@ -120,13 +132,19 @@ def as_now(header: Mapping) -> dict:
     """A header's entries; those of schema 1 in today's form."""
     if header["schema"] != 1:
         return dict(header)
-    kept = {named_as_before(name) + (":-1" if name.startswith("#") and named_as_before(name) != name else f":{dim}"): positions
-            for name, _, dim, positions in ((*key.rpartition(":"), positions) for key, positions in header["kept"].items())}
+    kept = {
+        named_as_before(name)
+        + (":-1" if name.startswith("#") and named_as_before(name) != name else f":{dim}"): positions
+        for name, _, dim, positions in ((*key.rpartition(":"), positions) for key, positions in header["kept"].items())
+    }
     return {**header, "kept": kept, "input_size": [3, header["side"], header["side"]], "state": {}}
 
 
-def built(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int) -> nn.Module:
-    """The compact network with any weights, in the precision of the file's. Taken from `without_memory` where that works."""
+def built(
+    name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int
+) -> nn.Module:
+    """The compact network with any weights, in the precision of the file's. Taken from `without_memory` where that
+    works."""
     small = without_memory(name, kept, tensors, facts, schema)
     if small is not None:
         return small
@@ -140,12 +158,15 @@ def fill_from(small: nn.Module, tensors: Mapping[str, Tensor], facts: Facts, sch
         fill(small, tensors, facts.state)
 
 
-def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int) -> nn.Module | None:
+def without_memory(
+    name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mapping[str, Tensor], facts: Facts, schema: int
+) -> nn.Module | None:
     """The compact network, built on the meta device where the full one takes no memory, with unfilled tensors.
 
-    Raises ValueError if the file's tensors have other shapes. None if the network has values that its state does not hold, or cannot
-    be built there; then it has to be built in full, which the check before has shown to be what the file is about. None for code of the
-    user's own: what that keeps as it is built, such as a table in a cache, would stay on the meta device.
+    Raises ValueError if the file's tensors have other shapes. None if the network has values that its state does not
+    hold, or cannot be built there; then it has to be built in full, which the check before has shown to be what the
+    file is about. None for code of the user's own: what that keeps as it is built, such as a table in a cache, would
+    stay on the meta device.
     """
     if runs_code(name):
         return None
@@ -158,7 +179,11 @@ def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mappi
     shapes = {key: list(shape) for key, shape in whole.items()}
     for (tensor, dim), positions in kept.items():
         if dim >= 0:
-            if not 0 <= dim < len(shapes[tensor]) or len(positions) and not 0 <= positions.min() <= positions.max() < whole[tensor][dim]:
+            if (
+                not 0 <= dim < len(shapes[tensor])
+                or len(positions)
+                and not 0 <= positions.min() <= positions.max() < whole[tensor][dim]
+            ):
                 raise ValueError(f"positions beyond dimension {dim} of {tensor}")
             shapes[tensor][dim] = len(positions)
     found = {key: list(value.shape) for key, value in tensors.items() if key not in facts.state.get("loose", {})}
@@ -166,20 +191,27 @@ def without_memory(name: str, kept: Mapping[AxisKey, np.ndarray], tensors: Mappi
     if shapes != found:
         wrong = next(key for key in [*shapes, *found] if shapes.get(key) != found.get(key))
         raise ValueError(f"{wrong} has shape {found.get(wrong)}, expected {shapes.get(wrong)}")
-    held = {id(value) for value in full.state_dict(keep_vars=True).values()} if schema == 1 else {id(value) for value in named_tensors(full).values()}
+    held = (
+        {id(value) for value in full.state_dict(keep_vars=True).values()}
+        if schema == 1
+        else {id(value) for value in named_tensors(full).values()}
+    )
     loose = unfilled(full) or any(id(value) not in held for value in full.buffers())
     return None if loose else with_memory(slim(full, kept))
 
 
 def with_memory(model: nn.Module) -> nn.Module:
-    """A model of the meta device on the CPU, with any numbers. Unlike Module.to_empty, it leaves shared tensors shared."""
+    """A model of the meta device on the CPU, with any numbers. Unlike Module.to_empty, it leaves shared tensors
+    shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, value in store.items():
                 if value is not None and id(value) not in made:
                     new = torch.empty_like(value, device="cpu")
-                    made[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else new
+                    made[id(value)] = (
+                        nn.Parameter(new, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else new
+                    )
                 store[name] = None if value is None else made[id(value)]
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
@@ -189,14 +221,34 @@ def with_memory(model: nn.Module) -> nn.Module:
 def check_facts(facts: Facts) -> None:
     """Raises AssertionError or TypeError for entries of another type, or sizes that no network has."""
     settings = facts.settings
-    assert isinstance(settings, dict) and isinstance(settings.get("model"), str) and isinstance(settings.get("policy", ""), str), "settings"
-    assert isinstance(settings.get("budget", []), list) and all(isinstance(text, str) for text in settings.get("budget", [])), "settings"
-    assert isinstance(facts.classes, list) and all(isinstance(label, str) for label in facts.classes) and 0 < len(facts.classes) <= 1_000_000, "classes"
+    assert (
+        isinstance(settings, dict)
+        and isinstance(settings.get("model"), str)
+        and isinstance(settings.get("policy", ""), str)
+    ), "settings"
+    assert isinstance(settings.get("budget", []), list) and all(
+        isinstance(text, str) for text in settings.get("budget", [])
+    ), "settings"
+    assert (
+        isinstance(facts.classes, list)
+        and all(isinstance(label, str) for label in facts.classes)
+        and 0 < len(facts.classes) <= 1_000_000
+    ), "classes"
     size = facts.input_size
-    assert isinstance(size, list) and len(size) == 3 and all(type(value) is int for value in size) and size[0] in (1, 3) and all(0 < value <= 4096 for value in size[1:]), "input_size"
+    assert (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(type(value) is int for value in size)
+        and size[0] in (1, 3)
+        and all(0 < value <= 4096 for value in size[1:])
+    ), "input_size"
     check_state(facts.state)
     for name, values in (("mean", facts.mean), ("std", facts.std)):
-        assert isinstance(values, list) and len(values) == size[0] and all(isinstance(value, int | float) and math.isfinite(value) for value in values), name
+        assert (
+            isinstance(values, list)
+            and len(values) == size[0]
+            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        ), name
     for name in ("macs", "params", "dense_macs", "dense_params"):
         assert isinstance(getattr(facts, name), int), name
     assert isinstance(facts.accuracy, int | float), "accuracy"

@@ -34,7 +34,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise DynpruneError(f"Cannot write {path} ({error.strerror}). The file that was there before is unchanged.") from error
+        raise DynpruneError(
+            f"Cannot write {path} ({error.strerror}). The file that was there before is unchanged."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,7 +64,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
             if not isinstance(facts, dict) or facts.get("kind") != kind:
                 raise DynpruneError(f"{path} is not one of ours, or of another kind. {wanted}.")
             if facts.get("schema") not in READABLE or isinstance(facts["schema"], bool):
-                raise DynpruneError(f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads {' and '.join(map(str, READABLE))}. Write it again with this version.")
+                raise DynpruneError(
+                    f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads "
+                    f"{' and '.join(map(str, READABLE))}. Write it again with this version."
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
-        raise DynpruneError(f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0][:200]}). {wanted}.") from error
+        raise DynpruneError(
+            f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0][:200]}). {wanted}."
+        ) from error

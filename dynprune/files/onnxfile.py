@@ -28,14 +28,29 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None,
     batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
     try:
         with quiet():
-            program = torch.onnx.export(model, (batch,), dynamo=True, opset_version=opset, input_names=["input"], output_names=["logits"],
-                                        dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+            program = torch.onnx.export(
+                model,
+                (batch,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
         proto = program.model_proto
     except Exception as error:
-        raise DynpruneError(f"torch cannot export this network to ONNX ({why(error)}).{'' if opset is None else ' Try another --opset.'}") from error
+        raise DynpruneError(
+            f"torch cannot export this network to ONNX "
+            f"({why(error)}).{'' if opset is None else ' Try another --opset.'}"
+        ) from error
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
-        raise DynpruneError(f"--opset {opset} cannot be written for this network: torch's exporter gives {written} instead. Pass --opset {written}, or leave it out.")
+        raise DynpruneError(
+            f"--opset {opset} cannot be written for this network: torch's exporter gives {written} "
+            f"instead. Pass --opset {written}, or leave it out."
+        )
     for key, value in facts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -47,7 +62,11 @@ def why(error: BaseException) -> str:
     """The exporter's first words that say something, and the line of the network's code that it stopped at."""
     place, inner = "", error
     while inner is not None:
-        frames = [frame for frame in traceback.extract_tb(inner.__traceback__) if not library_code(frame.filename) and "onnxscript" not in frame.filename]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(inner.__traceback__)
+            if not library_code(frame.filename) and "onnxscript" not in frame.filename
+        ]
         if frames:
             place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`"
         inner = inner.__cause__ or inner.__context__
@@ -59,12 +78,16 @@ def why(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter reports its steps on stdout, and on stderr warns of its own internals and prints graphs that it cannot export; none of
-    that belongs into our output."""
+    """The exporter reports its steps on stdout, and on stderr warns of its own internals and prints graphs that it
+    cannot export; none of that belongs into our output."""
     level, disabled = logging.getLogger().level, logging.root.manager.disable
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             logging.disable(logging.CRITICAL)
             yield
@@ -83,7 +106,9 @@ def size_bytes(path: Path) -> int:
     """What a network takes on disk: the file, and the files beside it that hold its weights (`external_data`)."""
     tensors = [*(graph := onnx.load(path, load_external_data=False).graph).initializer, *constants_in(graph)]
     beside = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside if (path.parent / name).is_file())
+    return path.stat().st_size + sum(
+        (path.parent / name).stat().st_size for name in beside if (path.parent / name).is_file()
+    )
 
 
 def constants_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -97,15 +122,20 @@ def constants_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU, of a file or of its bytes. threads: for one operator; 0 leaves onnxruntime's choice."""
+    """An onnxruntime session on the CPU, of a file or of its bytes. threads: for one operator; 0 leaves onnxruntime's
+    choice."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            path if isinstance(path, bytes) else str(path), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         name = "a network in memory" if isinstance(path, bytes) else path
-        raise DynpruneError(f"{name} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file.") from error
+        raise DynpruneError(
+            f"{name} cannot be opened by onnxruntime ({str(error).splitlines()[0][:200]}). Expected an ONNX file."
+        ) from error
 
 
 def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, str]:
@@ -113,7 +143,9 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, str]:
     try:
         return session.get_modelmeta().custom_metadata_map
     except UnicodeDecodeError as error:
-        raise DynpruneError(f"The ONNX file's metadata is not text ({first_line(error)[:100]}). Is the file damaged? Export it again.") from error
+        raise DynpruneError(
+            f"The ONNX file's metadata is not text ({first_line(error)[:100]}). Is the file damaged? Export it again."
+        ) from error
 
 
 def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> np.ndarray:
@@ -121,4 +153,7 @@ def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> n
     try:
         return session.run(None, feed)[0]
     except Exception as error:  # onnxruntime's own kinds have no common base
-        raise DynpruneError(f"onnxruntime cannot execute this network ({first_line(error)[:200]}). Is the file damaged? Export it again.") from error
+        raise DynpruneError(
+            f"onnxruntime cannot execute this network ({first_line(error)[:200]}). Is the file "
+            f"damaged? Export it again."
+        ) from error

@@ -1,7 +1,9 @@
-"""What gates save, image by image: the cost that each image paid, and milliseconds over real images in onnxruntime and in torch.
+"""What gates save, image by image: the cost that each image paid, and milliseconds over real images in onnxruntime and
+in torch.
 
-Takes a gated run with its ONNX file; times every image on the gated network, on the same network without gates, and on a static
-compact network that costs what the gated one costs on average, in turn. Reports medians, 95th percentiles and ratios.
+Takes a gated run with its ONNX file; times every image on the gated network, on the same network without gates, and on
+a static compact network that costs what the gated one costs on average, in turn. Reports medians, 95th percentiles and
+ratios.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dynprune.deploy.bench import FASTER
 from dynprune.deploy.export import check_classes
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
-from dynprune.files.onnxfile import open_session, run as execute, write_onnx
+from dynprune.files.onnxfile import open_session, write_onnx
+from dynprune.files.onnxfile import run as execute
 from dynprune.gates.export import load_run, run_both
 from dynprune.gates.gating import GatedNetwork
 from dynprune.gates.stats import GateStats, gate_stats
@@ -38,7 +41,8 @@ TORCH_IMAGES = 30
 
 @dataclass(frozen=True)
 class GatedRow:
-    """One network over the images. macs: mean executed per image; of the gated one, what its gates open (in torch; ONNX forms may do more)."""
+    """One network over the images. macs: mean executed per image; of the gated one, what its gates open (in torch; ONNX
+    forms may do more)."""
 
     network: str
     macs: int
@@ -51,8 +55,10 @@ class GatedRow:
 
 @dataclass(frozen=True)
 class GatedBenchResult:
-    """rows: onnxruntime, one image at a time; torch_rows: the same in torch. accuracy_onnx: of the gated ONNX file on the timed images.
-    accuracy: of the gated network on all test images. slow, quick: milliseconds of the tenth of the images that cost most and least."""
+    """rows: onnxruntime, one image at a time; torch_rows: the same in torch. accuracy_onnx: of the gated ONNX file on
+    the timed images.
+    accuracy: of the gated network on all test images. slow, quick: milliseconds of the tenth of the images that cost
+    most and least."""
 
     run: str
     target: float
@@ -81,8 +87,16 @@ class GatedBenchResult:
         return result
 
 
-def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report: Callable[[str], None] = lambda _: None, work: Report = silent) -> GatedBenchResult:
-    """Time the run's gated ONNX file over real test images, beside the ungated network and a static one of the same mean cost."""
+def bench_gated(
+    run: GateRun,
+    *,
+    threads: int,
+    data: Data | None = None,
+    report: Callable[[str], None] = lambda _: None,
+    work: Report = silent,
+) -> GatedBenchResult:
+    """Time the run's gated ONNX file over real test images, beside the ungated network and a static one of the same
+    mean cost."""
     for path in (run.onnx_file, run.ungated_onnx_file):
         if not path.is_file():
             raise DynpruneError(f"{run.path} has no {path.name} yet. Run: dynprune export {run.path} --onnx")
@@ -92,7 +106,11 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
     data = data.with_channels(facts.input_size[0])
     stats = gate_stats(model, data, data.test, report)
     static_macs = static_network(run, model, stats.share, data)
-    images = [(image[None], int(label)) for batch, labels in data.eval_batches(some(data.test, IMAGES)) for image, label in zip(batch, labels)]
+    images = [
+        (image[None], int(label))
+        for batch, labels in data.eval_batches(some(data.test, IMAGES))
+        for image, label in zip(batch, labels)
+    ]
     sessions = [open_session(path, threads) for path in (run.ungated_onnx_file, run.onnx_file, run.static_onnx_file)]
     folded = run.results.get("export", {}).get("fold_normalization") is True
     mean, std = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in (facts.mean, facts.std))
@@ -106,36 +124,72 @@ def bench_gated(run: GateRun, *, threads: int, data: Data | None = None, report:
         if number == 0:
             for session, feed in zip(sessions, feeds):
                 execute(session, {session.get_inputs()[0].name: feed})
-        repeats = [[run_ms(session, {session.get_inputs()[0].name: feed}) for session, feed in zip(sessions, feeds)] for _ in range(REPEATS)]
+        repeats = [
+            [run_ms(session, {session.get_inputs()[0].name: feed}) for session, feed in zip(sessions, feeds)]
+            for _ in range(REPEATS)
+        ]
         for kept, own in zip(samples, np.median(repeats, axis=0)):
             kept.append(float(own))
-    rows = rows_of(("ungated", "gated", "static, same mean cost"), (model.dense_macs, round(stats.share * model.dense_macs), static_macs), samples)
+    rows = rows_of(
+        ("ungated", "gated", "static, same mean cost"),
+        (model.dense_macs, round(stats.share * model.dense_macs), static_macs),
+        samples,
+    )
     report("timing torch")
-    torch_rows = rows_of(("ungated", "gated"), (model.dense_macs, round(stats.share * model.dense_macs)), in_torch(model, [image for image, _ in images[:TORCH_IMAGES]], threads))
+    torch_rows = rows_of(
+        ("ungated", "gated"),
+        (model.dense_macs, round(stats.share * model.dense_macs)),
+        in_torch(model, [image for image, _ in images[:TORCH_IMAGES]], threads),
+    )
     ranked = np.sort(samples[1])
     tenth = max(1, len(ranked) // 10)
-    result = GatedBenchResult(str(run.path), gates.target, stats.share <= TOLERANCE * gates.target, threads, len(images), rows, torch_rows, rows[1].speedup_p50,
-                              rows[2].p50_ms / rows[1].p50_ms, stats.accuracy, right / len(images), run.results.get("export", {}).get("forms", {}),
-                              float(ranked[-tenth:].mean()), float(ranked[:tenth].mean()), stats, data.reports, verdict(rows, stats), {**environment(), "threads": threads})
+    result = GatedBenchResult(
+        str(run.path),
+        gates.target,
+        stats.share <= TOLERANCE * gates.target,
+        threads,
+        len(images),
+        rows,
+        torch_rows,
+        rows[1].speedup_p50,
+        rows[2].p50_ms / rows[1].p50_ms,
+        stats.accuracy,
+        right / len(images),
+        run.results.get("export", {}).get("forms", {}),
+        float(ranked[-tenth:].mean()),
+        float(ranked[:tenth].mean()),
+        stats,
+        data.reports,
+        verdict(rows, stats),
+        {**environment(), "threads": threads},
+    )
     write_text(run.path / "bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
     return result
 
 
 def static_network(run: GateRun, model: GatedNetwork, share: float, data: Data) -> int:
-    """Write a uniformly narrower network of the gated one's mean cost as ONNX, its weights cut from it; returns its multiply-accumulates."""
+    """Write a uniformly narrower network of the gated one's mean cost as ONNX, its weights cut from it; returns its
+    multiply-accumulates."""
     graph = model.graph
     try:
         widths = allocate(graph, (f"macs={min(share, 1.0):.6f}",))
     except DynpruneError as error:
-        raise DynpruneError(f"No static network of the gated one's mean cost can be built to compare with: {error}") from error
+        raise DynpruneError(
+            f"No static network of the gated one's mean cost can be built to compare with: {error}"
+        ) from error
     small = slim(model.network, graph.kept({name: np.arange(width) for name, width in widths.items()}))
     partial = run.static_onnx_file.with_name("static.onnx.partial")
     try:
-        write_onnx(Scores(small).eval(), data.example, partial, None, {"producer": "dynprune", "weights": "cut, not trained"})
+        write_onnx(
+            Scores(small).eval(), data.example, partial, None, {"producer": "dynprune", "weights": "cut, not trained"}
+        )
         partial.replace(run.static_onnx_file)
     except OSError as error:
-        raise DynpruneError(f"Cannot write {run.static_onnx_file} ({error.strerror}). The static network needs a place in the run directory.") from error
+        raise DynpruneError(
+            f"Cannot write {run.static_onnx_file} ({error.strerror}). The static network needs a "
+            f"place in the run directory."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -162,8 +216,18 @@ def in_torch(model: GatedNetwork, images: list[torch.Tensor], threads: int) -> l
 
 def rows_of(names: tuple[str, ...], macs: tuple[int, ...], samples: list[list[float]]) -> list[GatedRow]:
     first = float(np.percentile(samples[0], 50))
-    return [GatedRow(name, count, float(np.percentile(kept, 50)), float(np.percentile(kept, 95)), float(np.mean(kept)), first / float(np.percentile(kept, 50)), kept)
-            for name, count, kept in zip(names, macs, samples)]
+    return [
+        GatedRow(
+            name,
+            count,
+            float(np.percentile(kept, 50)),
+            float(np.percentile(kept, 95)),
+            float(np.mean(kept)),
+            first / float(np.percentile(kept, 50)),
+            kept,
+        )
+        for name, count, kept in zip(names, macs, samples)
+    ]
 
 
 def verdict(rows: list[GatedRow], stats: GateStats) -> str:
@@ -172,5 +236,8 @@ def verdict(rows: list[GatedRow], stats: GateStats) -> str:
     times = f"p50 {ungated.p50_ms:.3g} ms to {gated.p50_ms:.3g} ms; static at the same mean cost {static.p50_ms:.3g} ms"
     if gated.speedup_p50 >= FASTER:
         return f"{gated.speedup_p50:.2f}x faster than without gates ({times})"
-    return (f"not faster than without gates ({times}): at {100 * stats.share:.0f} % of the multiplications the layers are so small that deciding, gathering and what "
-            "gates cannot skip (normalisation, concatenation) take the time")
+    return (
+        f"not faster than without gates ({times}): at {100 * stats.share:.0f} % of the multiplications the layers "
+        f"are so small that deciding, gathering and what gates cannot skip (normalisation, concatenation) take "
+        f"the time"
+    )

@@ -1,8 +1,8 @@
 """How gates learn from what they decided: REINFORCE and straight-through Gumbel, as functions on tensors.
 
-Takes logits of Bernoulli gates, what was opened, and what it led to; returns losses and samples. Sources: Williams, "Simple
-statistical gradient-following algorithms", 1992; Jang, Gu & Poole, and Maddison, Mnih & Teh, ICLR 2017 (for two outcomes the Gumbel
-noise becomes logistic); Bengio, Leonard & Courville, 2013 (straight-through).
+Takes logits of Bernoulli gates, what was opened, and what it led to; returns losses and samples. Sources: Williams,
+"Simple statistical gradient-following algorithms", 1992; Jang, Gu & Poole, and Maddison, Mnih & Teh, ICLR 2017 (for two
+outcomes the Gumbel noise becomes logistic); Bengio, Leonard & Courville, 2013 (straight-through).
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ def straight_through(logits: Tensor) -> Tensor:
 def reinforce(logits: list[Tensor], opened: list[Tensor], advantage: Tensor) -> Tensor:
     """Loss whose gradient is the policy gradient: minus the advantage times the log-probability of what was opened.
 
-    logits, opened: per gate, (batch, units). advantage: (batch,), how much better than expected the outcome was; not followed backward.
+    logits, opened: per gate, (batch, units). advantage: (batch,), how much better than expected the outcome was; not
+    followed backward.
     """
-    likelihood = sum(-F.binary_cross_entropy_with_logits(own, choice.detach(), reduction="none").sum(1) for own, choice in zip(logits, opened))
+    likelihood = sum(
+        -F.binary_cross_entropy_with_logits(own, choice.detach(), reduction="none").sum(1)
+        for own, choice in zip(logits, opened)
+    )
     return -(advantage.detach() * likelihood).mean()
 
 
 def advantage_over(loss: Tensor, baseline: Tensor) -> Tensor:
-    """How much less each image lost than expected: (batch,). baseline: its loss with every gate open, which no gate influences, so that
-    the estimate stays unbiased; the mean gap between the two is taken off as well."""
+    """How much less each image lost than expected: (batch,). baseline: its loss with every gate open, which no gate
+    influences, so that the estimate stays unbiased; the mean gap between the two is taken off as well."""
     gap = loss - baseline
     return gap.mean() - gap
 

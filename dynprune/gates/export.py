@@ -1,8 +1,10 @@
-"""A gated run as ONNX, with the form of each layer chosen by measurement, and the proof that it computes what torch computes.
+"""A gated run as ONNX, with the form of each layer chosen by measurement, and the proof that it computes what torch
+computes.
 
-Takes a gated file and real validation images; writes `gated.onnx` (one image at a time, outputs `logits` and `gates`) and, to compare
-with, `ungated.onnx`, the same network without gates. What the gates have closed for good is cut first. On each image the gates that
-onnxruntime opened are replayed in torch in the whole network, and the scores compared; how often both open the same is reported too.
+Takes a gated file and real validation images; writes `gated.onnx` (one image at a time, outputs `logits` and `gates`)
+and, to compare with, `ungated.onnx`, the same network without gates. What the gates have closed for good is cut first.
+On each image the gates that onnxruntime opened are replayed in torch in the whole network, and the scores compared; how
+often both open the same is reported too.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ TRIAL_SECONDS, TRIAL_RUNS = 2.0, (3, 50)
 
 @dataclass(frozen=True)
 class GatedExportResult:
-    """forms: how many gated convolutions take each form. gates_agree: share of images for which onnxruntime opened what torch opens; a gate
-    whose score is almost 0 may fall to either side. max_abs_diff and the rest: with onnxruntime's gates replayed in torch. units: of all gates;
-    closed_for_good: of them, those that were cut; the file's output `gates` holds the others. most_share: cost of an image that opens all that is left."""
+    """forms: how many gated convolutions take each form. gates_agree: share of images for which onnxruntime opened what
+    torch opens; a gate whose score is almost 0 may fall to either side. max_abs_diff and the rest: with onnxruntime's
+    gates replayed in torch. units: of all gates; closed_for_good: of them, those that were cut; the file's output
+    `gates` holds the others. most_share: cost of an image that opens all that is left."""
 
     path: str
     opset: int
@@ -65,16 +68,29 @@ def load_run(run: GateRun) -> tuple[GatedNetwork, object, GateFacts]:
         raise DynpruneError(f"{run.path} has no gated network yet. Finish it: dynprune gate --resume --out {run.path}")
     model, facts, gates = load_gated(run.gated_file, trust=runs_code(run.config.model))
     if facts.model != run.config.model:
-        raise DynpruneError(f'{run.gated_file} is of "{facts.model}", the run of "{run.config.model}". Train the gates again.')
+        raise DynpruneError(
+            f'{run.gated_file} is of "{facts.model}", the run of "{run.config.model}". Train the gates again.'
+        )
     return model, facts, gates
 
 
-def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = None, fold_normalization: bool = False, data: Data | None = None,
-                 report: Report = silent) -> GatedExportResult:
-    """Write RUN/gated.onnx and RUN/ungated.onnx. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
+def export_gated(
+    run: GateRun,
+    *,
+    out: Path | None = None,
+    opset: int | None = None,
+    fold_normalization: bool = False,
+    data: Data | None = None,
+    report: Report = silent,
+) -> GatedExportResult:
+    """Write RUN/gated.onnx and RUN/ungated.onnx. Raises DynpruneError and leaves no file when onnxruntime disagrees
+    with torch."""
     model, facts, gates = load_run(run)
     if gates.estimator == "random":
-        raise DynpruneError(f"{run.path} has random gates, which only serve to compare with. Export one of --estimator reinforce or gumbel.")
+        raise DynpruneError(
+            f"{run.path} has random gates, which only serve to compare with. Export one of "
+            f"--estimator reinforce or gumbel."
+        )
     data = data or load_data(run.config.source)
     check_classes(run.gated_file, facts, data.classes)
     data = data.with_channels(facts.input_size[0])
@@ -82,7 +98,10 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
     if not path.name or path.is_dir():
         raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
     small = cut_closed(model, data.example)
-    ungated, cut = (Normalised(own.network, facts.mean, facts.std) if fold_normalization else Scores(own.network) for own in (model, small))
+    ungated, cut = (
+        Normalised(own.network, facts.mean, facts.std) if fold_normalization else Scores(own.network)
+        for own in (model, small)
+    )
     partial, base = (run.ungated_onnx_file.with_name(f"{name}.onnx.partial") for name in ("ungated", "cut"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +118,11 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
         content = proto.SerializeToString()
         found = parity(model, content, data, facts, fold_normalization)
         if not found["difference"] <= TOLERANCE * found["largest"]:
-            raise DynpruneError(f"onnxruntime differs from torch by {found['difference']:.1e} (largest output {found['largest']:.1e}) with the same gates open. No file was "
-                                "written. Please report the model's name.")
+            raise DynpruneError(
+                f"onnxruntime differs from torch by {found['difference']:.1e} (largest output "
+                f"{found['largest']:.1e}) with the same gates open. No file was written. Please "
+                f"report the model's name."
+            )
         write_bytes(path, content)
         partial.replace(run.ungated_onnx_file)
     except OSError as error:
@@ -110,31 +132,56 @@ def export_gated(run: GateRun, *, out: Path | None = None, opset: int | None = N
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
     units = [sum(len(gate.sizes) for gate in own.gates) for own in (model, small)]
-    result = GatedExportResult(str(path), read_opset(path), path.stat().st_size, found["difference"], found["difference"] / max(found["largest"], 1e-30), found["top1"],
-                               found["agree"], found["images"], fold_normalization, units[0], units[0] - units[1], small.most_share,
-                               dict(Counter(line["form"] for line in layers.values())), layers)
+    result = GatedExportResult(
+        str(path),
+        read_opset(path),
+        path.stat().st_size,
+        found["difference"],
+        found["difference"] / max(found["largest"], 1e-30),
+        found["top1"],
+        found["agree"],
+        found["images"],
+        fold_normalization,
+        units[0],
+        units[0] - units[1],
+        small.most_share,
+        dict(Counter(line["form"] for line in layers.values())),
+        layers,
+    )
     run.record("export", asdict(result))
     return result
 
 
 def quickest(rewriter: Rewriter, layers: dict[str, dict], images: Tensor) -> tuple[onnx.ModelProto, dict[str, dict]]:
-    """The forms that won layer by layer, or, where that is quicker as a whole, only forms that keep the blocked layout, or none."""
+    """The forms that won layer by layer, or, where that is quicker as a whole, only forms that keep the blocked layout,
+    or none."""
     trials = []
-    for allowed in (FORMS, ("full", "layer", "blocks", "pair"), ("full", "layer", "pair"), ("full", "layer", "blocks"), ("full", "layer"), ("full",)):
+    for allowed in (
+        FORMS,
+        ("full", "layer", "blocks", "pair"),
+        ("full", "layer", "pair"),
+        ("full", "layer", "blocks"),
+        ("full", "layer"),
+        ("full",),
+    ):
         forms = {weight: line["form"] for weight, line in with_pairs(layers, allowed).items()}
         if forms not in [known for known, _ in trials]:
             trials.append((forms, rewriter.rewrite(forms)))
     sessions = [open_session(proto.SerializeToString(), 1) for _, proto in trials]
     feeds = [(session, {session.get_inputs()[0].name: image[None].numpy()}) for session in sessions for image in images]
     samples = interleaved(feeds, TRIAL_SECONDS * len(trials), TRIAL_RUNS)
-    took = [float(np.mean([np.min(own) for own in samples[i * len(images):(i + 1) * len(images)]])) for i in range(len(trials))]
+    took = [
+        float(np.mean([np.min(own) for own in samples[i * len(images) : (i + 1) * len(images)]]))
+        for i in range(len(trials))
+    ]
     forms, proto = trials[int(np.argmin(took))]
     return proto, {weight: {**line, "form": forms[weight]} for weight, line in layers.items()}
 
 
 @torch.no_grad()
 def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool) -> dict:
-    """Largest difference and largest output with onnxruntime's gates replayed in torch, equal classes, equal gates, images."""
+    """Largest difference and largest output with onnxruntime's gates replayed in torch, equal classes, equal gates,
+    images."""
     session = open_session(content)
     difference = largest = 0.0
     equal = agree = count = 0
@@ -147,11 +194,20 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
             again = fixed({gate.group: part for gate, part in zip(model.gates, opened.split(sizes, 1))})
             ours = logits(model.run(image, again)[0]).numpy()
             own = torch.cat(model.run(image, model.threshold)[1].open, 1)
-            difference, largest = max(difference, float(np.abs(ours - theirs).max())), max(largest, float(np.abs(ours).max()))
+            difference, largest = (
+                max(difference, float(np.abs(ours - theirs).max())),
+                max(largest, float(np.abs(ours).max())),
+            )
             equal += int(ours.argmax() == theirs.argmax())
             agree += int(bool((own == opened).all()))
             count += 1
-    return {"difference": difference, "largest": largest, "top1": equal / count, "agree": agree / count, "images": count}
+    return {
+        "difference": difference,
+        "largest": largest,
+        "top1": equal / count,
+        "agree": agree / count,
+        "images": count,
+    }
 
 
 def run_both(session: onnxruntime.InferenceSession, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -159,5 +215,7 @@ def run_both(session: onnxruntime.InferenceSession, image: np.ndarray) -> tuple[
     try:
         scores, gates = session.run(["logits", "gates"], {session.get_inputs()[0].name: image})
     except Exception as error:  # onnxruntime's own kinds have no common base
-        raise DynpruneError(f"onnxruntime cannot execute this gated network ({str(error).splitlines()[0][:200]}). Export it again.") from error
+        raise DynpruneError(
+            f"onnxruntime cannot execute this gated network ({str(error).splitlines()[0][:200]}). Export it again."
+        ) from error
     return scores, gates

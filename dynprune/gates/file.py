@@ -1,7 +1,8 @@
 """A gated network as a file, and back; `load` opens this and a compact file alike.
 
-A gated file is safetensors: the network's weights under "network.", the gates' under "predictors.", and in its header what a compact
-file says (how to build the network, what was kept of it) and how the gates are laid out. Nothing is unpickled.
+A gated file is safetensors: the network's weights under "network.", the gates' under "predictors.", and in its header
+what a compact file says (how to build the network, what was kept of it) and how the gates are laid out. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from dynprune.zoo import runs_code
 
 @dataclass(frozen=True)
 class GateFacts:
-    """How the gates are laid out and what they were trained for. cuts: groups of which one unit is always open. share: mean cost of a test
-    image over the ungated network's."""
+    """How the gates are laid out and what they were trained for. cuts: groups of which one unit is always open. share:
+    mean cost of a test image over the ungated network's."""
 
     block: int
     hidden: int
@@ -39,10 +40,14 @@ class GateFacts:
     share: float
 
 
-def save(path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts, *, within: Collection[tuple] | None = None) -> None:
+def save(
+    path: Path, model: GatedNetwork, facts: artifact.Facts, gates: GateFacts, *, within: Collection[tuple] | None = None
+) -> None:
     """within: see `state_of`."""
     tensors, state = tensors_of(model, within)
-    write_tensors(path, tensors, {"kind": "gated", **asdict(dataclasses.replace(facts, state=state)), "gates": asdict(gates)})
+    write_tensors(
+        path, tensors, {"kind": "gated", **asdict(dataclasses.replace(facts, state=state)), "gates": asdict(gates)}
+    )
 
 
 def tensors_of(model: GatedNetwork, within: Collection[tuple] | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -56,7 +61,8 @@ def gate_tensors(model: GatedNetwork) -> dict[str, Tensor]:
 
 
 def fill_gates(model: GatedNetwork, tensors: Mapping[str, Tensor]) -> None:
-    """Give the gates their tensors. Raises ValueError for tensors that are absent or left over, RuntimeError for other shapes."""
+    """Give the gates their tensors. Raises ValueError for tensors that are absent or left over, RuntimeError for other
+    shapes."""
     given = {name: value for name, value in tensors.items() if not name.startswith("network.")}
     if given.keys() != gate_tensors(model).keys():
         raise ValueError(f"tensors of other gates: {', '.join(sorted(given.keys() ^ gate_tensors(model).keys())[:3])}")
@@ -66,8 +72,8 @@ def fill_gates(model: GatedNetwork, tensors: Mapping[str, Tensor]) -> None:
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
     """The network in a compact or gated file, in eval mode on the CPU. See `artifact.load` for the rules.
 
-    A gated network comes without what its gates have closed for good. It computes of a single image (under `torch.no_grad()`) only what its gates open, and masks
-    larger batches.
+    A gated network comes without what its gates have closed for good. It computes of a single image (under
+    `torch.no_grad()`) only what its gates open, and masks larger batches.
     """
     path = Path(path)
     try:
@@ -79,7 +85,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
     return cut_closed(gated, facts.example)
 
 
-def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
+def load_gated(
+    path: Path, full: nn.Module | None = None, *, trust: bool = False
+) -> tuple[GatedNetwork, artifact.Facts, GateFacts]:
     """The gated network in `path`, what its file says of the network, and of the gates."""
     tensors, header = read_tensors(path, "gated")
     facts, name, kept = artifact.facts_in(path, header)
@@ -87,9 +95,14 @@ def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False
         gates = GateFacts(**header["gates"])
         check_gates(gates)
     except (KeyError, TypeError, AssertionError) as error:
-        raise DynpruneError(f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune gate.") from error
+        raise DynpruneError(
+            f"{path} lacks or garbles a header entry ({str(error)[:200]}). Write it again with dynprune gate."
+        ) from error
     if full is None and runs_code(name) and not trust:
-        raise DynpruneError(f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or trust=True if the file is yours.')
+        raise DynpruneError(
+            f'{path} asks to run the code "{name}". Pass the model yourself, load(path, model), or '
+            f"trust=True if the file is yours."
+        )
     try:
         weights = part(tensors, "network.")
         if full is None:
@@ -99,10 +112,14 @@ def load_gated(path: Path, full: nn.Module | None = None, *, trust: bool = False
         artifact.fill_from(network, weights, facts, header["schema"])
         network.eval()
         example = facts.example
-        model = GatedNetwork(network, trace(network, example), example, block=gates.block, hidden=gates.hidden, cuts=gates.cuts)
+        model = GatedNetwork(
+            network, trace(network, example), example, block=gates.block, hidden=gates.hidden, cuts=gates.cuts
+        )
         fill_gates(model, tensors)
     except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise DynpruneError(f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?') from error
+        raise DynpruneError(
+            f'{path} does not fit the model "{name}" ({first_line(error)[:200]}). Is it the version it was made with?'
+        ) from error
     return model.eval(), facts, gates
 
 
@@ -115,7 +132,16 @@ def check_gates(gates: GateFacts) -> None:
     assert all(isinstance(value, int | float) for value in (gates.target, gates.share)), "target"
 
 
-def facts_of_new(settings: dict, classes: list[str], size: list[int], mean: list[float], std: list[float], macs: int, params: int, accuracy: float) -> artifact.Facts:
+def facts_of_new(
+    settings: dict,
+    classes: list[str],
+    size: list[int],
+    mean: list[float],
+    std: list[float],
+    macs: int,
+    params: int,
+    accuracy: float,
+) -> artifact.Facts:
     """What a file says of a network that was never narrowed. settings: of any kind of training."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(policy="dense", **{name: value for name, value in settings.items() if name in known})

@@ -1,15 +1,16 @@
 """Input-dependent gates: per image, which channels of a network are computed.
 
-Takes a network and its ChannelGraph; puts a small predictor in front of every layer that makes a group of arms. From the layer's
-pooled input it decides which *units* (blocks of neighbouring arms) of the group to open for this image. An arm that is closed is
-not computed, and no layer reads it: for each image the network is the compact network of its open arms. So one table, the
-ChannelGraph, says what a gate closes, what that saves, and what must not be touched.
+Takes a network and its ChannelGraph; puts a small predictor in front of every layer that makes a group of arms. From
+the layer's pooled input it decides which *units* (blocks of neighbouring arms) of the group to open for this image. An
+arm that is closed is not computed, and no layer reads it: for each image the network is the compact network of its open
+arms. So one table, the ChannelGraph, says what a gate closes, what that saves, and what must not be touched.
 
-For training, gates multiply the inputs of the layers that read (nothing is saved then). A single image at inference takes the other
-path: only open channels are gathered, convolved and put back, so that closed ones cost nothing.
+For training, gates multiply the inputs of the layers that read (nothing is saved then). A single image at inference
+takes the other path: only open channels are gathered, convolved and put back, so that closed ones cost nothing.
 
-The idea of gating feature maps per image, with weights learned by back-propagation and gates by REINFORCE, is that of Waissman &
-Bar-Hillel, "Input-Dependently Feature-Map Pruning", ICANN 2018. Their formulas were not available to us: what follows is ours.
+The idea of gating feature maps per image, with weights learned by back-propagation and gates by REINFORCE, is that of
+Waissman & Bar-Hillel, "Input-Dependently Feature-Map Pruning", ICANN 2018. Their formulas were not available to us:
+what follows is ours.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.
 LINEAR = {F.linear}
 KINDS = {"conv1d", "conv2d", "conv3d", "linear"}
 SPLIT = 16  # arms per gate in a layer that must not be closed as a whole
-SOFTENING = 0.01  # added to a pooled input's variance: one that is nearly always closed must not be blown up when it opens
+SOFTENING = (
+    0.01  # added to a pooled input's variance: one that is nearly always closed must not be blown up when it opens
+)
 SIZED = 1.0  # spread of the first logits over the units of a group of a trained network, by the size of its weights
 OPEN, SPREAD = 2.0, 0.3  # mean and standard deviation over images of the gates' first logits: most are open
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Which gated arms lie along one dimension of a weight. groups: in order of first use; index: per position 0 for a channel without
-    gate, else 1 + its arm in the concatenation of the groups' arms."""
+    """Which gated arms lie along one dimension of a weight. groups: in order of first use; index: per position 0 for a
+    channel without gate, else 1 + its arm in the concatenation of the groups' arms."""
 
     groups: tuple[str, ...]
     index: Tensor
@@ -53,7 +56,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class Gate:
-    """The units of one group. sizes: arms of each unit. cuts: closing all of them would cut the network in two, so the best one stays open."""
+    """The units of one group. sizes: arms of each unit. cuts: closing all of them would cut the network in two, so the
+    best one stays open."""
 
     group: str
     sizes: tuple[int, ...]
@@ -83,18 +87,25 @@ class Choices:
     open: list[Tensor] = field(default_factory=list)
 
     def widths(self, order: dict[str, int], full: Tensor, units: list[Tensor] | None = None) -> Tensor:
-        """Open arms per image and group, (batch, groups), differentiable. units: in place of `open`, such as probabilities."""
+        """Open arms per image and group, (batch, groups), differentiable. units: in place of `open`, such as
+        probabilities."""
         units = self.open if units is None else units
-        columns = {order[gate.group]: value @ torch.tensor(gate.sizes, dtype=value.dtype, device=value.device) for gate, value in zip(self.gates, units)}
+        columns = {
+            order[gate.group]: value @ torch.tensor(gate.sizes, dtype=value.dtype, device=value.device)
+            for gate, value in zip(self.gates, units)
+        }
         batch = len(units[0])
-        return torch.stack([columns[i] if i in columns else full[i].expand(batch).to(units[0].dtype) for i in range(len(full))], 1)
+        return torch.stack(
+            [columns[i] if i in columns else full[i].expand(batch).to(units[0].dtype) for i in range(len(full))], 1
+        )
 
 
 def gateable(graph: ChannelGraph) -> dict[str, str]:
     """Per group the weight in front of which its gate decides; groups that cannot be gated are absent.
 
-    A gated group is made by one layer (not counting depthwise ones, and squeeze-and-excitation's, which work on one position) and read by
-    convolutions and linear layers alone. The stream of a residual stage, which many layers add to, stays: its channels carry all blocks.
+    A gated group is made by one layer (not counting depthwise ones, and squeeze-and-excitation's, which work on one
+    position) and read by convolutions and linear layers alone. The stream of a residual stage, which many layers add
+    to, stays: its channels carry all blocks.
     """
     position: dict[str, int] = {}
     for number, op in enumerate(graph.ops):
@@ -102,14 +113,17 @@ def gateable(graph: ChannelGraph) -> dict[str, str]:
     ops = {op.weight: op for op in graph.ops}
     found = {}
     for group in graph:
-        makers = [tensor for tensor, dim in group.made if dim == 0 and tensor in ops and not is_depthwise(graph, ops[tensor])]
+        makers = [
+            tensor for tensor, dim in group.made if dim == 0 and tensor in ops and not is_depthwise(graph, ops[tensor])
+        ]
         if len(makers) > 1:
             makers = [tensor for tensor in makers if ops[tensor].positions > 1]
         plain = all(dim == 1 and tensor in ops and ops[tensor].kind in KINDS for tensor, dim in group.reads)
         if group.mixed_by or len(makers) != 1 or ops[makers[0]].kind not in KINDS or not group.reads or not plain:
             continue
         first = position[makers[0]]
-        if 0 < first < min(position[tensor] for tensor, _ in group.reads):  # the first layer of all sees nothing but pixels
+        # the first layer of all sees nothing but pixels
+        if 0 < first < min(position[tensor] for tensor, _ in group.reads):
             found[group.name] = makers[0]
     return found
 
@@ -141,10 +155,11 @@ def units_of(arms: int, block: int) -> tuple[int, ...]:
 
 
 class Predictor(nn.Module):
-    """Gates of one layer from its pooled input, (batch, channels) to logits (batch, units): one hidden layer between two normalisations.
+    """Gates of one layer from its pooled input, (batch, channels) to logits (batch, units): one hidden layer between
+    two normalisations.
 
-    The second gives every unit's logit a variance over images from the start: gates whose logits differ too little between images soon
-    ignore them, and become a static choice of channels.
+    The second gives every unit's logit a variance over images from the start: gates whose logits differ too little
+    between images soon ignore them, and become a static choice of channels.
     """
 
     def __init__(self, inputs: int, hidden: int, units: int):
@@ -164,22 +179,39 @@ class Predictor(nn.Module):
         before, after = (1 / torch.sqrt(norm.running_var + norm.eps) for norm in (self.norm, self.spread))
         first = self.hidden.weight * before
         second = self.out.weight * (after * self.spread.weight)[:, None]
-        return first, self.hidden.bias - first @ self.norm.running_mean, second, self.spread.bias - self.spread.running_mean * after * self.spread.weight
+        return (
+            first,
+            self.hidden.bias - first @ self.norm.running_mean,
+            second,
+            self.spread.bias - self.spread.running_mean * after * self.spread.weight,
+        )
 
 
-Choose = Callable[[Tensor, Site], Tensor]  # logits of all units that a site decides, (batch, units), to what is opened, 0 or 1
+# logits of all units that a site decides, (batch, units), to what is opened, 0 or 1
+Choose = Callable[[Tensor, Site], Tensor]
 
 
 class GatedNetwork(nn.Module):
-    """A network with gates. In eval mode a batch is masked, and a single image without gradients computes only what is open.
+    """A network with gates. In eval mode a batch is masked, and a single image without gradients computes only what is
+    open.
 
-    shift: added to every logit at inference, so that the mean cost meets the target. dense_macs: of the ungated network, per image.
+    shift: added to every logit at inference, so that the mean cost meets the target. dense_macs: of the ungated
+    network, per image.
     """
 
-    def __init__(self, network: nn.Module, graph: ChannelGraph, example: Tensor, *, block: int = 0, hidden: int = 16, seed: int = 0,
-                 cuts: Collection[str] | None = None):
-        """block: arms per gate; 0 gates whole groups, and blocks of 16 where the network cannot do without the group. cuts: the groups that carry everything, where they are
-        known already."""
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: ChannelGraph,
+        example: Tensor,
+        *,
+        block: int = 0,
+        hidden: int = 16,
+        seed: int = 0,
+        cuts: Collection[str] | None = None,
+    ):
+        """block: arms per gate; 0 gates whole groups, and blocks of 16 where the network cannot do without the group.
+        cuts: the groups that carry everything, where they are known already."""
         super().__init__()
         self.network, self.graph, self.block, self.hidden = network, graph, block, hidden
         gated = gateable(graph)
@@ -187,7 +219,17 @@ class GatedNetwork(nn.Module):
             raise DynpruneError("No channel of this network can be gated. See what it is made of: dynprune inspect.")
         self.place(gated, {name: Gate(name, units_of(graph.groups[name].arms, block)) for name in gated}, hidden, seed)
         cuts = self.find_cuts(example) if cuts is None else cuts
-        self.place(gated, {name: Gate(name, units_of(graph.groups[name].arms, block or (SPLIT if name in cuts else 0)), name in cuts) for name in gated}, hidden, seed)
+        self.place(
+            gated,
+            {
+                name: Gate(
+                    name, units_of(graph.groups[name].arms, block or (SPLIT if name in cuts else 0)), name in cuts
+                )
+                for name in gated
+            },
+            hidden,
+            seed,
+        )
         self.register_buffer("shift", torch.zeros(()))
         cost = CostModel(graph)
         self.cost, self.dense_macs = Cost(cost), cost.cost("macs", cost.arms)
@@ -199,16 +241,22 @@ class GatedNetwork(nn.Module):
         deciding = [site for site in self.sites.values() if site.decides]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.predictors = nn.ModuleList(Predictor(self.graph.shapes[site.op.weight][1] * site.op.groups, hidden, site.units) for site in deciding)
+            self.predictors = nn.ModuleList(
+                Predictor(self.graph.shapes[site.op.weight][1] * site.op.groups, hidden, site.units)
+                for site in deciding
+            )
         self.predictor_of = {site.op.weight: number for number, site in enumerate(deciding)}
 
     @torch.no_grad()
     def begin_with(self, magnitudes: Mapping[str, Tensor]) -> None:
-        """Of a trained network: units of small weights are the first to close. magnitudes: (arms,) per group, `saliency.magnitude`."""
+        """Of a trained network: units of small weights are the first to close. magnitudes: (arms,) per group,
+        `saliency.magnitude`."""
         for site in self.sites.values():
             if not site.decides:
                 continue
-            means = [torch.stack([part.mean() for part in magnitudes[gate.group].split(gate.sizes)]) for gate in site.decides]
+            means = [
+                torch.stack([part.mean() for part in magnitudes[gate.group].split(gate.sizes)]) for gate in site.decides
+            ]
             scores = torch.cat([(own - own.mean()) / own.std(correction=0).clamp(min=1e-12) for own in means])
             bias = self.predictors[self.predictor_of[site.op.weight]].spread.bias
             bias.copy_(OPEN + SIZED * scores)
@@ -231,7 +279,8 @@ class GatedNetwork(nn.Module):
         return output, mode.choices
 
     def executed_share(self, choices: Choices, units: list[Tensor] | None = None) -> Tensor:
-        """Multiply-accumulates of each image, the gates' own included, over those of the ungated network: (batch,), differentiable."""
+        """Multiply-accumulates of each image, the gates' own included, over those of the ungated network: (batch,),
+        differentiable."""
         return (self.cost(choices, units) + self.gate_macs) / self.dense_macs
 
     @property
@@ -248,13 +297,17 @@ class GatedNetwork(nn.Module):
 
     @torch.no_grad()
     def find_cuts(self, example: Tensor) -> list[str]:
-        """The groups that carry everything: with all of their arms closed, the output no longer depends on the image."""
+        """The groups that carry everything: with all of their arms closed, the output no longer depends on the
+        image."""
         images = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
 
         def spread(closed: str) -> float:
             """How far the outputs for two images lie apart with one group closed."""
+
             def choose(scores: Tensor, site: Site) -> Tensor:
-                return torch.cat([torch.full((2, len(gate.sizes)), float(gate.group != closed)) for gate in site.decides], 1)
+                return torch.cat(
+                    [torch.full((2, len(gate.sizes)), float(gate.group != closed)) for gate in site.decides], 1
+                )
 
             first, second = logits(self.run(images, choose)[0]).float()
             return float((first - second).abs().max())
@@ -289,8 +342,14 @@ class Cost:
     def __init__(self, model: CostModel):
         self.order = {name: number for number, name in enumerate(model.names)}
         self.arms = torch.from_numpy(model.arms).double()
-        self.coefficients, self.constants = torch.from_numpy(model.coefficients).double(), torch.from_numpy(model.constants).double()
-        self.tensors, self.weights = torch.from_numpy(model.tensors), torch.from_numpy(model.fixed * model.weights["macs"]).double()
+        self.coefficients, self.constants = (
+            torch.from_numpy(model.coefficients).double(),
+            torch.from_numpy(model.constants).double(),
+        )
+        self.tensors, self.weights = (
+            torch.from_numpy(model.tensors),
+            torch.from_numpy(model.fixed * model.weights["macs"]).double(),
+        )
 
     def __call__(self, choices: Choices, units: list[Tensor] | None = None) -> Tensor:
         widths = choices.widths(self.order, self.arms, units).double().cpu()
@@ -315,7 +374,10 @@ class Gating(TorchFunctionMode):
             if site is not None:
                 x = args[0] if args else kwargs["input"]
                 if len(x) != self.batch:
-                    raise DynpruneError(f"Layer {site.op.layer} sees {len(x)} inputs for {self.batch} images. Gates need layers that see one input per image.")
+                    raise DynpruneError(
+                        f"Layer {site.op.layer} sees {len(x)} inputs for {self.batch} images. Gates "
+                        f"need layers that see one input per image."
+                    )
                 return self.compute(site, func, x, args, kwargs)
         return func(*args, **kwargs)
 
@@ -337,12 +399,19 @@ class Gating(TorchFunctionMode):
         if channels is None:
             return None
         known = [self.masks[name] for name in channels.groups]
-        every = torch.cat([known[0].new_ones(len(known[0]), 1), *known], 1).index_select(1, channels.index.to(known[0].device))
+        every = torch.cat([known[0].new_ones(len(known[0]), 1), *known], 1).index_select(
+            1, channels.index.to(known[0].device)
+        )
         return every.repeat(1, groups) if groups > 1 else every
 
     def decide(self, site: Site, x: Tensor, channel: int, seen: Tensor | None) -> None:
-        """Pool what the layer sees, and open units for it. Gates follow the features: no gradient goes back from them into what they saw."""
-        pooled = x.detach().mean([d for d in range(1, x.ndim) if d != channel], dtype=torch.float32) if x.ndim > 2 else x.detach().float()
+        """Pool what the layer sees, and open units for it. Gates follow the features: no gradient goes back from them
+        into what they saw."""
+        pooled = (
+            x.detach().mean([d for d in range(1, x.ndim) if d != channel], dtype=torch.float32)
+            if x.ndim > 2
+            else x.detach().float()
+        )
         if seen is not None:
             pooled = pooled * seen
         with torch.autocast(x.device.type, enabled=False):
@@ -368,9 +437,13 @@ class Gating(TorchFunctionMode):
         depthwise = is_depthwise(self.gated.graph, site.op)
         made = open_positions(self.mask(site.outputs))
         read = made if depthwise else open_positions(self.mask(site.inputs))
-        out_shape = func(x[:, :1].to("meta") if groups == 1 and func not in LINEAR else x.to("meta"),
-                         weight[:, :1].to("meta") if groups == 1 and func not in LINEAR else weight.to("meta"), None, *rest[1:],
-                         **{name: value for name, value in kwargs.items() if name != "bias"}).shape
+        out_shape = func(
+            x[:, :1].to("meta") if groups == 1 and func not in LINEAR else x.to("meta"),
+            weight[:, :1].to("meta") if groups == 1 and func not in LINEAR else weight.to("meta"),
+            None,
+            *rest[1:],
+            **{name: value for name, value in kwargs.items() if name != "bias"},
+        ).shape
         whole = x.new_zeros(out_shape)
         if made is not None and not len(made):
             return whole
@@ -410,6 +483,7 @@ def with_groups(rest: list, kwargs: dict, groups: int) -> tuple[list, dict]:
 
 def fixed(opened: Mapping[str, Tensor]) -> Choose:
     """Open what is given, whatever the images: per group (images, units), or (1, units) for all of them."""
+
     def choose(scores: Tensor, site: Site) -> Tensor:
         return torch.cat([opened[gate.group] for gate in site.decides], 1).to(scores).expand(len(scores), -1)
 

@@ -1,7 +1,8 @@
 """What comes after training gates, tried before it: see `training/rehearsal.py`.
 
-Takes a GateSession that has not begun. On copies it does one training step, brings the network's state into one that is built anew, reads a
-gated file back, and exports the network under the gates to ONNX. What fails is refused with the words of what failed.
+Takes a GateSession that has not begun. On copies it does one training step, brings the network's state into one that is
+built anew, reads a gated file back, and exports the network under the gates to ONNX. What fails is refused with the
+words of what failed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from dynprune.structure.surgery import slim
 from dynprune.training.rehearsal import NOTHING, brought_back, built_anew, take_step, try_onnx, try_step
 
 
-def rehearse_gates(session: GateSession, *, note: Callable[[str], None] = lambda _: None, say: Callable[[str], None] = lambda _: None) -> None:
+def rehearse_gates(
+    session: GateSession, *, note: Callable[[str], None] = lambda _: None, say: Callable[[str], None] = lambda _: None
+) -> None:
     """Try a training step, the gated file and the ONNX file. note: what is tried now. say: what users should know.
 
-    Raises DynpruneError for what could not be trained, saved, loaded or exported afterwards. The session stays as it is, but for its
-    precision.
+    Raises DynpruneError for what could not be trained, saved, loaded or exported afterwards. The session stays as it
+    is, but for its precision.
     """
     note("trying what comes after training, on the untrained network")
     with same_randomness(0):
@@ -51,13 +54,25 @@ def try_state(session: GateSession) -> nn.Module:
 def try_gated_file(session: GateSession) -> None:
     """Save the gated network and read it back."""
     model, config = copied(session.model).cpu().eval(), session.config
-    gates = gated_file.GateFacts(config.block, config.hidden, [own.group for own in model.gates if own.cuts], config.estimator, config.target, 1.0)
+    gates = gated_file.GateFacts(
+        config.block,
+        config.hidden,
+        [own.group for own in model.gates if own.cuts],
+        config.estimator,
+        config.target,
+        1.0,
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="dynprune-") as folder:
             path = Path(folder) / "trial.safetensors"
             gated_file.save(path, model, facts_of(session, 0.0), gates, within=session.paths)
             difference = file_difference(path, model, session.data, config)
     except DynpruneError as error:
-        raise DynpruneError(f'"{config.model}" could be trained, but not saved and loaded again: {error} {NOTHING}') from error
+        raise DynpruneError(
+            f'"{config.model}" could be trained, but not saved and loaded again: {error} {NOTHING}'
+        ) from error
     if not difference < FILE_TOLERANCE:
-        raise DynpruneError(f'"{config.model}" computes something else when its gated file is read back. {NOTHING} Please report the model.')
+        raise DynpruneError(
+            f'"{config.model}" computes something else when its gated file is read back. {NOTHING} '
+            f"Please report the model."
+        )

@@ -1,7 +1,7 @@
 """What gates do: how much they save, on which images, and whether they depend on the image at all.
 
-Takes a gated network and labelled images; returns shares of cost per image and class, the information between gates and classes, and
-the accuracy when every gate is frozen to what it does most.
+Takes a gated network and labelled images; returns shares of cost per image and class, the information between gates and
+classes, and the accuracy when every gate is frozen to what it does most.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class GateLine:
-    """One gated group. open_share: mean over images and arms. varying_share: of its units. entropy_bits: mean of its units; information_bits:
-    between a unit and the class, mean of its units."""
+    """One gated group. open_share: mean over images and arms. varying_share: of its units. entropy_bits: mean of its
+    units; information_bits: between a unit and the class, mean of its units."""
 
     group: str
     units: int
@@ -35,9 +35,10 @@ class GateLine:
 
 @dataclass(frozen=True)
 class GateStats:
-    """share: mean cost of an image over the ungated network's, gates included; percentiles: of that share (5, 25, 50, 75, 95). frozen_accuracy:
-    with each gate fixed to what it does most, for at least the same cost (frozen_share). easiest, hardest: (image, share, class) that cost least
-    and most. right_share, wrong_share: mean cost of the images that are classified right and wrong."""
+    """share: mean cost of an image over the ungated network's, gates included; percentiles: of that share (5, 25, 50,
+    75, 95). frozen_accuracy: with each gate fixed to what it does most, for at least the same cost (frozen_share).
+    easiest, hardest: (image, share, class) that cost least and most. right_share, wrong_share: mean cost of the images
+    that are classified right and wrong."""
 
     accuracy: float
     share: float
@@ -55,7 +56,8 @@ class GateStats:
 
 @dataclass
 class Observed:
-    """Of every image: whether it was classified right, its label, its cost share, and per gate what was open, (images, units)."""
+    """Of every image: whether it was classified right, its label, its cost share, and per gate what was open, (images,
+    units)."""
 
     right: Tensor
     labels: Tensor
@@ -78,7 +80,9 @@ def observe(model: GatedNetwork, data: Data, images: Images, choose: Choose | No
     return Observed(torch.cat(right), torch.cat(labels), torch.cat(shares), [torch.cat(gate) for gate in zip(*opened)])
 
 
-def gate_stats(model: GatedNetwork, data: Data, images: Images, report: Callable[[str], None] = lambda _: None) -> GateStats:
+def gate_stats(
+    model: GatedNetwork, data: Data, images: Images, report: Callable[[str], None] = lambda _: None
+) -> GateStats:
     """Everything about the gates on these images."""
     report("running the test images through the gates")
     seen = observe(model, data, images)
@@ -86,8 +90,16 @@ def gate_stats(model: GatedNetwork, data: Data, images: Images, report: Callable
     lines = []
     for gate, opened in zip(model.gates, seen.opened):
         rates = opened.mean(0)
-        lines.append(GateLine(gate.group, len(gate.sizes), float(opened.mean(0) @ torch.tensor(gate.sizes, dtype=opened.dtype)) / sum(gate.sizes),
-                              float(((rates > NEVER) & (rates < ALWAYS)).float().mean()), float(bits(rates).mean()), float(information(opened, seen.labels, classes).mean())))
+        lines.append(
+            GateLine(
+                gate.group,
+                len(gate.sizes),
+                float(opened.mean(0) @ torch.tensor(gate.sizes, dtype=opened.dtype)) / sum(gate.sizes),
+                float(((rates > NEVER) & (rates < ALWAYS)).float().mean()),
+                float(bits(rates).mean()),
+                float(information(opened, seen.labels, classes).mean()),
+            )
+        )
     report("running them with frozen gates")
     pattern = frozen_pattern(model, seen)
     frozen = observe(model, data, images, pattern)
@@ -101,11 +113,23 @@ def gate_stats(model: GatedNetwork, data: Data, images: Images, report: Callable
         return float(seen.shares[where].mean()) if where.any() else None
 
     return GateStats(
-        float(seen.right.double().mean()), float(seen.shares.mean()),
+        float(seen.right.double().mean()),
+        float(seen.shares.mean()),
         {str(p): float(torch.quantile(seen.shares, p / 100)) for p in (5, 25, 50, 75, 95)},
-        {name: share for number, name in enumerate(data.classes) if (share := mean_share(seen.labels == number)) is not None},
-        mean_share(seen.right), mean_share(~seen.right), [example(int(i)) for i in order[:EXAMPLES]], [example(int(i)) for i in order.flip(0)[:EXAMPLES]],
-        sum(line.varying_share * line.units for line in lines) / units, float(frozen.right.double().mean()), float(frozen.shares.mean()), lines)
+        {
+            name: share
+            for number, name in enumerate(data.classes)
+            if (share := mean_share(seen.labels == number)) is not None
+        },
+        mean_share(seen.right),
+        mean_share(~seen.right),
+        [example(int(i)) for i in order[:EXAMPLES]],
+        [example(int(i)) for i in order.flip(0)[:EXAMPLES]],
+        sum(line.varying_share * line.units for line in lines) / units,
+        float(frozen.right.double().mean()),
+        float(frozen.shares.mean()),
+        lines,
+    )
 
 
 def name_of(images: Images, i: int) -> str:
@@ -120,7 +144,8 @@ def bits(rates: Tensor) -> Tensor:
 
 
 def information(opened: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mutual information between each unit and the class, in bits, (units,). opened: (images, units) of 0 and 1; labels: (images,)."""
+    """Mutual information between each unit and the class, in bits, (units,). opened: (images, units) of 0 and 1;
+    labels: (images,)."""
     left = torch.zeros(opened.shape[1], dtype=torch.float64)
     for number in range(classes):
         own = opened[labels == number]
@@ -130,7 +155,8 @@ def information(opened: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def frozen_pattern(model: GatedNetwork, seen: Observed) -> Choose:
-    """Gates that do not look: units open in the order of how often they were, until the cost is at least the mean that was paid."""
+    """Gates that do not look: units open in the order of how often they were, until the cost is at least the mean that
+    was paid."""
     rates = torch.cat([opened.mean(0) for opened in seen.opened])
     order = torch.argsort(rates, descending=True, stable=True)
     sizes = [len(gate.sizes) for gate in model.gates]
@@ -141,7 +167,10 @@ def frozen_pattern(model: GatedNetwork, seen: Observed) -> Choose:
         return [part[None] for part in flat.split(sizes)]
 
     def cost(count: int) -> float:
-        units = [torch.where(part.any() | torch.tensor(not gate.cuts), part, torch.eye(1, part.shape[1])) for gate, part in zip(model.gates, pattern(count))]
+        units = [
+            torch.where(part.any() | torch.tensor(not gate.cuts), part, torch.eye(1, part.shape[1]))
+            for gate, part in zip(model.gates, pattern(count))
+        ]
         return float(model.executed_share(Choices(model.gates, units, units)))
 
     low, high, wanted = 0, len(rates), float(seen.shares.mean())

@@ -1,8 +1,8 @@
 """What gates hardly ever open is closed for good, and cut: a gated network gets smaller before it decides anything.
 
-Takes a gated network and images; closes the units that fewer than one image in a hundred opens (a constant in place of their logit), and
-makes the narrower gated network that computes the same. Of a gate of single channels little can be skipped image by image, yet
-what no image needs costs nothing after the cut, whatever the layer and the runtime.
+Takes a gated network and images; closes the units that fewer than one image in a hundred opens (a constant in place of
+their logit), and makes the narrower gated network that computes the same. Of a gate of single channels little can be
+skipped image by image, yet what no image needs costs nothing after the cut, whatever the layer and the runtime.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ CLOSED = -1e4  # the logit of a unit that is closed for good, far below any shif
 
 @torch.no_grad()
 def close_rare(model: GatedNetwork, opened: Mapping[str, Tensor]) -> int:
-    """Close for good what is rarely open; the best unit of each group stays. opened: per group 0 or 1, (images, units). Returns how many are closed."""
+    """Close for good what is rarely open; the best unit of each group stays. opened: per group 0 or 1, (images, units).
+    Returns how many are closed."""
     count = 0
     for site, predictor in deciding(model):
         rates = [opened[gate.group].float().mean(0) for gate in site.decides]
-        rare = torch.cat([(own < RARE) & (torch.arange(len(own)) != int(own.argmax())) for own in rates]).to(predictor.spread.bias.device)
+        rare = torch.cat([(own < RARE) & (torch.arange(len(own)) != int(own.argmax())) for own in rates]).to(
+            predictor.spread.bias.device
+        )
         predictor.spread.weight[rare], predictor.spread.bias[rare] = 0.0, CLOSED
         count += int(rare.sum())
     return count
@@ -45,7 +48,8 @@ def closed_for_good(model: GatedNetwork) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def cut_closed(model: GatedNetwork, example: Tensor) -> GatedNetwork:
-    """A narrower gated network without the units that are closed for good, which opens and computes the same; in eval mode.
+    """A narrower gated network without the units that are closed for good, which opens and computes the same; in eval
+    mode.
 
     Its costs are shares of the same ungated network. With nothing to cut, the network itself.
     """
@@ -53,9 +57,18 @@ def cut_closed(model: GatedNetwork, example: Tensor) -> GatedNetwork:
     if not any(bool(own.any()) for own in closed.values()):
         return model
     sizes = {gate.group: torch.tensor(gate.sizes) for gate in model.gates}
-    kept = model.graph.kept({group: np.flatnonzero(~own.repeat_interleave(sizes[group]).numpy()) for group, own in closed.items()})
+    kept = model.graph.kept(
+        {group: np.flatnonzero(~own.repeat_interleave(sizes[group]).numpy()) for group, own in closed.items()}
+    )
     network = slim(model.network, kept).eval()
-    small = GatedNetwork(network, trace(network, example), example, block=model.block, hidden=model.hidden, cuts=[gate.group for gate in model.gates if gate.cuts])
+    small = GatedNetwork(
+        network,
+        trace(network, example),
+        example,
+        block=model.block,
+        hidden=model.hidden,
+        cuts=[gate.group for gate in model.gates if gate.cuts],
+    )
     left = {group: tuple(sizes[group][~own].tolist()) for group, own in closed.items()}
     if {gate.group: gate.sizes for gate in small.gates} != left:
         return model  # a structure in which the rest no longer forms the same groups: nothing is lost but time
@@ -76,7 +89,8 @@ def inputs_kept(model: GatedNetwork, site: Site, kept: Mapping) -> Tensor:
 
 
 def narrow_predictor(predictor: Predictor, small: Predictor, inputs: Tensor, units: Tensor) -> None:
-    """Fill `small` with these inputs and units of `predictor`. An input that is gone was 0; what a 0 gave goes into the bias."""
+    """Fill `small` with these inputs and units of `predictor`. An input that is gone was 0; what a 0 gave goes into the
+    bias."""
     norm, gone = predictor.norm, torch.ones(len(predictor.norm.running_mean), dtype=torch.bool)
     gone[inputs] = False
     zero = -norm.running_mean / torch.sqrt(norm.running_var + norm.eps)
@@ -91,7 +105,9 @@ def narrow_predictor(predictor: Predictor, small: Predictor, inputs: Tensor, uni
 
 def deciding(model: GatedNetwork) -> Iterable[tuple[Site, Predictor]]:
     """The sites that decide, each with its predictor."""
-    return [(site, model.predictors[model.predictor_of[site.op.weight]]) for site in model.sites.values() if site.decides]
+    return [
+        (site, model.predictors[model.predictor_of[site.op.weight]]) for site in model.sites.values() if site.decides
+    ]
 
 
 def all_units(model: GatedNetwork, opened: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Training gates: everything that one run of `dynprune gate` holds, and one step of it.
 
-Takes a GateConfig, data, and a network (new, or that of a finished run); trains weights by back-propagation and gates by the chosen
-estimator, on a price per multiply-accumulate that steers the mean cost of an image to the target. The steps fall into phases:
+Takes a GateConfig, data, and a network (new, or that of a finished run); trains weights by back-propagation and gates
+by the chosen estimator, on a price per multiply-accumulate that steers the mean cost of an image to the target. The
+steps fall into phases:
 
-    warming   with `gates_first`: the weights rest while the gates learn
-    gating    both learn; the target falls from 1 to the one asked for in the first half
-    settled   the gates are set to the threshold that meets the target, and stay but for that threshold and the statistics that normalise what they see;
+    warming   with `gates_first`: the weights rest while the gates learn gating    both learn; the target falls from 1
+    to the one asked for in the first half settled   the gates are set to the threshold that meets the target, and stay
+    but for that threshold and the statistics that normalise what they see;
               the weights learn to live with them
 
 After the last step, units that hardly any training image opens are closed for good, and the threshold is set once more.
@@ -33,35 +34,52 @@ from dynprune.deploy.export import check_classes, load_compact
 from dynprune.errors import DynpruneError
 from dynprune.execution.saliency import magnitude
 from dynprune.files import artifact
-from dynprune.gates import estimators, file as gated_file
+from dynprune.gates import estimators
+from dynprune.gates import file as gated_file
 from dynprune.gates.gating import Choices, Choose, GatedNetwork, Site, fixed, statistics_kept
 from dynprune.gates.stats import GateStats, gate_stats, observe
 from dynprune.gates.surgery import close_rare, closed_for_good
 from dynprune.runs.config import GateConfig
 from dynprune.runs.directory import GateRun, Run
 from dynprune.state.copies import copied
-from dynprune.state.tensors import check_facts as check_state, fill, paths_of
+from dynprune.state.tensors import check_facts as check_state
+from dynprune.state.tensors import fill, paths_of
 from dynprune.structure.tracing import first_line, trace
 from dynprune.training.distributed import ALONE
-from dynprune.training.session import PASSES, History, choose_device, learning_rate, lost, make_optimizer, part, set_learning_rate, use_bfloat16
+from dynprune.training.session import (
+    PASSES,
+    History,
+    choose_device,
+    learning_rate,
+    lost,
+    make_optimizer,
+    part,
+    set_learning_rate,
+    use_bfloat16,
+)
 from dynprune.training.train import Progress, train
 from dynprune.zoo.weights import load_weights
 
 FALLING = 0.5  # share of the gating phase in which the target falls to its value
 COLDEST = 0.2  # temperature at which gates stop learning
-PRICE_STEP, PRICE_PULL = 0.2, 20.0  # of the price per MAC: how fast it moves with the excess, and how hard an excess pulls at once
+# of the price per MAC: how fast it moves with the excess, and how hard an excess pulls at once
+PRICE_STEP, PRICE_PULL = 0.2, 20.0
 TOLERANCE = 1.02  # the mean over other images than those that set the threshold may lie this far above the target
 FILE_TOLERANCE = 1e-4  # float32, and sums in another order
 CALIBRATION_IMAGES, CALIBRATION_ROUNDS = 500, 9
 RARE_IMAGES = 1000  # training images, without augmentation, that show which units are hardly ever open
-SOFTER = 2.0  # divides the logits of teacher and student, so that what the teacher holds for less likely counts too (Hinton, Vinyals & Dean, 2015)
+# divides the logits of teacher and student, so that what the teacher holds for less likely counts too (Hinton, Vinyals
+# & Dean, 2015)
+SOFTER = 2.0
 SHIFT_STEP = 0.05  # of the common threshold while settled, per unit of share that is missing
 ALWAYS = 1e4  # a shift that opens every gate
 CLOSE = 0.9  # share of the target that images must cost at the end; below it, as above it, the threshold is set anew
 MARGIN = 0.99  # the threshold aims this far below the target, so that other images meet it too
 
 
-def base_network(config: GateConfig, classes: list[str], size: tuple[int, int, int]) -> tuple[nn.Module, artifact.Facts | None]:
+def base_network(
+    config: GateConfig, classes: list[str], size: tuple[int, int, int]
+) -> tuple[nn.Module, artifact.Facts | None]:
     """The network to gate: of the run in `base`, as compacted, or a new one; with what its file knows."""
     if not config.base:
         network = zoo.build(config.model, len(classes), config.seed, size=size)
@@ -96,20 +114,29 @@ class GateSession:
         self.data = data = fitting(network, data)
         self.graph = trace(network, data.example)
         self.trained = bool(config.base or config.weights)
-        distills = self.trained and config.distill > 0 and not self.ungated  # a network that stays as it is would only be held back by itself
+        # a network that stays as it is would only be held back by itself
+        distills = self.trained and config.distill > 0 and not self.ungated
         self.teacher = copied(network).to(self.device, memory_format=torch.channels_last).eval() if distills else None
-        self.model = GatedNetwork(network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed).to(self.device)
+        self.model = GatedNetwork(
+            network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed
+        ).to(self.device)
         self.network = self.model.network
         if self.trained:
             self.model.begin_with(magnitude(dict(self.network.named_parameters()), self.graph))
         if config.target < self.model.least_share:
-            raise DynpruneError(f"--target {config.target} is below what gates can reach here: with as little open as possible an image costs {self.model.least_share:.3f} of the "
-                                "ungated network. Choose more, or gate a compact network.")
+            raise DynpruneError(
+                f"--target {config.target} is below what gates can reach here: with as little open as "
+                f"possible an image costs {self.model.least_share:.3f} of the ungated network. Choose "
+                f"more, or gate a compact network."
+            )
         self.weights = make_optimizer(config, self.network, self.device)
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
-        baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0  # a forward pass each
-        self.train_macs = config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * distills)
+        # a forward pass each
+        baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0
+        self.train_macs = (
+            config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * distills)
+        )
         if self.ungated:
             self.model.shift.fill_(ALWAYS)
         elif config.estimator == "random":
@@ -142,7 +169,8 @@ class GateSession:
 
     @property
     def temperature(self) -> float:
-        """Divides the logits while gates learn, falling from 1, so that what they draw becomes what the threshold will say."""
+        """Divides the logits while gates learn, falling from 1, so that what they draw becomes what the threshold will
+        say."""
         return 1 + (COLDEST - 1) * min(1.0, self.step / max(1, self.settled_at))
 
     def target_at(self, step: int) -> float:
@@ -167,15 +195,23 @@ class GateSession:
         phase = self.phase(self.step)
         if phase == "settled" and self.step == self.settled_at:
             self.calibrate()
-        set_learning_rate(self.weights, 0.0 if phase == "warming" else learning_rate(self.config, self.step, self.steps))
+        set_learning_rate(
+            self.weights, 0.0 if phase == "warming" else learning_rate(self.config, self.step, self.steps)
+        )
         images, labels = images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
         with self.autocast():
-            output, choices = (self.network(images), Choices()) if phase == "ungated" else self.model.run(images, self.choose(phase))
+            output, choices = (
+                (self.network(images), Choices()) if phase == "ungated" else self.model.run(images, self.choose(phase))
+            )
         taught = self.teach(images)
         each = self.loss_of(output, labels, taught)
         loss = each.mean()
         if phase != "ungated":
-            self.share = float(self.model.executed_share(Choices(choices.gates, choices.logits, [value.detach() for value in choices.open])).mean())
+            self.share = float(
+                self.model.executed_share(
+                    Choices(choices.gates, choices.logits, [value.detach() for value in choices.open])
+                ).mean()
+            )
         total = loss
         if phase in ("warming", "gating") and self.config.estimator != "random":
             total = loss + self.loss_of_gates(choices, each, images, labels, taught)
@@ -208,7 +244,9 @@ class GateSession:
         each = F.cross_entropy(scores, labels, reduction="none", label_smoothing=self.config.label_smoothing)
         if taught is None:
             return each
-        apart = F.kl_div(F.log_softmax(scores / SOFTER, 1), F.log_softmax(taught / SOFTER, 1), reduction="none", log_target=True).sum(1)
+        apart = F.kl_div(
+            F.log_softmax(scores / SOFTER, 1), F.log_softmax(taught / SOFTER, 1), reduction="none", log_target=True
+        ).sum(1)
         return torch.lerp(each, SOFTER**2 * apart, self.config.distill)
 
     def choose(self, phase: str) -> Choose:
@@ -223,12 +261,16 @@ class GateSession:
         temperature = self.temperature
         return lambda scores, _: draw(scores / temperature)
 
-    def loss_of_gates(self, choices: Choices, each: Tensor, images: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
-        """What the gates are to lower: the price of what they open, and with REINFORCE the images' loss. each: that loss, (batch,)."""
+    def loss_of_gates(
+        self, choices: Choices, each: Tensor, images: Tensor, labels: Tensor, taught: Tensor | None
+    ) -> Tensor:
+        """What the gates are to lower: the price of what they open, and with REINFORCE the images' loss. each: that
+        loss, (batch,)."""
         cooled = [own / self.temperature for own in choices.logits]
         expected = self.model.executed_share(choices, [torch.sigmoid(own) for own in cooled])
         spent = expected if self.config.estimator == "reinforce" else self.model.executed_share(choices)
-        excess = self.share - self.target_at(self.step)  # of what was really opened; the expectation takes gates for independent
+        # of what was really opened; the expectation takes gates for independent
+        excess = self.share - self.target_at(self.step)
         self.price = max(0.0, self.price + PRICE_STEP * excess)
         cost = max(0.0, self.price + PRICE_PULL * excess) * spent.mean().float()
         cost = cost - self.entropy_weight * estimators.entropy(cooled)
@@ -253,20 +295,27 @@ class GateSession:
         model, low, high = self.model, -8.0, 8.0
         for _ in range(30):
             middle = (low + high) / 2
-            units = [torch.full((1, len(gate.sizes)), torch.sigmoid(torch.tensor(middle)).item()) for gate in model.gates]
-            low, high = (middle, high) if float(model.executed_share(Choices(model.gates, units, units))) <= target else (low, middle)
+            units = [
+                torch.full((1, len(gate.sizes)), torch.sigmoid(torch.tensor(middle)).item()) for gate in model.gates
+            ]
+            low, high = (
+                (middle, high)
+                if float(model.executed_share(Choices(model.gates, units, units))) <= target
+                else (low, middle)
+            )
         return low
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Shift all logits so that validation images cost at most the target on average. Where no shift within its range does, gates are closed as far as it goes,
-        and the result says that the target is missed."""
+        """Shift all logits so that validation images cost at most the target on average. Where no shift within its
+        range does, gates are closed as far as it goes, and the result says that the target is missed."""
         if self.config.estimator == "random":
             self.model.shift.fill_(self.even_logit(MARGIN * self.config.target))
             return
         was_training, settling = self.model.training, self.step < self.steps
         self.model.eval()
-        self.network.train(settling)  # while settling, with the statistics of each batch, as the steps that follow use them
+        # while settling, with the statistics of each batch, as the steps that follow use them
+        self.network.train(settling)
         self.model.predictors.train(settling)
         try:
             batches = [batch for batch, _ in self.data.eval_batches(some(self.data.val, CALIBRATION_IMAGES), 100)]
@@ -303,8 +352,19 @@ class GateSession:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         tensors[f"{kind}.{key}.{name}"] = value
-        run.write_checkpoint(tensors, {"kind": "checkpoint", "history": asdict(history), "step": self.step, "steps": self.steps, "classes": self.data.classes,
-                                       "price": self.price, "share": self.share, "state": state})
+        run.write_checkpoint(
+            tensors,
+            {
+                "kind": "checkpoint",
+                "history": asdict(history),
+                "step": self.step,
+                "steps": self.steps,
+                "classes": self.data.classes,
+                "price": self.price,
+                "share": self.share,
+                "state": state,
+            },
+        )
 
     def optimizers(self) -> tuple:
         return ("weights", self.weights, self.network), ("gates", self.gates, self.model.predictors)
@@ -313,8 +373,15 @@ class GateSession:
         """Go on where the run's newest whole checkpoint was."""
         tensors, facts = run.read_checkpoint(note, aside=True)
         try:
-            if facts["classes"] != self.data.classes or facts["steps"] != self.steps or not 0 <= facts["step"] <= self.steps:
-                raise ValueError(f"{facts['steps']} steps and {len(facts['classes'])} classes, the settings and data now give {self.steps} and {len(self.data.classes)}")
+            if (
+                facts["classes"] != self.data.classes
+                or facts["steps"] != self.steps
+                or not 0 <= facts["step"] <= self.steps
+            ):
+                raise ValueError(
+                    f"{facts['steps']} steps and {len(facts['classes'])} classes, the settings and data "
+                    f"now give {self.steps} and {len(self.data.classes)}"
+                )
             own = part(tensors, "model.")
             if facts["schema"] == 1:
                 self.model.load_state_dict(own)
@@ -324,29 +391,43 @@ class GateSession:
             for kind, optimizer, module in self.optimizers():
                 saved = part(tensors, f"{kind}.")
                 for name, parameter in module.named_parameters():
-                    state = {key[: -len(name) - 1]: value for key, value in saved.items() if key.endswith("." + name) and "." not in key[: -len(name) - 1]}
+                    state = {
+                        key[: -len(name) - 1]: value
+                        for key, value in saved.items()
+                        if key.endswith("." + name) and "." not in key[: -len(name) - 1]
+                    }
                     if any(value.ndim and value.shape != parameter.shape for value in state.values()):
                         raise ValueError(f"state of another shape for {name}")
                     if state:
-                        optimizer.state[parameter] = {key: value.clone().to(parameter.device, memory_format=torch.preserve_format) for key, value in state.items()}
+                        optimizer.state[parameter] = {
+                            key: value.clone().to(parameter.device, memory_format=torch.preserve_format)
+                            for key, value in state.items()
+                        }
             self.step, self.price, self.share = int(facts["step"]), float(facts["price"]), float(facts["share"])
             history = History(**facts["history"])
-            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()):
+            if not all(
+                isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()
+            ):
                 raise ValueError("a history of other types")
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DynpruneError(f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). Resume with the run's own settings and data.") from error
+            raise DynpruneError(
+                f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). "
+                f"Resume with the run's own settings and data."
+            ) from error
         run.keep_metrics_until(self.step)
         return history
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What gates reached on the test images. met: the mean cost is within the target, by less than the tolerance above it at most.
-    dense_macs: of the ungated network; gate_macs: of the predictors; units: how many gates; closed_for_good: how many of them no image opens any more;
-    file_max_diff: of the file, read back, over the largest output."""
+    """What gates reached on the test images. met: the mean cost is within the target, by less than the tolerance above
+    it at most.
+    dense_macs: of the ungated network; gate_macs: of the predictors; units: how many gates; closed_for_good: how many
+    of them no image opens any more; file_max_diff: of the file, read back, over the largest output."""
 
     run: str
     base: str
@@ -368,8 +449,18 @@ class GateResult:
     seconds: float
 
 
-def gate(config: GateConfig, run: GateRun, *, resume: bool = False, override: bool = False, data: Data | None = None, report: Callable[[Progress], None] = lambda _: None,
-         note: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False, session: GateSession | None = None) -> GateResult:
+def gate(
+    config: GateConfig,
+    run: GateRun,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    data: Data | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    session: GateSession | None = None,
+) -> GateResult:
     """Train gates, write RUN/gated.safetensors, read it back, and say what the gates do on the test images."""
     session = session or GateSession(config, data or load_data(config.source))
     config, data = session.config, session.data
@@ -382,22 +473,50 @@ def gate(config: GateConfig, run: GateRun, *, resume: bool = False, override: bo
     cuts = [own.group for own in model.gates if own.cuts]
     fresh = run.gated_file.with_name("gated.unproven.safetensors")
     try:
-        gated_file.save(fresh, model, facts, gated_file.GateFacts(config.block, config.hidden, cuts, config.estimator, config.target, stats.share), within=session.paths)
+        gated_file.save(
+            fresh,
+            model,
+            facts,
+            gated_file.GateFacts(config.block, config.hidden, cuts, config.estimator, config.target, stats.share),
+            within=session.paths,
+        )
         difference = file_difference(fresh, model, data, config)
         if not difference < FILE_TOLERANCE:
-            raise DynpruneError(f"The gated file, read back, differs from the network that was saved by {difference:.1e} of the largest output. Nothing was kept. "
-                                "Please report the model's name.")
+            raise DynpruneError(
+                f"The gated file, read back, differs from the network that was saved by "
+                f"{difference:.1e} of the largest output. Nothing was kept. Please report the model's "
+                f"name."
+            )
         fresh.replace(run.gated_file)
         for stale in (run.onnx_file, run.ungated_onnx_file, run.static_onnx_file):
             stale.unlink(missing_ok=True)
     except OSError as error:
-        raise DynpruneError(f"Cannot write {run.gated_file} ({error.strerror}). The file that was there before is unchanged.") from error
+        raise DynpruneError(
+            f"Cannot write {run.gated_file} ({error.strerror}). The file that was there before is unchanged."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
-    result = GateResult(str(run.path), config.base or config.model, config.estimator, config.target, stats.share <= TOLERANCE * config.target, stats.accuracy,
-                        trained.val_accuracy, data.reports, round(stats.share * model.dense_macs), model.dense_macs, model.gate_macs, str(run.gated_file),
-                        difference, sum(len(own.sizes) for own in model.gates), sum(int(own.sum()) for own in closed_for_good(model).values()), stats, trained.steps, trained.seconds)
+    result = GateResult(
+        str(run.path),
+        config.base or config.model,
+        config.estimator,
+        config.target,
+        stats.share <= TOLERANCE * config.target,
+        stats.accuracy,
+        trained.val_accuracy,
+        data.reports,
+        round(stats.share * model.dense_macs),
+        model.dense_macs,
+        model.gate_macs,
+        str(run.gated_file),
+        difference,
+        sum(len(own.sizes) for own in model.gates),
+        sum(int(own.sum()) for own in closed_for_good(model).values()),
+        stats,
+        trained.steps,
+        trained.seconds,
+    )
     run.record("gate", asdict(result))
     return result
 
@@ -407,15 +526,28 @@ def facts_of(session: GateSession, accuracy: float) -> artifact.Facts:
     data, model = session.data, session.model
     if session.facts is not None:
         return dataclasses.replace(session.facts, accuracy=accuracy)
-    return gated_file.facts_of_new(asdict(session.config), data.classes, list(data.size), list(data.mean), list(data.std), model.dense_macs, session.graph.params({}), accuracy)
+    return gated_file.facts_of_new(
+        asdict(session.config),
+        data.classes,
+        list(data.size),
+        list(data.mean),
+        list(data.std),
+        model.dense_macs,
+        session.graph.params({}),
+        accuracy,
+    )
 
 
 @torch.no_grad()
 def file_difference(path: Path, model: GatedNetwork, data: Data, config: GateConfig) -> float:
-    """Largest difference of the file's output, with the gates of the network that was saved, over the largest output."""
+    """Largest difference of the file's output, with the gates of the network that was saved, over the largest
+    output."""
     network = zoo.build(config.model, len(data.classes), size=data.size)
     loaded = gated_file.load_gated(path, network)[0]
     batch = next(iter(data.eval_batches(data.val, 16)))[0]
     output, choices = model.run(batch, model.threshold)
-    ours, theirs = logits(output), logits(loaded.run(batch, fixed({own.group: opened for own, opened in zip(choices.gates, choices.open)}))[0])
+    ours, theirs = (
+        logits(output),
+        logits(loaded.run(batch, fixed({own.group: opened for own, opened in zip(choices.gates, choices.open)}))[0]),
+    )
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))

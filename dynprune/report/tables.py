@@ -11,20 +11,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.bench import BenchResult
-    from dynprune.training.bench_training import TrainingBench
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
     from dynprune.deploy.export import ExportResult
-    from dynprune.gates.training import GateResult
-    from dynprune.gates.stats import GateStats
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
+    from dynprune.gates.stats import GateStats
+    from dynprune.gates.training import GateResult
     from dynprune.structure.inspect import Inspection
+    from dynprune.training.bench_training import TrainingBench
     from dynprune.training.plan import Plan
     from dynprune.training.train import Progress, TrainResult
 
@@ -52,8 +53,14 @@ class Display:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
-        self.bar = Bar(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                       console=self.console, transient=True)
+        self.bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            console=self.console,
+            transient=True,
+        )
         self.task = self.bar.add_task("", total=None)
         self.val_accuracy: float | None = None
 
@@ -76,12 +83,17 @@ class Display:
             self.val_accuracy = event.val_accuracy
             self.say(f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}")
         elif self.console.is_terminal:
-            self.bar.update(self.task, description=f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}",
-                            completed=event.step, total=event.steps)
+            self.bar.update(
+                self.task,
+                description=f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}",
+                completed=event.step,
+                total=event.steps,
+            )
 
     def describe(self, event: Progress) -> str:
         accuracy = f"  val {percent(self.val_accuracy)}" if self.val_accuracy is not None else ""
-        return f"loss {event.loss:.3f}{accuracy}  {percent(event.macs_share)} of MACs  {event.phase}  {duration(event.seconds_left)} left"
+        share, left = percent(event.macs_share), duration(event.seconds_left)
+        return f"loss {event.loss:.3f}{accuracy}  {share} of MACs  {event.phase}  {left} left"
 
     def note(self, text: str) -> None:
         """What is being done now: shown live, or as a line where there is no terminal."""
@@ -114,24 +126,46 @@ def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def train_table(result: TrainResult) -> Table:
-    return pairs("train", [
-        ("policy", result.policy),
-        ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
-        ("validation accuracy", f"{percent(result.val_accuracy)} ({result.val_data})"),
-        ("MACs executed per image", f"{million(result.macs)} of {million(result.dense_macs)} ({percent(result.macs_executed_share)})"),
-        ("time", f"{duration(result.seconds)} for {result.steps} steps, {result.images_per_second:,.0f} images/s, {result.precision}"),
-        ("waiting for data", percent(result.data_wait_share)),
-        ("run", result.run),
-    ])
+    return pairs(
+        "train",
+        [
+            ("policy", result.policy),
+            ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
+            ("validation accuracy", f"{percent(result.val_accuracy)} ({result.val_data})"),
+            (
+                "MACs executed per image",
+                f"{million(result.macs)} of {million(result.dense_macs)} ({percent(result.macs_executed_share)})",
+            ),
+            (
+                "time",
+                f"{duration(result.seconds)} for {result.steps} steps, {result.images_per_second:,.0f} images/s, "
+                f"{result.precision}",
+            ),
+            ("waiting for data", percent(result.data_wait_share)),
+            ("run", result.run),
+        ],
+    )
 
 
 def compact_table(result: CompactResult) -> Table:
     table = Table("", "dense", "compact", "ratio", title="compact", title_justify="left", title_style="bold")
     table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
-    table.add_row("parameters", million(result.dense_params), million(result.params), f"{result.dense_params / result.params:.2f}x")
-    table.add_row("size", mebibytes(result.dense_size_bytes), mebibytes(result.size_bytes), f"{result.dense_size_bytes / result.size_bytes:.2f}x")
+    table.add_row(
+        "parameters",
+        million(result.dense_params),
+        million(result.params),
+        f"{result.dense_params / result.params:.2f}x",
+    )
+    table.add_row(
+        "size",
+        mebibytes(result.dense_size_bytes),
+        mebibytes(result.size_bytes),
+        f"{result.dense_size_bytes / result.size_bytes:.2f}x",
+    )
     table.add_section()
-    table.add_row("test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training")
+    table.add_row(
+        "test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training"
+    )
     table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference from what was executed")
     for line in result.budgets:
         table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
@@ -140,22 +174,44 @@ def compact_table(result: CompactResult) -> Table:
 
 
 def export_table(result: ExportResult) -> Table:
-    return pairs("export", [
-        ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset})"),
-        ("parity with torch", f"largest difference {result.max_abs_diff:.1e}, same class on {percent(result.top1_agreement)} of {result.images} images"),
-    ])
+    return pairs(
+        "export",
+        [
+            ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset})"),
+            (
+                "parity with torch",
+                f"largest difference {result.max_abs_diff:.1e}, same class on "
+                f"{percent(result.top1_agreement)} of {result.images} images",
+            ),
+        ],
+    )
 
 
 def bench_table(result: BenchResult) -> Table:
-    table = Table("batch", "dense, ms\np50 / p95", "\nimages/s", "compact, ms\np50 / p95", "\nimages/s", "speed-up\np50", "runs",
-                  title=f"bench: onnxruntime, {result.threads or 'default'} thread(s)", title_justify="left", title_style="bold")
+    table = Table(
+        "batch",
+        "dense, ms\np50 / p95",
+        "\nimages/s",
+        "compact, ms\np50 / p95",
+        "\nimages/s",
+        "speed-up\np50",
+        "runs",
+        title=f"bench: onnxruntime, {result.threads or 'default'} thread(s)",
+        title_justify="left",
+        title_style="bold",
+    )
     for row in result.rows:
-        cells = [cell for side in (row.dense, row.compact)
-                 for cell in (f"{side.p50_ms:.3g} / {side.p95_ms:.3g}", f"{side.images_per_second:,.0f}")]
+        cells = [
+            cell
+            for side in (row.dense, row.compact)
+            for cell in (f"{side.p50_ms:.3g} / {side.p95_ms:.3g}", f"{side.images_per_second:,.0f}")
+        ]
         table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x", str(len(row.dense.samples_ms)))
-    facts = [f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
-             f"parameters {million(result.dense_params)} to {million(result.compact_params)}",
-             f"files {mebibytes(result.dense_bytes)} to {mebibytes(result.compact_bytes)}"]
+    facts = [
+        f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
+        f"parameters {million(result.dense_params)} to {million(result.compact_params)}",
+        f"files {mebibytes(result.dense_bytes)} to {mebibytes(result.compact_bytes)}",
+    ]
     if result.accuracy_onnx is not None:
         dense = f", dense {percent(result.dense_accuracy_onnx)}" if result.dense_accuracy_onnx is not None else ""
         facts.append(f"accuracy {percent(result.accuracy_onnx)} on {result.test_data}{dense}")
@@ -167,32 +223,79 @@ def bench_table(result: BenchResult) -> Table:
 
 
 def training_table(result: TrainingBench) -> Table:
-    table = Table("", "ms per step", "against static", "peak memory", title=f"training {result.model}, batch {result.batch_size}, "
-                  f"{result.image_size}x{result.image_size}, budget {result.budget}, {result.precision}", title_justify="left", title_style="bold")
+    table = Table(
+        "",
+        "ms per step",
+        "against static",
+        "peak memory",
+        title=f"training {result.model}, batch "
+        f"{result.batch_size}, "
+        f"{result.image_size}x{result.image_size}, budget {result.budget}, {result.precision}",
+        title_justify="left",
+        title_style="bold",
+    )
 
     def peak(mib: float | None) -> str:
         return "-" if mib is None else f"{mib:,.0f} MiB"
 
-    table.add_row("dense", f"{result.dense_ms:.1f}", f"{result.dense_ms / result.static_ms:.2f}x", peak(result.dense_peak_mib))
+    table.add_row(
+        "dense", f"{result.dense_ms:.1f}", f"{result.dense_ms / result.static_ms:.2f}x", peak(result.dense_peak_mib)
+    )
     table.add_row("static, same widths", f"{result.static_ms:.1f}", "1.00x", peak(result.static_peak_mib))
-    table.add_row("dynamic, exploring", f"{result.dynamic_ms:.1f}", f"{result.dynamic_over_static:.2f}x", peak(result.dynamic_peak_mib))
-    table.add_row(f"dynamic, {100 * result.swap_share:g} % swapped every step", f"{result.swapping_ms:.1f}", f"{result.swapping_over_static:.2f}x", "")
+    table.add_row(
+        "dynamic, exploring",
+        f"{result.dynamic_ms:.1f}",
+        f"{result.dynamic_over_static:.2f}x",
+        peak(result.dynamic_peak_mib),
+    )
+    table.add_row(
+        f"dynamic, {100 * result.swap_share:g} % swapped every step",
+        f"{result.swapping_ms:.1f}",
+        f"{result.swapping_over_static:.2f}x",
+        "",
+    )
     costs = ", ".join(f"{name.removesuffix('_ms')} {value:.2f}" for name, value in result.overhead.items())
     environment = result.environment
-    table.caption = (f"{result.speedup_over_dense:.2f}x the dense speed at {percent(result.macs_ratio)} of the MACs; reservoir {result.reservoir_mib:,.1f} MiB; "
-                     f"ms per step: {costs}; medians of {len(result.samples_ms['dense'])} interleaved steps; {environment['gpu'] or environment['processor']}, "
-                     f"{environment['threads']} threads, torch {environment['torch']}")
+    table.caption = (
+        f"{result.speedup_over_dense:.2f}x the dense speed at {percent(result.macs_ratio)} of the MACs; "
+        f"reservoir {result.reservoir_mib:,.1f} MiB; ms per step: {costs}; medians of "
+        f"{len(result.samples_ms['dense'])} interleaved steps; "
+        f"{environment['gpu'] or environment['processor']}, {environment['threads']} threads, torch "
+        f"{environment['torch']}"
+    )
     table.caption_justify = "left"
     return table
 
 
 def comparison_table(result: Comparison) -> Table:
-    table = Table("policy", "test accuracy", "spread", "MACs", "parameters", "training MACs", "training time", "seeds",
-                  title=f"{result.model} on {result.data}, budget {result.budget}, equal {result.equal}", title_justify="left", title_style="bold")
+    table = Table(
+        "policy",
+        "test accuracy",
+        "spread",
+        "MACs",
+        "parameters",
+        "training MACs",
+        "training time",
+        "seeds",
+        title=f"{result.model} on {result.data}, budget {result.budget}, equal {result.equal}",
+        title_justify="left",
+        title_style="bold",
+    )
     for line in result.policies:
-        table.add_row(line.policy, percent(line.accuracy), "-" if line.spread is None else percent(line.spread), million(line.macs), million(line.params),
-                      f"{line.train_macs / 1e12:.3g} T", duration(line.train_seconds), str(line.seeds))
-    table.caption, table.caption_justify = f"means over seeds, tested on {result.test_data}" + (f"; {result.plot}" if result.plot else ""), "left"
+        table.add_row(
+            line.policy,
+            percent(line.accuracy),
+            "-" if line.spread is None else percent(line.spread),
+            million(line.macs),
+            million(line.params),
+            f"{line.train_macs / 1e12:.3g} T",
+            duration(line.train_seconds),
+            str(line.seeds),
+        )
+    table.caption, table.caption_justify = (
+        f"means over seeds, tested on {result.test_data}" + (f"; {result.plot}" if result.plot else ""),
+        "left",
+    )
     return table
 
 
@@ -206,52 +309,130 @@ def used(line: dict) -> str:
 def gate_tables(result: GateResult) -> list:
     """What gates reached, and each gated group."""
     stats = result.stats
-    facts = pairs("gate", [
-        ("estimator", result.estimator),
-        ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
-        ("mean cost of an image", f"{million(result.macs)} of {million(result.dense_macs)} MACs ({percent(stats.share)}; target {percent(result.target)}, "
-                                  f"{'met' if result.met else 'MISSED'}; gates {million(result.gate_macs)})"),
-        ("cost, 5th to 95th percentile", f"{percent(stats.percentiles['5'])} to {percent(stats.percentiles['95'])}"),
-        ("gates that vary with the image", percent(stats.varying_share)),
-        ("gates closed for good", f"{result.closed_for_good:,} of {result.units:,}, which hardly any training image opened: export cuts what they close"),
-        ("accuracy with frozen gates", f"{percent(stats.frozen_accuracy)} at {percent(stats.frozen_share)} of the MACs"),
-        ("time", f"{duration(result.seconds)} for {result.steps} steps"),
-        ("file", result.path),
-    ])
-    table = Table("group", "gates", "open", "vary", "entropy", "information on the class", title="gates", title_justify="left", title_style="bold")
+    facts = pairs(
+        "gate",
+        [
+            ("estimator", result.estimator),
+            ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
+            (
+                "mean cost of an image",
+                f"{million(result.macs)} of {million(result.dense_macs)} MACs "
+                f"({percent(stats.share)}; target {percent(result.target)}, "
+                f"{'met' if result.met else 'MISSED'}; gates {million(result.gate_macs)})",
+            ),
+            (
+                "cost, 5th to 95th percentile",
+                f"{percent(stats.percentiles['5'])} to {percent(stats.percentiles['95'])}",
+            ),
+            ("gates that vary with the image", percent(stats.varying_share)),
+            (
+                "gates closed for good",
+                f"{result.closed_for_good:,} of {result.units:,}, which hardly any training image "
+                f"opened: export cuts what they close",
+            ),
+            (
+                "accuracy with frozen gates",
+                f"{percent(stats.frozen_accuracy)} at {percent(stats.frozen_share)} of the MACs",
+            ),
+            ("time", f"{duration(result.seconds)} for {result.steps} steps"),
+            ("file", result.path),
+        ],
+    )
+    table = Table(
+        "group",
+        "gates",
+        "open",
+        "vary",
+        "entropy",
+        "information on the class",
+        title="gates",
+        title_justify="left",
+        title_style="bold",
+    )
     for line in stats.layers:
-        table.add_row(line.group, str(line.units), percent(line.open_share), percent(line.varying_share), f"{line.entropy_bits:.3f} bit", f"{line.information_bits:.3f} bit")
+        table.add_row(
+            line.group,
+            str(line.units),
+            percent(line.open_share),
+            percent(line.varying_share),
+            f"{line.entropy_bits:.3f} bit",
+            f"{line.information_bits:.3f} bit",
+        )
     return [facts, table]
 
 
 def gated_export_table(result: GatedExportResult) -> Table:
-    return pairs("export", [
-        ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time)"),
-        ("cut", f"{result.closed_for_good:,} of {result.units:,} gates, which hardly any image opens; what is left costs {percent(result.most_share)} of the MACs at most"),
-        ("forms of gated layers", ", ".join(f"{count} {form}" for form, count in sorted(result.forms.items())) + " (the quickest of each was measured)"),
-        ("parity with torch", f"largest difference {result.max_abs_diff:.1e} with the same gates, same class on {percent(result.top1_agreement)} of {result.images} images"),
-        ("gates", f"opened alike on {percent(result.gates_agree)} of the images"),
-    ])
+    return pairs(
+        "export",
+        [
+            ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time)"),
+            (
+                "cut",
+                f"{result.closed_for_good:,} of {result.units:,} gates, which hardly any image opens; what is left "
+                f"costs {percent(result.most_share)} of the MACs at most",
+            ),
+            (
+                "forms of gated layers",
+                ", ".join(f"{count} {form}" for form, count in sorted(result.forms.items()))
+                + " (the quickest of each was measured)",
+            ),
+            (
+                "parity with torch",
+                f"largest difference {result.max_abs_diff:.1e} with the same gates, same class on "
+                f"{percent(result.top1_agreement)} of {result.images} images",
+            ),
+            ("gates", f"opened alike on {percent(result.gates_agree)} of the images"),
+        ],
+    )
 
 
 def gated_bench_tables(result: GatedBenchResult) -> list:
-    table = Table("", "MACs", "p50", "p95", "mean", "speed-up", title=f"bench: {result.images} real images one by one, {result.threads or 'default'} thread(s)",
-                  title_justify="left", title_style="bold")
+    table = Table(
+        "",
+        "MACs",
+        "p50",
+        "p95",
+        "mean",
+        "speed-up",
+        title=f"bench: {result.images} real images one by one, {result.threads or 'default'} thread(s)",
+        title_justify="left",
+        title_style="bold",
+    )
     for kind, rows in (("onnxruntime", result.rows), ("torch", result.torch_rows)):
         for row in rows:
-            table.add_row(f"{kind}, {row.network}", million(row.macs), f"{row.p50_ms:.3g} ms", f"{row.p95_ms:.3g} ms", f"{row.mean_ms:.3g} ms", f"{row.speedup_p50:.2f}x")
+            table.add_row(
+                f"{kind}, {row.network}",
+                million(row.macs),
+                f"{row.p50_ms:.3g} ms",
+                f"{row.p95_ms:.3g} ms",
+                f"{row.mean_ms:.3g} ms",
+                f"{row.speedup_p50:.2f}x",
+            )
         table.add_section()
     environment = result.environment
-    table.caption = (f"gated images from {result.quick_ms:.3g} ms (cheapest tenth) to {result.slow_ms:.3g} ms (dearest tenth); accuracy {percent(result.accuracy)} on "
-                     f"{result.test_data}, {percent(result.accuracy_onnx)} of the timed images in onnxruntime; {environment['processor']}, onnxruntime {environment['onnxruntime']}")
+    table.caption = (
+        f"gated images from {result.quick_ms:.3g} ms (cheapest tenth) to {result.slow_ms:.3g} ms "
+        f"(dearest tenth); accuracy {percent(result.accuracy)} on {result.test_data}, "
+        f"{percent(result.accuracy_onnx)} of the timed images in onnxruntime; "
+        f"{environment['processor']}, onnxruntime {environment['onnxruntime']}"
+    )
     table.caption_justify = "left"
     return [table, cost_table(result.stats)]
 
 
 def cost_table(stats: GateStats) -> Table:
     """Who pays what."""
-    table = Table("images", "mean cost", title="cost of an image over the ungated network", title_justify="left", title_style="bold")
-    table.add_row("all", f"{percent(stats.share)} ({', '.join(f'{p}th {percent(value)}' for p, value in stats.percentiles.items())})")
+    table = Table(
+        "images",
+        "mean cost",
+        title="cost of an image over the ungated network",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_row(
+        "all",
+        f"{percent(stats.share)} ({', '.join(f'{p}th {percent(value)}' for p, value in stats.percentiles.items())})",
+    )
     table.add_row("classified right / wrong", f"{percent(stats.right_share)} / {percent(stats.wrong_share)}")
     for name, share in sorted(stats.by_class.items(), key=lambda entry: entry[1]):
         table.add_row(name, percent(share))
@@ -263,12 +444,25 @@ def cost_table(stats: GateStats) -> Table:
 
 
 def plan_table(result: Plan) -> Table:
-    table = Table("", "smallest", "chosen", "full", title=f"plan for {result.model} at {result.input}", title_justify="left", title_style="bold")
+    table = Table(
+        "",
+        "smallest",
+        "chosen",
+        "full",
+        title=f"plan for {result.model} at {result.input}",
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_row("MACs", million(result.smallest_macs), million(result.macs), million(result.dense_macs))
     table.add_row("parameters", million(result.smallest_params), million(result.params), million(result.dense_params))
     if result.dense_latency_ms is not None:
-        table.add_row("onnxruntime, batch 1", *(("-" if ms is None else f"{ms:.3g} ms") for ms in
-                                                (result.smallest_latency_ms, result.latency_ms, result.dense_latency_ms)))
+        table.add_row(
+            "onnxruntime, batch 1",
+            *(
+                ("-" if ms is None else f"{ms:.3g} ms")
+                for ms in (result.smallest_latency_ms, result.latency_ms, result.dense_latency_ms)
+            ),
+        )
     for line in result.budgets:
         table.add_row(f"budget {line['budget']}", "", used(line), "met" if line["met"] else "MISSED")
     table.add_section()
@@ -279,25 +473,57 @@ def plan_table(result: Plan) -> Table:
 
 def inspect_tables(result: Inspection) -> list:
     """Groups, pins and the outcome of the check."""
-    table = Table("group", "arms", "layers", "MACs", "parameters", "removal", title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
-                  title_justify="left", title_style="bold")
+    table = Table(
+        "group",
+        "arms",
+        "layers",
+        "MACs",
+        "parameters",
+        "removal",
+        title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
+        title_justify="left",
+        title_style="bold",
+    )
     for line in result.lines:
         layers = ", ".join(line.layers[:3]) + (f" and {len(line.layers) - 3} more" if len(line.layers) > 3 else "")
-        table.add_row(line.name, str(line.arms), layers, percent(line.macs_share), percent(line.params_share), ", ".join(line.mixed_by) or "exact")
-    table.caption, table.caption_justify = (f"{million(result.macs)} MACs, {million(result.params)} parameters; {percent(result.prunable_params_share)} of the "
-                                            "parameters lie in an arm that can be removed. An arm's share counts all layers that it touches."), "left"
-    pins = Table("pinned by", "in layer", "channels", title="cannot be removed", title_justify="left", title_style="bold")
+        table.add_row(
+            line.name,
+            str(line.arms),
+            layers,
+            percent(line.macs_share),
+            percent(line.params_share),
+            ", ".join(line.mixed_by) or "exact",
+        )
+    table.caption, table.caption_justify = (
+        (
+            f"{million(result.macs)} MACs, {million(result.params)} parameters; "
+            f"{percent(result.prunable_params_share)} of the parameters lie in an arm "
+            f"that can be removed. An arm's share counts all layers that it touches."
+        ),
+        "left",
+    )
+    pins = Table(
+        "pinned by", "in layer", "channels", title="cannot be removed", title_justify="left", title_style="bold"
+    )
     for pin in result.pinned:
         pins.add_row(pin.op, pin.layer, str(pin.channels))
     items: list = [table, pins]
     if result.check is not None:
         check = result.check
-        verdict = "exact" if check.ok else f"not shown: {check.not_shown}" if check.not_shown else f"FAILED {check.failure}"
-        items.append(f"check: {verdict}; largest difference {check.max_rel_diff:.1e} of the largest output with {percent(check.fraction)} of the arms removed "
-                     f"(their removal changes {check.effect:.1e} of it), "
-                     f"{percent(check.params_kept_share)} of the parameters kept, traced in {check.trace_seconds:.2f} s")
+        verdict = (
+            "exact" if check.ok else f"not shown: {check.not_shown}" if check.not_shown else f"FAILED {check.failure}"
+        )
+        items.append(
+            f"check: {verdict}; largest difference {check.max_rel_diff:.1e} of the largest output with "
+            f"{percent(check.fraction)} of the arms removed (their removal changes {check.effect:.1e} of "
+            f"it), {percent(check.params_kept_share)} of the parameters kept, traced in "
+            f"{check.trace_seconds:.2f} s"
+        )
         if check.mixed:
-            items.append(f"{len(check.mixed)} groups are mixed by a norm: a copy without their channels was run, but cannot equal the masked original")
+            items.append(
+                f"{len(check.mixed)} groups are mixed by a norm: a copy without their channels was run, but "
+                f"cannot equal the masked original"
+            )
     return items
 
 

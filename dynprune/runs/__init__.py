@@ -1,4 +1,5 @@
 """Settings and run directories.
 
-In: options, or a directory. Out: a checked configuration (`config.py`), and a run's files with their checkpoints (`directory.py`).
+In: options, or a directory. Out: a checked configuration (`config.py`), and a run's files with their checkpoints
+(`directory.py`).
 """

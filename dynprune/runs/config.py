@@ -1,7 +1,7 @@
 """Every setting once: its type, default, check and meaning.
 
-`TrainConfig` (`train`) and `GateConfig` (`gate`) are what the Python API takes. The command line builds its options from the same fields (`cli/`), and a run
-directory keeps the resolved values as `config.toml`.
+`TrainConfig` (`train`) and `GateConfig` (`gate`) are what the Python API takes. The command line builds its options
+from the same fields (`cli/`), and a run directory keeps the resolved values as `config.toml`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,22 @@ POLICIES = ("cucb", "random", "static", "dense")
 ESTIMATORS = ("reinforce", "gumbel", "random")
 
 
-def setting(default: object, meaning: str, *, choices: tuple[str, ...] = (), check: Callable[[object], bool] | None = None,
-            expected: str = "", auto: object = None) -> object:
-    """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in words). auto: the
-    number that stands for "auto" on the command line, to be chosen once the data are known (`resolved`)."""
-    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices, "check": check, "expected": expected, "auto": auto})
+def setting(
+    default: object,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    check: Callable[[object], bool] | None = None,
+    expected: str = "",
+    auto: object = None,
+) -> object:
+    """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in
+    words). auto: the number that stands for "auto" on the command line, to be chosen once the data are known
+    (`resolved`)."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": meaning, "choices": choices, "check": check, "expected": expected, "auto": auto},
+    )
 
 
 def positive(value: object) -> bool:
@@ -45,7 +56,8 @@ def fraction(value: object) -> bool:
 
 
 def of_type(value: object, wanted: type) -> bool:
-    """Whether a setting has its default's type: a whole number will do for a float, a bool for nothing else, a tuple holds text."""
+    """Whether a setting has its default's type: a whole number will do for a float, a bool for nothing else, a tuple
+    holds text."""
     if wanted is tuple:
         return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
     if isinstance(value, bool) or wanted is bool:
@@ -57,44 +69,105 @@ def of_type(value: object, wanted: type) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What every kind of training needs: network, data, recipe, machine. `validate()` raises DynpruneError for the first value that does not fit."""
+    """What every kind of training needs: network, data, recipe, machine. `validate()` raises DynpruneError for the
+    first value that does not fit."""
 
-    model: str = setting("vgg16", "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), torchvision:NAME, "
-                                  "timm:NAME, or package.module:factory for your own code.")
-    weights: str = setting("", "Start from this checkpoint: safetensors, or a state dict that torch.load accepts with weights_only.")
-    data: str = setting("digits", "digits (embedded), a folder of photos (train/ with val/ or valid/ and/or test/, or one folder per class), cifar10, "
-                                  "cifar100, svhn, or fashion-mnist.")
+    model: str = setting(
+        "vgg16",
+        "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), "
+        "torchvision:NAME, timm:NAME, or package.module:factory for your own code.",
+    )
+    weights: str = setting(
+        "", "Start from this checkpoint: safetensors, or a state dict that torch.load accepts with weights_only."
+    )
+    data: str = setting(
+        "digits",
+        "digits (embedded), a folder of photos (train/ with val/ or valid/ and/or test/, or "
+        "one folder per class), cifar10, cifar100, svhn, or fashion-mnist.",
+    )
     data_root: str = setting("data", "Where torchvision's datasets are kept; downloaded there only if absent.")
-    image_size: str = setting("auto", "Size of the images in pixels: 224, or 96x64 (height x width); auto picks a square from the data (32 or 64 for small images, 224 for photos).",
-                              check=lambda v: v == "auto" or re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", v) is not None and max(map(int, v.split("x"))) <= 4096,
-                              expected="auto, a number of pixels up to 4096, or two of them such as 96x64")
-    val_fraction: float = setting(0.1, "Share of the training images held back for validation where the data has no val/ split of its own.",
-                                  check=lambda v: 0 < v < 1, expected="a number between 0 and 1")
-    augment: str = setting("auto", "Random changes of training images: crop, crop+flip, none; auto flips except for digits.",
-                           choices=("auto", "none", "crop", "crop+flip"))
-    workers: int = setting(-1, "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
-                           check=lambda v: -1 <= v <= 256, expected="-1 to 256")
+    image_size: str = setting(
+        "auto",
+        "Size of the images in pixels: 224, or 96x64 (height x width); auto picks a "
+        "square from the data (32 or 64 for small images, 224 for photos).",
+        check=lambda v: (
+            v == "auto"
+            or re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", v) is not None
+            and max(map(int, v.split("x"))) <= 4096
+        ),
+        expected="auto, a number of pixels up to 4096, or two of them such as 96x64",
+    )
+    val_fraction: float = setting(
+        0.1,
+        "Share of the training images held back for validation where the data has no val/ split of its own.",
+        check=lambda v: 0 < v < 1,
+        expected="a number between 0 and 1",
+    )
+    augment: str = setting(
+        "auto",
+        "Random changes of training images: crop, crop+flip, none; auto flips except for digits.",
+        choices=("auto", "none", "crop", "crop+flip"),
+    )
+    workers: int = setting(
+        -1,
+        "Processes that decode photos; -1 takes one per core. Small images are held in memory.",
+        check=lambda v: -1 <= v <= 256,
+        expected="-1 to 256",
+    )
     epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
-    batch_size: int = setting(0, "Images per step; auto takes 128, or less where there are so few images that a run would have too few steps to learn from.",
-                              check=lambda v: v == 0 or v > 1, expected="auto, or at least 2", auto=0)
+    batch_size: int = setting(
+        0,
+        "Images per step; auto takes 128, or less where there are so few images that a run "
+        "would have too few steps to learn from.",
+        check=lambda v: v == 0 or v > 1,
+        expected="auto, or at least 2",
+        auto=0,
+    )
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
-    lr: float = setting(0.0, "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, and less for smaller ones, by the square root.",
-                        check=lambda v: v >= 0, expected="auto, or more than 0", auto=0.0)
+    lr: float = setting(
+        0.0,
+        "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, and less for "
+        "smaller ones, by the square root.",
+        check=lambda v: v >= 0,
+        expected="auto, or more than 0",
+        auto=0.0,
+    )
     momentum: float = setting(0.9, "Momentum of sgd.", check=fraction, expected="a number in [0, 1)")
     weight_decay: float = setting(5e-4, "Weight decay.", check=lambda v: v >= 0, expected="0 or more")
     schedule: str = setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
-    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises linearly to its peak.",
-                            check=fraction, expected="a share in [0, 1)")
-    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)")
-    precision: str = setting("auto", "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
-                             choices=("auto", "float32", "bfloat16", "float64"))
+    warmup: float = setting(
+        0.1,
+        "Share of the steps in which the learning rate rises linearly to its peak.",
+        check=fraction,
+        expected="a share in [0, 1)",
+    )
+    label_smoothing: float = setting(
+        0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)"
+    )
+    precision: str = setting(
+        "auto",
+        "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
+        choices=("auto", "float32", "bfloat16", "float64"),
+    )
     device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
-    threads: int = setting(0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024")
-    checkpoint_every: str = setting("5m", "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
-                                    check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None, expected="steps such as 200, a time such as 90s, 5m or 2h, or never")
-    seed: int = setting(0, "Seed of initial weights, data order, augmentation and selections.", check=lambda v: 0 <= v < 2**32,
-                        expected="a number from 0 to 4294967295")
-    no_onnx: bool = setting(False, "Train although the network cannot be exported to ONNX; compact, gate and load still work.")
+    threads: int = setting(
+        0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024"
+    )
+    checkpoint_every: str = setting(
+        "5m",
+        "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
+        check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None,
+        expected="steps such as 200, a time such as 90s, 5m or 2h, or never",
+    )
+    seed: int = setting(
+        0,
+        "Seed of initial weights, data order, augmentation and selections.",
+        check=lambda v: 0 <= v < 2**32,
+        expected="a number from 0 to 4294967295",
+    )
+    no_onnx: bool = setting(
+        False, "Train although the network cannot be exported to ONNX; compact, gate and load still work."
+    )
 
     def __post_init__(self) -> None:
         if type(self.image_size) is int:  # one number is a square; 0 was once what auto is
@@ -103,8 +176,8 @@ class Recipe:
     def resolved(self, images: int, processes: int = 1) -> Self:
         """The settings with nothing left to choose, for so many training images.
 
-        The batch is the largest of 128, 64, ... 8 with which the run has ENOUGH steps; the learning rate falls with its square root
-        (Krizhevsky 2014, section 5). Numbers that were given stay.
+        The batch is the largest of 128, 64, ... 8 with which the run has ENOUGH steps; the learning rate falls with its
+        square root (Krizhevsky 2014, section 5). Numbers that were given stay.
         """
         sizes = [size for size in (128, 64, 32, 16, 8) if size <= images] or [max(2, images)]
         batch = self.batch_size or next((size for size in sizes if self.epochs * images / size >= ENOUGH), sizes[-1])
@@ -119,7 +192,9 @@ class Recipe:
             if not of_type(value, type(field.default)):
                 raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
             if isinstance(value, int | float) and not abs(value) < LARGEST:
-                raise DynpruneError(f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}.")
+                raise DynpruneError(
+                    f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}."
+                )
             if meta["choices"] and value not in meta["choices"]:
                 raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
             if meta["check"] and not meta["check"](value):
@@ -131,14 +206,27 @@ class Recipe:
         """Which images, and what is done with them."""
         from dynprune.data.loading import Source  # torch comes with it
 
-        return Source(self.data, self.data_root, self.image_size, self.val_fraction, self.augment, self.workers, self.batch_size, self.seed)
+        return Source(
+            self.data,
+            self.data_root,
+            self.image_size,
+            self.val_fraction,
+            self.augment,
+            self.workers,
+            self.batch_size,
+            self.seed,
+        )
 
     @property
     def checkpoint_interval(self) -> tuple[float, float]:
         """Steps and seconds between checkpoints; the one that was not asked for is infinite."""
         number = math.inf if self.checkpoint_every == "never" else float(self.checkpoint_every.rstrip("smh"))
         unit = self.checkpoint_every[-1]
-        return (math.inf, number * {"s": 1, "m": 60, "h": 3600}[unit]) if unit in "smh" and number < math.inf else (number, math.inf)
+        return (
+            (math.inf, number * {"s": 1, "m": 60, "h": 3600}[unit])
+            if unit in "smh" and number < math.inf
+            else (number, math.inf)
+        )
 
     def to_toml(self) -> str:
         return tomli_w.dumps(dataclasses.asdict(self))
@@ -149,7 +237,9 @@ class Recipe:
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DynpruneError(f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run.") from error
+            raise DynpruneError(
+                f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run."
+            ) from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in list(values.items()):
             if name not in fields:
@@ -168,31 +258,81 @@ class Recipe:
 class TrainConfig(Recipe):
     """Settings of one training run with dynamic channel execution, or of what it is compared with."""
 
-    policy: str = setting("cucb", "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a thin network "
-                                  "of the same widths; with --weights, of the largest channels), dense (everything).", choices=POLICIES)
-    budget: tuple[str, ...] = setting(("0.25",), "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
-                                                 "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
-                                                 "Several hold at once.")
-    allocation: str = setting("uniform", "How widths are spread: uniform (the same share of every layer), balanced (uses several budgets at once by "
-                                         "narrowing layers with many parameters per MAC more), or learned (balanced, then moved half-way through "
-                                         "exploration by what the bandit found a channel of each layer to be worth).", choices=("uniform", "balanced", "learned"))
+    policy: str = setting(
+        "cucb",
+        "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), "
+        "static (a thin network of the same widths; with --weights, of the largest "
+        "channels), dense (everything).",
+        choices=POLICIES,
+    )
+    budget: tuple[str, ...] = setting(
+        ("0.25",),
+        "What may be executed: 0.25 or macs=0.25 (share of the dense "
+        "network's multiply-accumulates), macs=80M, params=0.11, "
+        "params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 "
+        "on one thread), latency=2ms. Several hold at once.",
+    )
+    allocation: str = setting(
+        "uniform",
+        "How widths are spread: uniform (the same share of every layer), balanced "
+        "(uses several budgets at once by narrowing layers with many parameters per "
+        "MAC more), or learned (balanced, then moved half-way through exploration by "
+        "what the bandit found a channel of each layer to be worth).",
+        choices=("uniform", "balanced", "learned"),
+    )
     min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
-    max_width_share: float = setting(1.0, "No layer keeps more than this share of its channels.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
+    max_width_share: float = setting(
+        1.0,
+        "No layer keeps more than this share of its channels.",
+        check=lambda v: 0 < v <= 1,
+        expected="a share in (0, 1]",
+    )
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
-    align: str = setting("auto", "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 (8 without AVX-512), or 8 or 4 where "
-                                 "a layer is narrow.", check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0, expected="auto or a number from 1")
-    explore: float = setting(0.005, "Share of the steps in which the bandit explores before it settles; as many as playing every channel once takes, at least; 0 explores nothing.",
-                             check=fraction, expected="a share in [0, 1)")
-    hold: int = setting(20, "Steps for which a selection is held while exploring; shortened when the run is short.",
-                        check=positive, expected="at least 1")
-    bonus: float = setting(0.1, "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
-                           check=lambda v: v >= 0, expected="0 or more")
-    grow: float = setting(0.0, "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its multiplications; then they grow to "
-                               "their widths. Training gets cheaper: 0.667 saves a third, worth half as many epochs again.", check=fraction, expected="a share in [0, 1)")
-    paper: bool = setting(False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end.")
-    reservoir: str = setting("device", "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
-                             choices=("device", "cpu"))
-    compile: bool = setting(False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it.")
+    align: str = setting(
+        "auto",
+        "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 "
+        "(8 without AVX-512), or 8 or 4 where a layer is narrow.",
+        check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0,
+        expected="auto or a number from 1",
+    )
+    explore: float = setting(
+        0.005,
+        "Share of the steps in which the bandit explores before it settles; as many as "
+        "playing every channel once takes, at least; 0 explores nothing.",
+        check=fraction,
+        expected="a share in [0, 1)",
+    )
+    hold: int = setting(
+        20,
+        "Steps for which a selection is held while exploring; shortened when the run is short.",
+        check=positive,
+        expected="at least 1",
+    )
+    bonus: float = setting(
+        0.1,
+        "Scale c of the exploration bonus in the index mean + c*sqrt(3 ln t / 2T).",
+        check=lambda v: v >= 0,
+        expected="0 or more",
+    )
+    grow: float = setting(
+        0.0,
+        "Share of the steps, from the first, in which layers are narrower than the budget "
+        "allows, at half of its multiplications; then they grow to their widths. Training gets "
+        "cheaper: 0.667 saves a third, worth half as many epochs again.",
+        check=fraction,
+        expected="a share in [0, 1)",
+    )
+    paper: bool = setting(
+        False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end."
+    )
+    reservoir: str = setting(
+        "device",
+        "Where the full-width parameters rest: device, or cpu to leave a GPU's memory to the narrow model.",
+        choices=("device", "cpu"),
+    )
+    compile: bool = setting(
+        False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it."
+    )
 
     @property
     def allowed(self) -> Budget:
@@ -204,7 +344,9 @@ class TrainConfig(Recipe):
         """How arms are tried out."""
         from dynprune.execution.explore import Exploration  # torch comes with it
 
-        return Exploration(self.policy, self.explore, self.hold, self.bonus, self.paper, self.allocation == "learned", self.seed)
+        return Exploration(
+            self.policy, self.explore, self.hold, self.bonus, self.paper, self.allocation == "learned", self.seed
+        )
 
     def validate(self) -> Self:
         super().validate()
@@ -213,14 +355,25 @@ class TrainConfig(Recipe):
         if self.paper and self.policy != "cucb":
             raise DynpruneError(f"--paper is a form of --policy cucb. Got --policy {self.policy}.")
         if self.allocation == "learned" and self.policy != "cucb":
-            raise DynpruneError(f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; choose --allocation balanced.")
+            raise DynpruneError(
+                f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; "
+                f"choose --allocation balanced."
+            )
         if self.grow and (self.paper or self.policy == "dense"):
-            raise DynpruneError(f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is nothing to grow from. Drop it.")
+            raise DynpruneError(
+                f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is "
+                f"nothing to grow from. Drop it."
+            )
         changing = ["--allocation learned"] * (self.allocation == "learned") + ["--grow"] * (self.grow > 0)
         if len(changing) > 1:
-            raise DynpruneError("--allocation learned and --grow both change widths during training. Choose one of the two.")
+            raise DynpruneError(
+                "--allocation learned and --grow both change widths during training. Choose one of the two."
+            )
         if changing and self.compile:
-            raise DynpruneError(f"{changing[0]} changes widths during training, so what --compile made would be thrown away. Choose one of the two.")
+            raise DynpruneError(
+                f"{changing[0]} changes widths during training, so what --compile made would be "
+                f"thrown away. Choose one of the two."
+            )
         return self
 
 
@@ -229,26 +382,66 @@ class GateConfig(Recipe):
     """Settings of one training run of gates that decide per image which channels to compute."""
 
     base: str = setting("", "Run whose compact (or dense) network gets the gates; empty for a new network.")
-    target: float = setting(0.33, "Mean share of the ungated network's multiply-accumulates that an image may cost, gates included; 1 leaves every gate open: "
-                                  "the ungated network on the same schedule.", check=lambda v: 0 < v <= 1, expected="a share in (0, 1]")
-    estimator: str = setting("gumbel", "How gates learn: gumbel (straight-through), reinforce (policy gradient, with a forward pass more per step), or random (gates that learn "
-                                       "nothing, to compare with).",
-                             choices=ESTIMATORS)
-    block: int = setting(16, "Neighbouring channels that share a gate. 16 is what onnxruntime computes at once; 1 gates every channel, which keeps most accuracy and saves least "
-                             "time; 0 gates whole layers, and blocks of 16 in layers that the network cannot do without.", check=lambda v: 0 <= v <= 4096, expected="0 to 4096")
-    hidden: int = setting(16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096")
+    target: float = setting(
+        0.33,
+        "Mean share of the ungated network's multiply-accumulates that an image may cost, "
+        "gates included; 1 leaves every gate open: the ungated network on the same schedule.",
+        check=lambda v: 0 < v <= 1,
+        expected="a share in (0, 1]",
+    )
+    estimator: str = setting(
+        "gumbel",
+        "How gates learn: gumbel (straight-through), reinforce (policy gradient, with "
+        "a forward pass more per step), or random (gates that learn nothing, to "
+        "compare with).",
+        choices=ESTIMATORS,
+    )
+    block: int = setting(
+        16,
+        "Neighbouring channels that share a gate. 16 is what onnxruntime computes at once; 1 "
+        "gates every channel, which keeps most accuracy and saves least time; 0 gates whole "
+        "layers, and blocks of 16 in layers that the network cannot do without.",
+        check=lambda v: 0 <= v <= 4096,
+        expected="0 to 4096",
+    )
+    hidden: int = setting(
+        16, "Hidden units of each gate's predictor.", check=lambda v: 0 < v <= 4096, expected="1 to 4096"
+    )
     gate_lr: float = setting(0.02, "Learning rate of the gates (Adam).", check=positive, expected="more than 0")
-    entropy: float = setting(0.01, "Weight of the gates' entropy, which keeps them from deciding too early.", check=lambda v: v >= 0, expected="0 or more")
-    gates_first: float = setting(0.0, "Share of the steps in which only the gates learn, before the weights join.", check=fraction, expected="a share in [0, 1)")
-    settle: float = setting(0.5, "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
-                            check=fraction, expected="a share in [0, 1)")
-    distill: float = setting(0.7, "Of a trained network (RUN or --weights): weight in the loss of what it said before it had gates; the labels have the rest. Closed gates lose "
-                                  "less, for one more forward pass per step.", check=lambda v: 0 <= v <= 1, expected="a share in [0, 1]")
+    entropy: float = setting(
+        0.01,
+        "Weight of the gates' entropy, which keeps them from deciding too early.",
+        check=lambda v: v >= 0,
+        expected="0 or more",
+    )
+    gates_first: float = setting(
+        0.0,
+        "Share of the steps in which only the gates learn, before the weights join.",
+        check=fraction,
+        expected="a share in [0, 1)",
+    )
+    settle: float = setting(
+        0.5,
+        "Share of the steps at the end in which the gates stay as they are and the weights learn to live with them.",
+        check=fraction,
+        expected="a share in [0, 1)",
+    )
+    distill: float = setting(
+        0.7,
+        "Of a trained network (RUN or --weights): weight in the loss of what it said before "
+        "it had gates; the labels have the rest. Closed gates lose less, for one more "
+        "forward pass per step.",
+        check=lambda v: 0 <= v <= 1,
+        expected="a share in [0, 1]",
+    )
 
     def validate(self) -> Self:
         super().validate()
         if self.gates_first + self.settle >= 1:
-            raise DynpruneError(f"--gates-first {self.gates_first} and --settle {self.settle} leave no steps to learn both. Their sum must be below 1.")
+            raise DynpruneError(
+                f"--gates-first {self.gates_first} and --settle {self.settle} leave no steps to learn "
+                f"both. Their sum must be below 1."
+            )
         if self.precision == "float64":
             raise DynpruneError("--precision got float64. gate works in float32 or bfloat16.")
         return self

@@ -51,9 +51,15 @@ class Run:
         """An existing directory is only replaced with `overwrite`, and only if it is a run."""
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not overwrite:
-                raise DynpruneError(f"{path} exists. Pass --overwrite to replace it, --out for another place, or go on with dynprune train --resume.")
+                raise DynpruneError(
+                    f"{path} exists. Pass --overwrite to replace it, --out for another place, or go "
+                    f"on with dynprune train --resume."
+                )
             if not any((path / name).is_file() for name in ("config.toml", "gate.toml")):
-                raise DynpruneError(f"{path} exists and is not a run directory (no config.toml), so it is not overwritten. Choose another --out.")
+                raise DynpruneError(
+                    f"{path} exists and is not a run directory (no config.toml), so it is not "
+                    f"overwritten. Choose another --out."
+                )
 
     @classmethod
     def create(cls, path: Path, config: Recipe, overwrite: bool) -> Self:
@@ -76,7 +82,13 @@ class Run:
         run = cls(path)
         if not run.config_file.is_file():
             other = next((kind for kind in (Run, GateRun) if kind(path).config_file.is_file()), None)
-            what = f"is a run of dynprune {other.command}" if other else f"has no {run.config_file.name}" if path.is_dir() else "is not a directory"
+            what = (
+                f"is a run of dynprune {other.command}"
+                if other
+                else f"has no {run.config_file.name}"
+                if path.is_dir()
+                else "is not a directory"
+            )
             raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune {cls.command} wrote.")
         return run
 
@@ -94,19 +106,25 @@ class Run:
         return load_data(dataclasses.replace(self.config, data=moved).source if moved else self.config.source)
 
     def refuse_code(self, model: str = "", trust: bool = False) -> None:
-        """A run's settings may name "module:factory", which would be imported and run: only if the user names it too, or trusts the run."""
+        """A run's settings may name "module:factory", which would be imported and run: only if the user names it too,
+        or trusts the run."""
         name = self.config.model
         if model and model != name:
-            raise DynpruneError(f'--model got "{model}", but {self.path} was trained with "{name}". Pass that, or nothing.')
+            raise DynpruneError(
+                f'--model got "{model}", but {self.path} was trained with "{name}". Pass that, or nothing.'
+            )
         if runs_code(name) and not trust and model != name:
-            raise DynpruneError(f'{self.path} asks to run the code "{name}". If it is yours, pass --trust or --model {name}.')
+            raise DynpruneError(
+                f'{self.path} asks to run the code "{name}". If it is yours, pass --trust or --model {name}.'
+            )
 
     @property
     def has_checkpoint(self) -> bool:
         return self.checkpoint_file.is_file() or self.previous_checkpoint_file.is_file()
 
     def write_checkpoint(self, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
-        """The new state, with the one before kept: whenever this is interrupted, at least one whole checkpoint is there."""
+        """The new state, with the one before kept: whenever this is interrupted, at least one whole checkpoint is
+        there."""
         fresh = self.path / "checkpoint.fresh.safetensors"
         try:
             write_tensors(fresh, tensors, facts)
@@ -114,13 +132,18 @@ class Run:
                 os.replace(self.checkpoint_file, self.previous_checkpoint_file)
             os.replace(fresh, self.checkpoint_file)
         except OSError as error:
-            raise DynpruneError(f"Cannot write {self.checkpoint_file} ({error.strerror}). The checkpoint before is unchanged.") from error
+            raise DynpruneError(
+                f"Cannot write {self.checkpoint_file} ({error.strerror}). The checkpoint before is unchanged."
+            ) from error
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
 
-    def read_checkpoint(self, note: Callable[[str], None] | None = None, *, aside: bool = False) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and facts of the last checkpoint, or, if `note` wants to hear of it, of the one before where the last is damaged.
+    def read_checkpoint(
+        self, note: Callable[[str], None] | None = None, *, aside: bool = False
+    ) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and facts of the last checkpoint, or, if `note` wants to hear of it, of the one before where the last
+        is damaged.
 
         aside: put the damaged one out of the way, so that the next checkpoint does not push out the whole one.
         """
@@ -134,17 +157,23 @@ class Run:
                 try:
                     os.replace(self.checkpoint_file, self.path / "checkpoint.damaged.safetensors")
                 except OSError as problem:
-                    raise DynpruneError(f"Cannot put the damaged {self.checkpoint_file} aside ({problem.strerror}). Make {self.path} writable.") from problem
+                    raise DynpruneError(
+                        f"Cannot put the damaged {self.checkpoint_file} aside ({problem.strerror}). "
+                        f"Make {self.path} writable."
+                    ) from problem
             note(f"warning: {error} Going on from the checkpoint before, of step {found[1].get('step')}.")
             return found
 
     def add_metrics(self, line: Mapping) -> None:
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could lead out of the run
+            # a link could lead out of the run
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             with os.fdopen(os.open(self.path / "metrics.jsonl", flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise DynpruneError(f"Cannot write {self.path / 'metrics.jsonl'} ({error.strerror}). The checkpoint before is unchanged.") from error
+            raise DynpruneError(
+                f"Cannot write {self.path / 'metrics.jsonl'} ({error.strerror}). The checkpoint before is unchanged."
+            ) from error
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop lines of epochs that a resumed run is going to repeat."""
@@ -164,7 +193,8 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def record(self, command: str, result: Mapping) -> None:
-        """Keep a command's outcome in result.json, beside those of the others. Where that cannot be written, the result is still shown."""
+        """Keep a command's outcome in result.json, beside those of the others. Where that cannot be written, the result
+        is still shown."""
         self.keep("result.json", json.dumps({**self.results, command: result}, indent=2))
 
     def keep(self, name: str, content: str) -> None:
@@ -176,7 +206,8 @@ class Run:
 
 
 class GateRun(Run):
-    """Paths of a run directory of `dynprune gate`: gate.toml in place of config.toml, gated.safetensors and its ONNX files."""
+    """Paths of a run directory of `dynprune gate`: gate.toml in place of config.toml, gated.safetensors and its ONNX
+    files."""
 
     command: ClassVar[str] = "gate"
 

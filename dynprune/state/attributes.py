@@ -1,8 +1,8 @@
 """What a network holds beside its state dict: constants in plain attributes, lists and dicts, non-persistent buffers.
 
-Takes a module and walks the attributes of its submodules, through lists, tuples, dicts, plain objects and modules that were never
-registered. Yields each number, text, tensor and array with its path: (module, attribute, key, key, ...). `tensors.py` stores them,
-`copies.py` copies them.
+Takes a module and walks the attributes of its submodules, through lists, tuples, dicts, plain objects and modules that
+were never registered. Yields each number, text, tensor and array with its path: (module, attribute, key, key, ...).
+`tensors.py` stores them, `copies.py` copies them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,21 @@ from dynprune.errors import DynpruneError
 Path = tuple  # ("block1.norm", "scales", 0): module, attribute, and what leads on from there
 DEPTH = 8
 OWN = frozenset(vars(nn.Module())) - {"training"}  # nn.Module's bookkeeping: parameters, buffers, hooks
-OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Generator)
+OPAQUE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.Generator,
+)
 
 
 def attribute_values(model: nn.Module) -> Iterator[tuple[Path, object]]:
-    """Every value in the attributes of `model` and its submodules that is no parameter or buffer of theirs, with its path."""
+    """Every value in the attributes of `model` and its submodules that is no parameter or buffer of theirs, with its
+    path."""
     registered = {id(module) for module in model.modules()}
     held = {id(value) for value in [*model.parameters(), *model.buffers()]}
     seen: set[int] = set()
@@ -33,11 +43,19 @@ def attribute_values(model: nn.Module) -> Iterator[tuple[Path, object]]:
                 yield from walk(value, (name, attribute), registered, held, seen)
 
 
-def walk(value: object, path: Path, registered: set[int], held: set[int], seen: set[int]) -> Iterator[tuple[Path, object]]:
+def walk(
+    value: object, path: Path, registered: set[int], held: set[int], seen: set[int]
+) -> Iterator[tuple[Path, object]]:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         yield path, value
         return
-    if id(value) in held or id(value) in registered or id(value) in seen or isinstance(value, OPAQUE) or len(path) > DEPTH:
+    if (
+        id(value) in held
+        or id(value) in registered
+        or id(value) in seen
+        or isinstance(value, OPAQUE)
+        or len(path) > DEPTH
+    ):
         return
     seen.add(id(value))
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
@@ -75,7 +93,8 @@ def step(value: object, key: object) -> object:
 
 
 def set_value(model: nn.Module, path: Path, new: object) -> None:
-    """Put a value where a path leads. Tensors and arrays are filled in place; a tuple on the way is replaced by a new one."""
+    """Put a value where a path leads. Tensors and arrays are filled in place; a tuple on the way is replaced by a new
+    one."""
     before = value_at(model, path)
     if isinstance(before, Tensor):
         if before.shape != new.shape:

@@ -1,8 +1,8 @@
 """Copies of networks and inputs, so that nothing we try leaves a trace on what the user handed in.
 
-`copied` is copy.deepcopy for modules that deepcopy refuses: tensors that were computed are detached, and what cannot be copied (a
-lock, an open file) is shared. `cloned` gives inputs that a network may write into. `same_randomness` hands the random generators
-of torch, numpy and Python back as they were.
+`copied` is copy.deepcopy for modules that deepcopy refuses: tensors that were computed are detached, and what cannot be
+copied (a lock, an open file) is shared. `cloned` gives inputs that a network may write into. `same_randomness` hands
+the random generators of torch, numpy and Python back as they were.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def doubled(model: nn.Module) -> nn.Module:
 
 
 def uncopyable(model: nn.Module) -> Iterator[object]:
-    """The objects in the attributes of the model's modules that deepcopy refuses: as few and as deep inside as can be told."""
+    """The objects in the attributes of the model's modules that deepcopy refuses: as few and as deep inside as can be
+    told."""
     modules = {id(module): module for module in model.modules()}
     held = {id(value): value for value in [*model.parameters(), *model.buffers()]}
     for module in model.modules():
@@ -57,7 +58,12 @@ def uncopyable(model: nn.Module) -> Iterator[object]:
 
 
 def refused(value: object, known: dict[int, object], seen: set[int]) -> Iterator[object]:
-    if value is None or isinstance(value, (bool, int, float, str, Tensor, *OPAQUE)) or id(value) in known or id(value) in seen:
+    if (
+        value is None
+        or isinstance(value, (bool, int, float, str, Tensor, *OPAQUE))
+        or id(value) in known
+        or id(value) in seen
+    ):
         return
     seen.add(id(value))
     try:
@@ -65,7 +71,13 @@ def refused(value: object, known: dict[int, object], seen: set[int]) -> Iterator
         return
     except Exception:
         pass
-    inner = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple, set)) else list(getattr(value, "__dict__", {}).values())
+    inner = (
+        list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, (list, tuple, set))
+        else list(getattr(value, "__dict__", {}).values())
+    )
     found = [part for entry in inner for part in refused(entry, known, seen)]
     if found and isinstance(value, (dict, list, tuple, set)):
         yield from found
@@ -80,7 +92,8 @@ def refused(value: object, known: dict[int, object], seen: set[int]) -> Iterator
 
 
 def cloned(tree: object) -> object:
-    """Inputs of their own: every tensor in nested lists, tuples, dicts and plain objects is cloned, the containers are new."""
+    """Inputs of their own: every tensor in nested lists, tuples, dicts and plain objects is cloned, the containers are
+    new."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
@@ -101,7 +114,8 @@ def cloned(tree: object) -> object:
 
 @contextmanager
 def same_randomness(seed: int | None = None) -> Iterator[None]:
-    """Whatever is drawn inside, the generators of torch, numpy and Python are afterwards where they were. seed: where to begin inside."""
+    """Whatever is drawn inside, the generators of torch, numpy and Python are afterwards where they were. seed: where
+    to begin inside."""
     python, arrays = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:

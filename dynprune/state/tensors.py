@@ -1,8 +1,9 @@
 """All that a network computes with, as named tensors and plain values, and back.
 
-Takes a module; returns its parameters and buffers (those that its state dict leaves out too, and each once, under its first name), the
-tensors and arrays in its attributes, the plain values in those of the user's own modules, and extra state where that is plain. `fill`
-puts them into another instance of the same network, built in another process. Nothing is pickled.
+Takes a module; returns its parameters and buffers (those that its state dict leaves out too, and each once, under its
+first name), the tensors and arrays in its attributes, the plain values in those of the user's own modules, and extra
+state where that is plain. `fill` puts them into another instance of the same network, built in another process. Nothing
+is pickled.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def loose_to(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def is_library(module: nn.Module) -> bool:
-    """Whether a module's class comes with torch or another library of networks: what it remembers follows from how it is built."""
+    """Whether a module's class comes with torch or another library of networks: what it remembers follows from how it
+    is built."""
     return type(module).__module__.partition(".")[0] in LIBRARIES
 
 
 def plain_values(model: nn.Module) -> dict[Path, object]:
-    """Numbers, texts and truth values in the attributes of modules of the user's own. Some may have been drawn when they were built."""
+    """Numbers, texts and truth values in the attributes of modules of the user's own. Some may have been drawn when
+    they were built."""
     own = {name for name, module in model.named_modules() if not is_library(module)}
     return {path: value for path, value in attribute_values(model) if path[0] in own and isinstance(value, PLAIN)}
 
@@ -64,18 +67,21 @@ def paths_of(model: nn.Module) -> set[Path]:
 
 
 def carry_over(trained: nn.Module, full: nn.Module, sizes: Collection[Path]) -> None:
-    """Give the full-width network the attributes that training changed in its narrow copy, but for the sizes that differ between them, by
-    their paths, and for what the copy has made as it ran."""
+    """Give the full-width network the attributes that training changed in its narrow copy, but for the sizes that
+    differ between them, by their paths, and for what the copy has made as it ran."""
     for path, value in {**loose_tensors(trained), **plain_values(trained)}.items():
         with contextlib.suppress(LookupError, AttributeError, ValueError):
             if path not in sizes and type(value_at(full, path)) is type(value_at(trained, path)):
                 set_value(full, path, value)
 
 
-def state_of(model: nn.Module, left_out: list[str] | None = None, *, within: Collection[Path] | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Named tensors, and what else there is as JSON: under "loose" the paths of tensors in attributes, under "plain" plain values with
-    their paths, under "extra" the extra state of modules. left_out: is told of extra state that is no plain value. within: the paths that
-    count, those of a network that has not run yet: what it has noted down since then, such as a log, is no state."""
+def state_of(
+    model: nn.Module, left_out: list[str] | None = None, *, within: Collection[Path] | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Named tensors, and what else there is as JSON: under "loose" the paths of tensors in attributes, under "plain"
+    plain values with their paths, under "extra" the extra state of modules. left_out: is told of extra state that is no
+    plain value. within: the paths that count, those of a network that has not run yet: what it has noted down since
+    then, such as a log, is no state."""
     tensors = named_tensors(model)
     loose: dict[str, list] = {}
     for number, (path, value) in enumerate(loose_tensors(model).items()):
@@ -93,7 +99,13 @@ def state_of(model: nn.Module, left_out: list[str] | None = None, *, within: Col
                 extra[name] = value
             elif left_out is not None:
                 left_out.append(name)
-    return tensors, {"loose": loose, "plain": [[list(path), value] for path, value in plain_values(model).items() if within is None or path in within], "extra": extra}
+    return tensors, {
+        "loose": loose,
+        "plain": [
+            [list(path), value] for path, value in plain_values(model).items() if within is None or path in within
+        ],
+        "extra": extra,
+    }
 
 
 def as_json(value: object) -> bool:
@@ -106,8 +118,9 @@ def as_json(value: object) -> bool:
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
-    """Give `model` the state that `state_of` described. Raises ValueError for tensors that are absent, left over, or of other shapes, and
-    for values of another kind; files by strangers can name any. Modules of libraries get no plain values."""
+    """Give `model` the state that `state_of` described. Raises ValueError for tensors that are absent, left over, or of
+    other shapes, and for values of another kind; files by strangers can name any. Modules of libraries get no plain
+    values."""
     own, loose = named_tensors(model), facts.get("loose", {})
     missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - loose.keys()
     if missing or unknown:
@@ -137,14 +150,24 @@ def check_facts(facts: object) -> Mapping:
     if not isinstance(facts, dict) or not facts.keys() <= {"loose", "plain", "extra"}:
         raise ValueError("state")
     loose, plain, extra = facts.get("loose", {}), facts.get("plain", []), facts.get("extra", {})
-    if not (isinstance(loose, dict) and isinstance(plain, list) and isinstance(extra, dict) and all(is_path(path) for path in loose.values())
-            and all(isinstance(entry, list) and len(entry) == 2 and is_path(entry[0]) for entry in plain)):
+    if not (
+        isinstance(loose, dict)
+        and isinstance(plain, list)
+        and isinstance(extra, dict)
+        and all(is_path(path) for path in loose.values())
+        and all(isinstance(entry, list) and len(entry) == 2 and is_path(entry[0]) for entry in plain)
+    ):
         raise ValueError("state")
     return facts
 
 
 def is_path(path: object) -> bool:
-    return isinstance(path, list) and len(path) >= 2 and isinstance(path[0], str) and all(isinstance(key, (str, int)) for key in path)
+    return (
+        isinstance(path, list)
+        and len(path) >= 2
+        and isinstance(path[0], str)
+        and all(isinstance(key, (str, int)) for key in path)
+    )
 
 
 def unfilled(model: nn.Module) -> bool:
@@ -153,9 +176,11 @@ def unfilled(model: nn.Module) -> bool:
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its real numbers in `dtype`, in place; complex ones keep theirs, which Module.to would cut to their real part."""
+    """The model with its real numbers in `dtype`, in place; complex ones keep theirs, which Module.to would cut to
+    their real part."""
     model._apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
-    if dtype == torch.float64:  # what is kept in attributes meets the rest; below that, it stays as exact as its author made it
+    # what is kept in attributes meets the rest; below that, it stays as exact as its author made it
+    if dtype == torch.float64:
         for path, value in list(attribute_values(model)):
             if isinstance(value, Tensor) and value.is_floating_point():
                 replace(model, path, value.to(dtype))
@@ -166,4 +191,8 @@ def refuse_strange(model: nn.Module, name: str) -> None:
     """Refuse tensors that no file of ours can hold: sparse or quantised ones."""
     for key, value in named_tensors(model).items():
         if value.layout is not torch.strided or value.is_quantized:
-            raise DynpruneError(f'"{name}" holds {key} as a {"quantised" if value.is_quantized else str(value.layout).partition(".")[2]} tensor. Expected ordinary ones.')
+            raise DynpruneError(
+                f'"{name}" holds {key} as a '
+                f"{'quantised' if value.is_quantized else str(value.layout).partition('.')[2]} "
+                f"tensor. Expected ordinary ones."
+            )

@@ -1,12 +1,13 @@
 """The channel structure of a network: groups of arms, and where each arm's slices lie.
 
-Takes the record of one forward pass on labels (`labels.py`), and returns a `ChannelGraph`: a table of (tensor, dimension,
-positions) per group of arms. `tracing.trace` makes one from a module and example inputs. Execution, surgery, cost and reports all read this table; no
-architecture has code of its own.
+Takes the record of one forward pass on labels (`labels.py`), and returns a `ChannelGraph`: a table of (tensor,
+dimension, positions) per group of arms. `tracing.trace` makes one from a module and example inputs. Execution, surgery,
+cost and reports all read this table; no architecture has code of its own.
 
-An *arm* is the smallest set of slices that must live or die together: one filter of a convolution, its BatchNorm entries,
-the matching input slices of every consumer, and every channel tied to it by a residual add or a depthwise convolution.
-A *group* holds the arms with the same tensors, dimensions and multiplicities: they are interchangeable and compete.
+An *arm* is the smallest set of slices that must live or die together: one filter of a convolution, its BatchNorm
+entries, the matching input slices of every consumer, and every channel tied to it by a residual add or a depthwise
+convolution. A *group* holds the arms with the same tensors, dimensions and multiplicities: they are interchangeable and
+compete.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dynprune.errors import DynpruneError
 from dynprune.structure.labels import AxisKey, Cut, LabelTracer, Op
 from dynprune.structure.numbers import is_number, number_name, parse_number
 
-Selection = Mapping[str, np.ndarray]  # group name -> arm numbers in slot order; a group that is absent keeps all its arms
+# group name -> arm numbers in slot order; a group that is absent keeps all its arms
+Selection = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Group:
     members: per axis (tensor, dimension), the positions of each arm along it, int64 of shape (arms, multiplicity).
     made: the axes along which parameters produce or scale the arms, used for their saliency.
     reads: the axes along which parameters multiply what the arms carry; zeros there hide an arm from its consumers.
-    mixed_by: functions that take a statistic over these channels (LayerNorm, ...). A narrow copy works, but removing an arm
-    changes what the others see, so it does not equal the masked original. Empty for groups whose removal is exact.
+    mixed_by: functions that take a statistic over these channels (LayerNorm, ...). A narrow copy works, but removing an
+    arm changes what the others see, so it does not equal the masked original. Empty for groups whose removal is exact.
     """
 
     name: str
@@ -85,8 +87,8 @@ class ChannelGraph:
     """Groups of arms of one network, iterable; `print(graph)` lists them.
 
     shapes: every parameter and buffer of the traced model. ops: every use of a weight with its output positions.
-    cuts: functions whose sizes depend on channel counts. An integer attribute that counts channels is an axis too, named by
-    `number_name`, with dimension -1: its length is what the module remembers.
+    cuts: functions whose sizes depend on channel counts. An integer attribute that counts channels is an axis too,
+    named by `number_name`, with dimension -1: its length is what the module remembers.
     """
 
     groups: dict[str, Group]
@@ -109,8 +111,11 @@ class ChannelGraph:
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {self.arms} arms"]
-        lines += [f"  {group.name}: {group.arms} arms in {', '.join(group.layers)}"
-                  + (f" (mixed by {', '.join(group.mixed_by)})" if group.mixed_by else "") for group in self]
+        lines += [
+            f"  {group.name}: {group.arms} arms in {', '.join(group.layers)}"
+            + (f" (mixed by {', '.join(group.mixed_by)})" if group.mixed_by else "")
+            for group in self
+        ]
         lines += [f"  pinned by {pin.op} in {pin.layer}: {pin.channels} channels" for pin in self.pinned]
         return "\n".join(lines)
 
@@ -154,8 +159,10 @@ class ChannelGraph:
 
     def tensor_size(self, tensor: str, widths: Mapping[str, int]) -> int:
         """Elements of a tensor at the given widths."""
-        return math.prod(self.axis_size((tensor, d), widths) if (tensor, d) in self._axis_counts else size
-                         for d, size in enumerate(self.shapes[tensor]))
+        return math.prod(
+            self.axis_size((tensor, d), widths) if (tensor, d) in self._axis_counts else size
+            for d, size in enumerate(self.shapes[tensor])
+        )
 
     def macs(self, widths: Mapping[str, int]) -> int:
         """Multiply-accumulates per example of convolutions and linear layers at the given widths."""
@@ -235,7 +242,9 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     for (name, _), roots in axes.items():
         if name in tracer.opaque:
             pinned[roots] = True
-        if name in tracer.elements and (name, 0) in tracer.axes:  # used as a layer's weight and as a value: two roles at once
+        if (
+            name in tracer.elements and (name, 0) in tracer.axes
+        ):  # used as a layer's weight and as a value: two roles at once
             pinned[roots] = True
             pinned[component[tracer.elements[name].numpy()]] = True
     for (source, formula), labels in tracer.numbers.items():
@@ -244,8 +253,10 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     shapes |= {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
     parameters = frozenset(name for name, _ in model.named_parameters())
     groups = group_arms(axes, pinned, parameters, tracer.reads)
-    table = {key: Axis(np.full(len(roots), -1), np.zeros(len(roots), dtype=np.int64), np.zeros(len(roots), dtype=np.int64))
-             for key, roots in axes.items()}
+    table = {
+        key: Axis(np.full(len(roots), -1), np.zeros(len(roots), dtype=np.int64), np.zeros(len(roots), dtype=np.int64))
+        for key, roots in axes.items()
+    }
     for number, group in enumerate(groups.values()):
         for key, positions in group.members.items():
             table[key].group[positions] = number
@@ -257,10 +268,21 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
     for key, roots in axes.items():
         if key in table:
             of_component[roots] = table[key].group
-    return ChannelGraph(groups, table, shapes, parameters, tracer.ops, pinned_layers(tracer, component), tracer.cuts, of_component[component])
+    return ChannelGraph(
+        groups,
+        table,
+        shapes,
+        parameters,
+        tracer.ops,
+        pinned_layers(tracer, component),
+        tracer.cuts,
+        of_component[component],
+    )
 
 
-def mark_mixed(groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: LabelTracer, component: np.ndarray) -> dict[str, Group]:
+def mark_mixed(
+    groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: LabelTracer, component: np.ndarray
+) -> dict[str, Group]:
     """The groups, each with the functions that mix its channels."""
     mixers: dict[int, set[str]] = {}
     for mixed in tracer.mixed:
@@ -296,7 +318,9 @@ def element_axis(name: str, roots: np.ndarray, pinned: np.ndarray) -> tuple[int,
     return moving[0], np.where(flat < 0, np.flatnonzero(pinned)[0], flat)
 
 
-def group_arms(axes: dict[AxisKey, np.ndarray], pinned: np.ndarray, parameters: frozenset[str], reads: set[AxisKey]) -> dict[str, Group]:
+def group_arms(
+    axes: dict[AxisKey, np.ndarray], pinned: np.ndarray, parameters: frozenset[str], reads: set[AxisKey]
+) -> dict[str, Group]:
     """Arms with the same axes and multiplicities form a group, named after the first layer that makes them."""
     if not any((~pinned[roots]).any() for roots in axes.values()):
         return {}
@@ -310,11 +334,11 @@ def group_arms(axes: dict[AxisKey, np.ndarray], pinned: np.ndarray, parameters: 
     lengths = np.diff(np.append(starts, len(root)))
     by_signature: dict[bytes, list[int]] = {}
     for arm in np.argsort(key[starts], kind="stable").tolist():  # in the order in which axes were met
-        by_signature.setdefault(key[starts[arm]:starts[arm] + lengths[arm]].tobytes(), []).append(arm)
+        by_signature.setdefault(key[starts[arm] : starts[arm] + lengths[arm]].tobytes(), []).append(arm)
     groups: dict[str, Group] = {}
     named: Counter[str] = Counter()
     for arms in by_signature.values():
-        signature, counts = np.unique(key[starts[arms[0]]:starts[arms[0]] + lengths[arms[0]]], return_counts=True)
+        signature, counts = np.unique(key[starts[arms[0]] : starts[arms[0]] + lengths[arms[0]]], return_counts=True)
         own = [keys[number] for number in signature.tolist()]
         if len(arms) < 2 or all(dim < 0 for _, dim in own):
             continue  # the last arm of a group can never go, and a number alone has nothing to remove

@@ -1,8 +1,9 @@
 """Sizes that a block needs later: how many channels its own layers have, kept for a method that folds them into one.
 
-RepVGG, MobileOne and their kind train with several branches and fold them afterwards (`reparameterize`, `switch_to_deploy`, `fuse`):
-into a new layer of `self.in_channels` and `self.out_channels`. No forward pass uses these numbers, so tracing does not meet them.
-Takes a traced module and its graph; returns the numbers that count channels of the module's own layers and that no forward pass uses.
+RepVGG, MobileOne and their kind train with several branches and fold them afterwards (`reparameterize`,
+`switch_to_deploy`, `fuse`): into a new layer of `self.in_channels` and `self.out_channels`. No forward pass uses these
+numbers, so tracing does not meet them. Takes a traced module and its graph; returns the numbers that count channels of
+the module's own layers and that no forward pass uses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,27 @@ from dynprune.structure.numbers import Source
 Key = tuple[Source, tuple[int, int, int]]
 INTO = {"in", "inp", "input", "inputs", "inc", "cin", "c1", "inplanes", "inchannels"}
 OUT = {"out", "oup", "output", "outputs", "outc", "cout", "c2", "outplanes", "outchannels", "planes", "num"}
-COUNTS = INTO | OUT | {"channels", "channel", "chs", "chans", "ch", "dim", "dims", "features", "filters", "width", "hidden", "embed", "groups", "size", "c"}
+COUNTS = (
+    INTO
+    | OUT
+    | {
+        "channels",
+        "channel",
+        "chs",
+        "chans",
+        "ch",
+        "dim",
+        "dims",
+        "features",
+        "filters",
+        "width",
+        "hidden",
+        "embed",
+        "groups",
+        "size",
+        "c",
+    }
+)
 UNUSED = -7654321  # no forward pass works with so many channels
 
 
@@ -36,7 +57,13 @@ def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, 
         for attribute, value in vars(module).items():
             words = set(re.split(r"[_\d]+|(?<=[a-z])(?=[A-Z])", attribute)) | {attribute.replace("_", "").lower()}
             source = Source(path, attribute, -1)
-            if type(value) is int and value > 1 and not attribute.startswith("_") and source not in known and {word.lower() for word in words} & COUNTS:
+            if (
+                type(value) is int
+                and value > 1
+                and not attribute.startswith("_")
+                and source not in known
+                and {word.lower() for word in words} & COUNTS
+            ):
                 labels = counted(path, {word.lower() for word in words}, value, tracer, component)
                 if labels is not None:
                     found[source, (1, 1, 0)] = labels
@@ -44,9 +71,14 @@ def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, 
 
 
 def counted(path: str, words: set[str], value: int, tracer: LabelTracer, component: Tensor) -> Tensor | None:
-    """The labels of the channels inside the module that an attribute of this name counts, or None if that is not clear."""
+    """The labels of the channels inside the module that an attribute of this name counts, or None if that is not
+    clear."""
     inside = path + "." if path else ""
-    own = [(op, tracer.axes.get((op.weight, 0)), tracer.axes.get((op.weight, 1))) for op in tracer.ops if op.weight.startswith(inside)]
+    own = [
+        (op, tracer.axes.get((op.weight, 0)), tracer.axes.get((op.weight, 1)))
+        for op in tracer.ops
+        if op.weight.startswith(inside)
+    ]
     made = [axis for op, axis, _ in own if axis is not None and len(axis) == value]
     read = [axis for op, _, axis in own if axis is not None and len(axis) == value]
     depthwise = [axis for op, axis, _ in own if axis is not None and op.groups == value and len(axis) == value]
@@ -82,4 +114,6 @@ def unused(model: nn.Module, sources: list[Source], inputs: tuple, outputs: list
     finally:
         for source, value in zip(sources, before):
             setattr(model.get_submodule(source.module), source.attribute, value)
-    return len(outputs) == len(found) and all(a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(outputs, found))
+    return len(outputs) == len(found) and all(
+        a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(outputs, found)
+    )

@@ -1,7 +1,7 @@
 """What can be removed from a network, what cannot and why, and a proof that removal is exact.
 
-Takes a model and an input shape, traces it, and reports groups, shares and pins. `check` removes random arms and compares the
-original, in which the removed arms' consumers see zeros, with the compact copy.
+Takes a model and an input shape, traces it, and reports groups, shares and pins. `check` removes random arms and
+compares the original, in which the removed arms' consumers see zeros, with the compact copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from dynprune.errors import DynpruneError, ModelFails
 from dynprune.state.copies import doubled
 from dynprune.structure.channels import ChannelGraph, PinnedLayer
 from dynprune.structure.surgery import slim
-from dynprune.structure.tracing import EXACT, Comparison, cause, compare_copies, exact_part, random_selection, run_compact, trace
+from dynprune.structure.tracing import (
+    EXACT,
+    Comparison,
+    cause,
+    compare_copies,
+    exact_part,
+    random_selection,
+    run_compact,
+    trace,
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,11 @@ class GroupLine:
 
 @dataclass(frozen=True)
 class Check:
-    """ok: shown to be exact. max_rel_diff: largest difference over largest output between the compact copy and the masked original, with
-    arms removed from the groups that no norm mixes. effect: the same between the untouched and the masked original; where nothing
-    changes, nothing is shown. params_kept_share: what is left when arms are removed from all groups; that copy must run. mixed: the
-    groups that were checked for running only. failure: what went wrong. not_shown: why nothing could be compared."""
+    """ok: shown to be exact. max_rel_diff: largest difference over largest output between the compact copy and the
+    masked original, with arms removed from the groups that no norm mixes. effect: the same between the untouched and
+    the masked original; where nothing changes, nothing is shown. params_kept_share: what is left when arms are removed
+    from all groups; that copy must run. mixed: the groups that were checked for running only. failure: what went wrong.
+    not_shown: why nothing could be compared."""
 
     ok: bool
     max_rel_diff: float
@@ -69,7 +79,7 @@ class Inspection:
 
 
 def parse_input(text: str) -> tuple[int, ...]:
-    """"3x224x224" to (3, 224, 224)."""
+    """ "3x224x224" to (3, 224, 224)."""
     try:
         shape = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -80,7 +90,8 @@ def parse_input(text: str) -> tuple[int, ...]:
 
 
 def default_classes(name: str) -> int:
-    """What the source's networks are usually built for: ImageNet's 1000 classes, VOC's 21 in segmentation, COCO's 91 in detection; else 10."""
+    """What the source's networks are usually built for: ImageNet's 1000 classes, VOC's 21 in segmentation, COCO's 91 in
+    detection; else 10."""
     if name.startswith("torchvision:"):
         import torchvision
 
@@ -105,12 +116,15 @@ def example_for(name: str, size: tuple[int, ...]) -> tuple:
     x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     if name.startswith("torchvision:"):
         import torchvision
+
         if name.removeprefix("torchvision:") in torchvision.models.list_models(module=torchvision.models.detection):
             return ([x[0].sigmoid()],)
     return (x,)
 
 
-def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False, fraction: float = 0.5, seed: int = 0) -> Inspection:
+def inspect(
+    name: str, *, shape: str = "", classes: int = 0, check: bool = False, fraction: float = 0.5, seed: int = 0
+) -> Inspection:
     """Trace the network `name`. classes 0: 1000 for torchvision and timm, else 10."""
     if not 0 < fraction < 1:
         raise DynpruneError(f"--fraction got {fraction}. Expected a share between 0 and 1.")
@@ -120,10 +134,29 @@ def inspect(name: str, *, shape: str = "", classes: int = 0, check: bool = False
     graph = trace_with_option(model, x)
     seconds = time.perf_counter() - started
     macs, params = graph.macs({}), graph.params({})
-    lines = [GroupLine(g.name, g.arms, g.layers, 1 - graph.macs({g.name: 0}) / max(1, macs), 1 - graph.params({g.name: 0}) / max(1, params), g.mixed_by)
-             for g in graph]
-    return Inspection(name, "x".join(map(str, size)), len(graph), graph.arms, macs, params, prunable_share(graph), graph.pinned, lines,
-                      check_exactness(model, graph, x, fraction, seed, seconds) if check else None)
+    lines = [
+        GroupLine(
+            g.name,
+            g.arms,
+            g.layers,
+            1 - graph.macs({g.name: 0}) / max(1, macs),
+            1 - graph.params({g.name: 0}) / max(1, params),
+            g.mixed_by,
+        )
+        for g in graph
+    ]
+    return Inspection(
+        name,
+        "x".join(map(str, size)),
+        len(graph),
+        graph.arms,
+        macs,
+        params,
+        prunable_share(graph),
+        graph.pinned,
+        lines,
+        check_exactness(model, graph, x, fraction, seed, seconds) if check else None,
+    )
 
 
 def trace_with_option(model: nn.Module, inputs: torch.Tensor | tuple) -> ChannelGraph:
@@ -139,7 +172,10 @@ def prunable_share(graph: ChannelGraph) -> float:
     total = held = 0
     for name in graph.parameters:
         shape = graph.shapes[name]
-        pinned = [int((graph.axes[name, d].group < 0).sum()) if (name, d) in graph.axes else size for d, size in enumerate(shape)]
+        pinned = [
+            int((graph.axes[name, d].group < 0).sum()) if (name, d) in graph.axes else size
+            for d, size in enumerate(shape)
+        ]
         total += math.prod(shape)
         held += math.prod(pinned)
     return 1 - held / max(1, total)
@@ -155,23 +191,33 @@ CLEAR = 10  # the effect of removal must be so many times what could be a mistak
 MEASURABLE = 1e-9  # of the largest output, in float64: a hundred thousand times its rounding
 
 
-def check_exactness(model: nn.Module, graph: ChannelGraph, inputs: tuple, fraction: float, seed: int, seconds: float) -> Check:
+def check_exactness(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple, fraction: float, seed: int, seconds: float
+) -> Check:
     """Remove a random `fraction` of every group's arms, and compare untouched, masked and compact outputs."""
     selection = random_selection(graph, fraction, seed)
     mixed = [group.name for group in graph if group.mixed_by]
     known = {"trace_seconds": seconds, "fraction": fraction, "seed": seed, "mixed": mixed}
     if failure := run_compact(model, graph, selection, inputs):
-        return Check(False, math.inf, math.nan, 1.0, **known, failure=f"{failure.layer or '(model)'}: {failure.message}")
+        return Check(
+            False, math.inf, math.nan, 1.0, **known, failure=f"{failure.layer or '(model)'}: {failure.message}"
+        )
     kept = sum(p.numel() for p in slim(model, graph.kept(selection)).parameters()) / max(1, graph.params({}))
     exact = exact_part(graph, selection)
     if not any(len(arms) < graph.groups[name].arms for name, arms in exact.items()):
-        why = ("no channel of this network can be removed" if not graph.groups else
-               f"every group is mixed by {', '.join(sorted({op for group in graph for op in group.mixed_by}))}, so masked and compact outputs may differ; the compact copy runs"
-               if not exact else f"at --fraction {fraction:g} no channel is removed")
+        why = (
+            "no channel of this network can be removed"
+            if not graph.groups
+            else f"every group is mixed by {', '.join(sorted({op for group in graph for op in group.mixed_by}))}, so "
+            f"masked and compact outputs may differ; the compact copy runs"
+            if not exact
+            else f"at --fraction {fraction:g} no channel is removed"
+        )
         return Check(False, math.nan, 0.0, kept, **known, failure="", not_shown=why)
     try:
         found = compare_copies(model, graph, exact, inputs)
-        if not found.difference < EXACT or not found.effect > CLEAR * EXACT:  # rounding, or a mistake? float64 tells them apart
+        # rounding, or a mistake? float64 tells them apart
+        if not found.difference < EXACT or not found.effect > CLEAR * EXACT:
             found = compare_copies(doubled(model), graph, exact, in_float64(inputs))
     except Exception as error:
         return Check(False, math.inf, math.nan, kept, **known, failure=cause(error))
@@ -179,11 +225,24 @@ def check_exactness(model: nn.Module, graph: ChannelGraph, inputs: tuple, fracti
 
 
 def judged(found: Comparison, kept: float, known: dict) -> Check:
-    """The verdict of a comparison. A difference means something only beside what removal changed: far less than that, or a mistake."""
-    why = ("no output has a number in it, as of a detector that sees no object; check the backbone by itself" if math.isnan(found.effect) else
-           "removing channels changes nothing in the output that can be measured" if not found.effect > MEASURABLE else "")
+    """The verdict of a comparison. A difference means something only beside what removal changed: far less than that,
+    or a mistake."""
+    why = (
+        "no output has a number in it, as of a detector that sees no object; check the backbone by itself"
+        if math.isnan(found.effect)
+        else "removing channels changes nothing in the output that can be measured"
+        if not found.effect > MEASURABLE
+        else ""
+    )
     if math.isinf(found.effect):
-        return Check(False, found.difference, found.effect, kept, **known, failure="masked and untouched network give outputs of other shapes")
+        return Check(
+            False,
+            found.difference,
+            found.effect,
+            kept,
+            **known,
+            failure="masked and untouched network give outputs of other shapes",
+        )
     if math.isnan(found.difference):
         return Check(False, found.difference, found.effect, kept, **known, failure="outputs that are not finite")
     if why:

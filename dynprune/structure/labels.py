@@ -36,7 +36,8 @@ RECENT = 8  # shapes that a remembered size may be compared with
 class Op:
     """One use of a weight: it costs `positions` x (elements of the weight) multiplications per example.
 
-    kind: linear, or a convolution function's name. size: of the input behind its channels (of a linear layer: its positions).
+    kind: linear, or a convolution function's name. size: of the input behind its channels (of a linear layer: its
+    positions).
     stride, padding, dilation: per spatial dimension. groups: of the full-width convolution.
     """
 
@@ -102,13 +103,18 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
 
 
 def is_filter_bank(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    """A filter's first dimension makes the channels; any other tensor may carry them along any dimension. A `weight` that is longer
-    than 1 in a single dimension is a scale, whatever its shape: (1, C, 1, 1)."""
+    """A filter's first dimension makes the channels; any other tensor may carry them along any dimension. A `weight`
+    that is longer than 1 in a single dimension is a scale, whatever its shape: (1, C, 1, 1)."""
     if tensor.ndim < 2:
         return False
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, ParametrizationList)):
         return isinstance(module, ParametrizationList) or name.startswith("weight")
-    return name.startswith("weight") and hasattr(module, "weight") and tensor.size(0) > 1 and tensor.numel() > max(tensor.shape)
+    return (
+        name.startswith("weight")
+        and hasattr(module, "weight")
+        and tensor.size(0) > 1
+        and tensor.numel() > max(tensor.shape)
+    )
 
 
 Rule = Callable[["LabelTracer", Callable, tuple, dict], object]
@@ -118,7 +124,8 @@ class LabelTracer(TorchFunctionMode):
     """Records the channel structure of everything that runs inside `with tracer.watching(model):`."""
 
     def __init__(self, model: nn.Module, rules: Mapping[Callable, Rule] | None = None, layers: Collection[Rule] = ()):
-        """rules: by function. layers: the rules of functions that use a filter bank rather than compute another one from it."""
+        """rules: by function. layers: the rules of functions that use a filter bank rather than compute another one
+        from it."""
         super().__init__()
         self.rules, self.layers = rules or {}, layers
         self.names: dict[int, str] = {}
@@ -171,7 +178,8 @@ class LabelTracer(TorchFunctionMode):
 
     @contextmanager
     def seeing_arrays(self) -> Iterator[None]:
-        """torch does not tell function modes of from_numpy. What it makes is a constant: channels that had left torch stay anyway."""
+        """torch does not tell function modes of from_numpy. What it makes is a constant: channels that had left torch
+        stay anyway."""
         original = torch.from_numpy
 
         def from_numpy(array: object) -> Tensor:
@@ -187,7 +195,9 @@ class LabelTracer(TorchFunctionMode):
 
     @contextmanager
     def watching_layers(self) -> Iterator[LabelTracer]:
-        """Follow which module runs, so that pins and failures name the layer. The stack stays where a failure left it."""
+        """Follow which module runs, so that pins and failures name the layer. The stack stays where a failure left
+        it."""
+
         def enter(module: nn.Module, _inputs: object) -> None:
             self.stack.append(self.module_names.get(id(module), type(module).__name__))
 
@@ -195,8 +205,10 @@ class LabelTracer(TorchFunctionMode):
             if self.stack:
                 self.stack.pop()
 
-        handles = [nn.modules.module.register_module_forward_pre_hook(enter),
-                   nn.modules.module.register_module_forward_hook(leave)]
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
         try:
             yield self
         finally:
@@ -214,7 +226,8 @@ class LabelTracer(TorchFunctionMode):
         return torch.arange(start, self.next_label)
 
     def among(self, labels: Tensor) -> Tensor:
-        """The labels that occur, each once, in order, without PINNED. As marks in a list of all labels: unique would sort every element."""
+        """The labels that occur, each once, in order, without PINNED. As marks in a list of all labels: unique would
+        sort every element."""
         there = torch.zeros(self.next_label, dtype=torch.bool)
         there[distinct(labels).reshape(-1)] = True
         there[PINNED] = False
@@ -268,11 +281,16 @@ class LabelTracer(TorchFunctionMode):
         return True
 
     def compared(self, number: Number) -> None:
-        """A remembered size turned out to equal another whole number. If the shape of a value was just asked for and its channels are
-        as many, they were compared with each other, so the size must shrink with them. It is a guess that a trial can refute."""
+        """A remembered size turned out to equal another whole number. If the shape of a value was just asked for and
+        its channels are as many, they were compared with each other, so the size must shrink with them. It is a guess
+        that a trial can refute."""
         for labels in reversed(self.recent):
             for dim in range(labels.ndim):
-                if labels.size(dim) == int(number) and varies(labels, dim) and (along := self.vector(labels, dim)) is not None:
+                if (
+                    labels.size(dim) == int(number)
+                    and varies(labels, dim)
+                    and (along := self.vector(labels, dim)) is not None
+                ):
                     key = (number.source, number.formula)
                     known = key in self.numbers
                     if self.sized_by(number, along) and not known:
@@ -282,12 +300,16 @@ class LabelTracer(TorchFunctionMode):
     def note_size(self, attribute: str, labels: Tensor) -> None:
         """The running layer remembers under this name how many channels it has: labels, (channels,)."""
         module = self.modules[self.stack[-1]] if self.stack and self.stack[-1] in self.modules else None
-        if module is not None and type(vars(module).get(attribute)) is int and vars(module)[attribute] == labels.numel():
+        if (
+            module is not None
+            and type(vars(module).get(attribute)) is int
+            and vars(module)[attribute] == labels.numel()
+        ):
             self.numbers.setdefault((Source(self.stack[-1], attribute, -1), (1, 1, 0)), labels.clone())
 
     def mix(self, labels: Tensor, op: str) -> None:
-        """A statistic over channels: removing one changes what the others see. A narrow layer works, but computes another
-        function than the masked original. If a compact copy fails, this is a suspect too."""
+        """A statistic over channels: removing one changes what the others see. A narrow layer works, but computes
+        another function than the masked original. If a compact copy fails, this is a suspect too."""
         found = self.among(labels)
         if found.numel():
             self.mixed.append(Pin(op, self.layer, found))
@@ -338,7 +360,8 @@ class LabelTracer(TorchFunctionMode):
                 self.pin(labels, "constant operand")
             elif not bool(distinct(derived).any()):
                 self.pin(labels, "operand of fixed size")
-            elif tensor.size(dim) > 1 and derived.stride(dim) == 0:  # one filter stretched over all channels serves any number
+            # one filter stretched over all channels serves any number
+            elif tensor.size(dim) > 1 and derived.stride(dim) == 0:
                 self.pin(derived, "stretched operand")
             else:
                 shape = [1] * tensor.ndim
@@ -361,12 +384,15 @@ class LabelTracer(TorchFunctionMode):
         return labels.movedim(dim, 0).reshape(labels.size(dim), -1)[:, 0]
 
     def input_labels(self, value: Tensor, op: str) -> Tensor:
-        """Labels of what a layer reads. A constant has none to follow. Any other value without labels was made out of sight (scripted
-        code, a custom kernel) from activations unknown, so everything that was seen so far is pinned."""
+        """Labels of what a layer reads. A constant has none to follow. Any other value without labels was made out of
+        sight (scripted code, a custom kernel) from activations unknown, so everything that was seen so far is
+        pinned."""
         labels = self.of(value)
         if labels is None:
             if self.next_label > 1 and not self.known(value):
-                self.pins.append(Pin(f"a function out of sight before {op}", self.layer, torch.arange(1, self.next_label)))
+                self.pins.append(
+                    Pin(f"a function out of sight before {op}", self.layer, torch.arange(1, self.next_label))
+                )
             labels = self.pinned_like(value)
         return labels
 
@@ -375,7 +401,8 @@ class LabelTracer(TorchFunctionMode):
         return id(value) in self.names or value in self.pointwise
 
     def known(self, value: Tensor) -> bool:
-        """Whether it is clear where a value came from: activations that carry labels, the network's own tensors, or constants."""
+        """Whether it is clear where a value came from: activations that carry labels, the network's own tensors, or
+        constants."""
         return value in self.labels or value in self.constants or id(value) in self.names
 
     def note_constants(self, output: object, args: tuple, kwargs: dict) -> None:

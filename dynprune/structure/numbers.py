@@ -1,9 +1,9 @@
 """Sizes that a network remembers: integers that know which attribute they came from.
 
-Many networks compute channel counts once in `__init__` (`self.width`, `self.splits = [32, 16]`) and use them to slice, split or
-view in `forward`. A smaller copy must remember smaller sizes. `remembered(model)` replaces, for the time of a trace, the
-integers in the attributes of the user's own modules by `Number`s; those stay traceable through + - * //, so that when one of
-them cuts a channel dimension the label tracer knows which attribute to repair, and how.
+Many networks compute channel counts once in `__init__` (`self.width`, `self.splits = [32, 16]`) and use them to slice,
+split or view in `forward`. A smaller copy must remember smaller sizes. `remembered(model)` replaces, for the time of a
+trace, the integers in the attributes of the user's own modules by `Number`s; those stay traceable through + - * //, so
+that when one of them cuts a channel dimension the label tracer knows which attribute to repair, and how.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Source(NamedTuple):
 class Number(int):
     """An int equal to (multiplier * attribute + offset) / divisor, where `source` names the attribute.
 
-    compared: told of every comparison with another whole number that it equals, as in `assert x.shape[1] == self.width`.
+    compared: told of every comparison with another whole number that it equals, as in `assert x.shape[1] ==
+    self.width`.
     """
 
     source: Source
@@ -42,10 +43,23 @@ class Number(int):
     offset: int
     compared: Callable[[Number], None] | None
 
-    def __new__(cls, value: int, source: Source, multiplier: int = 1, divisor: int = 1, offset: int = 0,
-                compared: Callable[[Number], None] | None = None) -> Number:
+    def __new__(
+        cls,
+        value: int,
+        source: Source,
+        multiplier: int = 1,
+        divisor: int = 1,
+        offset: int = 0,
+        compared: Callable[[Number], None] | None = None,
+    ) -> Number:
         self = super().__new__(cls, value)
-        self.source, self.multiplier, self.divisor, self.offset, self.compared = source, multiplier, divisor, offset, compared
+        self.source, self.multiplier, self.divisor, self.offset, self.compared = (
+            source,
+            multiplier,
+            divisor,
+            offset,
+            compared,
+        )
         return self
 
     @property
@@ -57,7 +71,11 @@ class Number(int):
 
     def __add__(self, other):
         total = int(self) + other
-        return Number(total, self.source, self.multiplier, self.divisor, self.offset + self.divisor * other, self.compared) if type(other) is int else total
+        return (
+            Number(total, self.source, self.multiplier, self.divisor, self.offset + self.divisor * other, self.compared)
+            if type(other) is int
+            else total
+        )
 
     __radd__ = __add__
 
@@ -66,14 +84,22 @@ class Number(int):
 
     def __mul__(self, other):
         product = int(self) * other
-        return Number(product, self.source, self.multiplier * other, self.divisor, self.offset * other, self.compared) if type(other) is int else product
+        return (
+            Number(product, self.source, self.multiplier * other, self.divisor, self.offset * other, self.compared)
+            if type(other) is int
+            else product
+        )
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other):
         quotient = int(self) // other
         exact = type(other) is int and int(self) % other == 0
-        return Number(quotient, self.source, self.multiplier, self.divisor * other, self.offset, self.compared) if exact else quotient
+        return (
+            Number(quotient, self.source, self.multiplier, self.divisor * other, self.offset, self.compared)
+            if exact
+            else quotient
+        )
 
     def __eq__(self, other):
         same = int(self) == other
@@ -88,7 +114,8 @@ class Number(int):
 
 
 def number_name(source: Source, formula: tuple[int, int, int]) -> str:
-    """How a remembered number is named among the tensors: '#["module", "attribute", index, multiplier, divisor, offset]'."""
+    """How a remembered number is named among the tensors: '#["module", "attribute", index, multiplier, divisor,
+    offset]'."""
     return "#" + json.dumps([*source, *formula])
 
 
@@ -98,7 +125,12 @@ def is_number(name: str) -> bool:
 
 def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
     module, attribute, index, *formula = json.loads(name[1:])
-    if not (isinstance(module, str) and isinstance(attribute, str) and len(formula) == 3 and all(type(part) is int for part in (index, *formula))):
+    if not (
+        isinstance(module, str)
+        and isinstance(attribute, str)
+        and len(formula) == 3
+        and all(type(part) is int for part in (index, *formula))
+    ):
         raise ValueError(f"{name[:80]} names no number")
     return Source(module, attribute, index), (formula[0], formula[1], formula[2])
 
@@ -106,7 +138,11 @@ def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
 def named_as_before(name: str) -> str:
     """The name of a number in files of schema 1, "#module:attribute:index:multiplier:divisor:offset", as it is now."""
     found = re.fullmatch(r"#([^:]*):([^:]+):(-?\d+):(\d+):(\d+):(-?\d+)", name)
-    return number_name(Source(found[1], found[2], int(found[3])), (int(found[4]), int(found[5]), int(found[6]))) if found else name
+    return (
+        number_name(Source(found[1], found[2], int(found[3])), (int(found[4]), int(found[5]), int(found[6])))
+        if found
+        else name
+    )
 
 
 def attribute_for(formula: tuple[int, int, int], wanted: int) -> int:
@@ -117,13 +153,15 @@ def attribute_for(formula: tuple[int, int, int], wanted: int) -> int:
 
 @contextmanager
 def remembered(model: nn.Module, compared: Callable[[Number], None] | None = None) -> Iterator[None]:
-    """Within the context, integers above 1 in the attributes of modules from outside torch.nn are Numbers, and so is the shape that a
-    LayerNorm without weights remembers. compared: see Number."""
+    """Within the context, integers above 1 in the attributes of modules from outside torch.nn are Numbers, and so is
+    the shape that a LayerNorm without weights remembers. compared: see Number."""
     replaced: list[tuple[nn.Module, str, object]] = []
     try:
         for path, module in model.named_modules():
             for attribute, value in list(vars(module).items()):
-                if type(module).__module__.startswith("torch.nn.") and not (attribute == "normalized_shape" and module.weight is None):
+                if type(module).__module__.startswith("torch.nn.") and not (
+                    attribute == "normalized_shape" and module.weight is None
+                ):
                     continue
                 new = as_numbers(value, path, attribute, compared)
                 if new is not value:
@@ -141,12 +179,15 @@ def as_numbers(value: object, path: str, attribute: str, compared: Callable[[Num
     if type(value) is int and value > 1:
         return Number(value, Source(path, attribute, -1), compared=compared)
     if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-        return type(value)(Number(v, Source(path, attribute, i), compared=compared) if v > 1 else v for i, v in enumerate(value))
+        return type(value)(
+            Number(v, Source(path, attribute, i), compared=compared) if v > 1 else v for i, v in enumerate(value)
+        )
     return value
 
 
 def set_number(model: nn.Module, source: Source, value: int) -> None:
-    """Set the attribute, or the entry of its list or tuple. Raises AttributeError unless a whole number is there already."""
+    """Set the attribute, or the entry of its list or tuple. Raises AttributeError unless a whole number is there
+    already."""
     module = model.get_submodule(source.module)
     before = getattr(module, source.attribute)
     if not isinstance(before if source.index < 0 else before[source.index], int):

@@ -21,7 +21,8 @@ RULES: dict[Callable, Rule] = {}
 
 
 def named(names: str, owners: Iterable[object] = (torch, Tensor, F, torch.special)) -> Iterator[Callable]:
-    """Every function known under these names: torch.x, Tensor.x, Tensor.x_, functional.x, Tensor.__x__, __ix__, __rx__."""
+    """Every function known under these names: torch.x, Tensor.x, Tensor.x_, functional.x, Tensor.__x__, __ix__,
+    __rx__."""
     for name in names.split():
         for form in (name, name + "_", f"__{name}__", f"__i{name}__", f"__r{name}__"):
             for owner in owners:
@@ -35,6 +36,7 @@ def rule_for(*functions: Callable) -> Callable[[Rule], Rule]:
         for func in functions:
             RULES[func] = rule
         return rule
+
     return register
 
 
@@ -42,12 +44,17 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default: objec
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
-@rule_for(*named("""abs neg negative exp expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 selu elu
-    celu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid threshold sin cos erf floor ceil round sign nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout
-    feature_dropout feature_alpha_dropout hardshrink softshrink tanhshrink to type float double half bfloat16 contiguous
-    clone detach cpu cuda type_as requires_grad_ positive logical_not isnan isinf isfinite bernoulli rrelu
-    zeros_like ones_like empty_like rand_like randn_like full_like fake_quantize_per_tensor_affine"""),
-    Tensor.data.__get__)
+@rule_for(
+    *named("""
+    abs neg negative exp expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sigmoid tanh relu relu6 selu
+    elu celu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu softplus softsign logsigmoid threshold sin
+    cos erf floor ceil round sign nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+    feature_alpha_dropout hardshrink softshrink tanhshrink to type float double half bfloat16 contiguous clone
+    detach cpu cuda type_as requires_grad_ positive logical_not isnan isinf isfinite bernoulli rrelu zeros_like
+    ones_like empty_like rand_like randn_like full_like fake_quantize_per_tensor_affine
+    """),
+    Tensor.data.__get__,
+)
 def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """One tensor in, the same shape out, every element on its own."""
     value = args[0] if args else kwargs.get("input")
@@ -124,7 +131,12 @@ def factory(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> o
     sizes = args[1:] if args and isinstance(args[0], Tensor) else args or (kwargs.get("size", ()),)
     sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
     numbers = [d for d, size in enumerate(sizes) if isinstance(size, Number)]
-    if len(sizes) >= output.ndim and len(numbers) == 1 and numbers[0] < output.ndim and output.size(numbers[0]) == int(sizes[numbers[0]]):
+    if (
+        len(sizes) >= output.ndim
+        and len(numbers) == 1
+        and numbers[0] < output.ndim
+        and output.size(numbers[0]) == int(sizes[numbers[0]])
+    ):
         labels = tracer.fresh(output.size(numbers[0]))
         if tracer.sized_by(sizes[numbers[0]], labels):
             tracer.set(output, labels.view([-1 if d == numbers[0] else 1 for d in range(output.ndim)]))
@@ -134,9 +146,13 @@ def factory(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> o
     return output
 
 
-@rule_for(*named("""add sub subtract mul multiply div divide true_divide truediv floor_divide floordiv pow remainder fmod mod where
-    maximum minimum lerp addcmul addcdiv eq ne lt le gt ge logical_and logical_or logical_xor and or xor atan2 rsub
-    masked_fill copysign xlogy copy hypot float_power clamp clip clamp_min clamp_max"""))
+@rule_for(
+    *named("""
+    add sub subtract mul multiply div divide true_divide truediv floor_divide floordiv pow remainder fmod mod
+    where maximum minimum lerp addcmul addcdiv eq ne lt le gt ge logical_and logical_or logical_xor and or xor
+    atan2 rsub masked_fill copysign xlogy copy hypot float_power clamp clip clamp_min clamp_max
+    """)
+)
 def elementwise(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Several tensors, broadcast against each other: labels that meet are tied.
 
@@ -152,8 +168,11 @@ def elementwise(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
 
 def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shape: torch.Size, op: str) -> Tensor:
     """Labels of an elementwise result of the given shape; see `elementwise`."""
-    wide = [(value, labels.reshape((1,) * (len(shape) - labels.ndim) + tuple(labels.shape)))
-            for value, labels in operands if labels is not None]
+    wide = [
+        (value, labels.reshape((1,) * (len(shape) - labels.ndim) + tuple(labels.shape)))
+        for value, labels in operands
+        if labels is not None
+    ]
     moving = {d for d in range(len(shape)) if any(varies(labels, d) for _, labels in wide)}
     whole, stretched = [], []
     for _, labels in wide:
@@ -178,9 +197,14 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
     return result
 
 
-MOVES: dict[Callable, Callable] = {func: func for func in named("""permute transpose swapaxes swapdims movedim moveaxis t
-    squeeze unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave cat concat concatenate stack hstack vstack
-    flip fliplr flipud roll rot90 narrow select unbind index_select getitem adjoint take_along_dim tril triu diagonal""")}
+MOVES: dict[Callable, Callable] = {
+    func: func
+    for func in named("""
+    permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand expand_as broadcast_to
+    repeat tile repeat_interleave cat concat concatenate stack hstack vstack flip fliplr flipud roll rot90
+    narrow select unbind index_select getitem adjoint take_along_dim tril triu diagonal
+    """)
+}
 MOVES[Tensor.unfold] = Tensor.unfold
 MOVES |= {func: Tensor.reshape for func in named("view reshape")}
 MOVES |= {func: func for func in named("flatten unflatten")}
@@ -196,7 +220,7 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
     labels = [tracer.of(part) for part in parts]
     if all(found is None for found in labels):
         return func(*args, **kwargs)
-    if any(other in tracer.labels for other in tensors_in([args[1:], kwargs])) and not func in SHAPED:
+    if any(other in tracer.labels for other in tensors_in([args[1:], kwargs])) and func not in SHAPED:
         output = func(*args, **kwargs)
         tracer.default(func, output, args, kwargs)  # the choice of elements depends on the data
         return output
@@ -221,7 +245,7 @@ def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: object) -> boo
         return False
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
-        entries[at:at + 1] = [slice(None)] * (labels.ndim - len(entries) + 1)
+        entries[at : at + 1] = [slice(None)] * (labels.ndim - len(entries) + 1)
     for dim, entry in enumerate(entries):
         if not varies(labels, dim):
             continue
@@ -255,11 +279,14 @@ def loses_labels(labels: Tensor, tracer: LabelTracer, outputs: list[Tensor]) -> 
 
 
 def reorders(func: Callable, labels: Tensor, args: tuple) -> bool:
-    """Whether channels may come out in an order that a narrower tensor would not reproduce: rolled, or picked by an index."""
+    """Whether channels may come out in an order that a narrower tensor would not reproduce: rolled, or picked by an
+    index."""
     if func in ROLLS:
         return any(varies(labels, d) for d in range(labels.ndim))
     entries = args[1] if len(args) > 1 and isinstance(args[1], tuple) else args[1:2]
-    return any(isinstance(entry, (Tensor, list)) for entry in entries) and any(varies(labels, d) for d in range(labels.ndim))
+    return any(isinstance(entry, (Tensor, list)) for entry in entries) and any(
+        varies(labels, d) for d in range(labels.ndim)
+    )
 
 
 ROLLS = set(named("roll"))
@@ -286,7 +313,11 @@ def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, a
     The dimension given as -1 is the one that will shrink, else the last of the split ones.
     """
     labels = tracer.labels[output]
-    sizes = args[1:] if len(args) > 1 and isinstance(args[1], int) else next((a for a in args[1:] if isinstance(a, (tuple, list))), ())
+    sizes = (
+        args[1:]
+        if len(args) > 1 and isinstance(args[1], int)
+        else next((a for a in args[1:] if isinstance(a, (tuple, list))), ())
+    )
     free = list(sizes).index(-1) if -1 in sizes and len(sizes) == output.ndim else None
     for old, new in matched_blocks(tuple(before), tuple(output.shape)):
         wide = [d for d in new if output.size(d) > 1]
@@ -299,7 +330,11 @@ def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, a
         for d in wide:
             if d != shrinks:
                 labels = tracer.tie_along(labels, d).expand(labels.shape)
-        if len(sizes) == output.ndim and isinstance(sizes[shrinks], Number) and (along := tracer.vector(labels, shrinks)) is not None:
+        if (
+            len(sizes) == output.ndim
+            and isinstance(sizes[shrinks], Number)
+            and (along := tracer.vector(labels, shrinks)) is not None
+        ):
             tracer.sized_by(sizes[shrinks], along)
     tracer.set(output, labels)
 
@@ -385,9 +420,13 @@ def pad(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> objec
     return output
 
 
-@rule_for(*named("""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate upsample
-    max_pool1d_with_indices max_pool2d_with_indices adaptive_max_pool2d_with_indices"""))
+@rule_for(
+    *named("""
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d
+    interpolate upsample max_pool1d_with_indices max_pool2d_with_indices adaptive_max_pool2d_with_indices
+    """)
+)
 def spatial(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Pooling and resizing work inside each map: the batch and channel dimensions pass, the others must be uniform."""
     labels = tracer.of(args[0])
@@ -475,8 +514,13 @@ def local_response_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs
 CHOICES = set(named("argmax argmin max min count_nonzero all any prod"))
 
 
-@rule_for(*named("mean sum amax amin max min prod var std var_mean std_mean logsumexp norm nanmean count_nonzero all any argmax argmin"),
-          torch.linalg.vector_norm)
+@rule_for(
+    *named(
+        "mean sum amax amin max min prod var std var_mean std_mean logsumexp norm nanmean count_nonzero all "
+        "any argmax argmin"
+    ),
+    torch.linalg.vector_norm,
+)
 def reduce(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """A reduction passes the labels of what is left; one that runs over channels mixes them into a statistic."""
     if len([v for v in tensors_in([args, kwargs])]) > 1:
@@ -533,12 +577,19 @@ def along_one_dimension(tracer: LabelTracer, func: Callable, args: tuple, kwargs
 
 @rule_for(*named("mv"), torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matrix_times_vector(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    """A filter bank, as a matrix, times one of the network's own vectors: half of the spectral norm. Other products are not followed."""
+    """A filter bank, as a matrix, times one of the network's own vectors: half of the spectral norm. Other products are
+    not followed."""
     matrix, vector = args[0], args[1] if len(args) > 1 else kwargs.get("vec", kwargs.get("other"))
     bank = tracer.bank_of(matrix)
     output = func(*args, **kwargs)
     entries = tracer.of(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else None
-    if bank is None or matrix.ndim != 2 or entries is None or not tracer.is_own(vector) or (labels := tracer.of(matrix)) is None:
+    if (
+        bank is None
+        or matrix.ndim != 2
+        or entries is None
+        or not tracer.is_own(vector)
+        or (labels := tracer.of(matrix)) is None
+    ):
         tracer.default(func, output, args, kwargs)
         return output
     tracer.bank_vectors.setdefault(bank, []).append(entries)
@@ -586,8 +637,8 @@ def layer_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -
 
 @rule_for(*named("group_norm batch_norm instance_norm"))
 def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    """The mean, variance, scale and shift of each channel go with it. GroupNorm also mixes the channels of a group, and each
-    group loses the same ones."""
+    """The mean, variance, scale and shift of each channel go with it. GroupNorm also mixes the channels of a group, and
+    each group loses the same ones."""
     labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is None:
@@ -655,21 +706,36 @@ def convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
     output = func(*args, **kwargs)
     record_convolution(tracer, func, value, weight, bias, groups, output, transposed)
     spatial = weight.ndim - 2
-    stride, dilation = argument(args, kwargs, 3, "stride", 1), argument(args, kwargs, 7 if transposed else 5, "dilation", 1)
+    stride, dilation = (
+        argument(args, kwargs, 3, "stride", 1),
+        argument(args, kwargs, 7 if transposed else 5, "dilation", 1),
+    )
     padding = argument(args, kwargs, 4, "padding", 0)
     stride, dilation = per_dimension(stride, spatial), per_dimension(dilation, spatial)
     if isinstance(padding, str):
         padding = tuple(0 if padding == "valid" else d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:]))
     used = value if transposed else output
     positions = max(1, math.prod(used.shape) // used.shape[used.ndim - spatial - 1] // tracer.batch)
-    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, func.__name__,
-                         tuple(value.shape[value.ndim - spatial:]), stride, per_dimension(padding, spatial), dilation, groups))
+    tracer.ops.append(
+        Op(
+            tracer.layer,
+            tracer.names.get(id(weight), tracer.layer + ".weight"),
+            positions,
+            func.__name__,
+            tuple(value.shape[value.ndim - spatial :]),
+            stride,
+            per_dimension(padding, spatial),
+            dilation,
+            groups,
+        )
+    )
     return output
 
 
 def read_computed_weight(tracer: LabelTracer, bank: str, weight: Tensor, channels: Tensor) -> None:
-    """A weight computed from a filter bank reads these channels: (inputs,). Unless every entry was computed on its own, the others of
-    its filter had a say, so removal mixes. Vectors that the bank was multiplied with have an entry per input and place in the filter."""
+    """A weight computed from a filter bank reads these channels: (inputs,). Unless every entry was computed on its own,
+    the others of its filter had a say, so removal mixes. Vectors that the bank was multiplied with have an entry per
+    input and place in the filter."""
     vectors = tracer.bank_vectors.get(bank, [])
     for vector in vectors:
         tracer.tie(vector.view(len(channels), -1), channels[:, None])
@@ -685,8 +751,16 @@ def per_dimension(value: object, count: int) -> tuple[int, ...]:
 TRANSPOSED = set(named("conv_transpose1d conv_transpose2d conv_transpose3d"))
 
 
-def record_convolution(tracer: LabelTracer, func: Callable, value: Tensor, weight: Tensor, bias: Tensor | None,
-                       groups: int, output: Tensor, transposed: bool) -> None:
+def record_convolution(
+    tracer: LabelTracer,
+    func: Callable,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    output: Tensor,
+    transposed: bool,
+) -> None:
     """Weight (out, in/groups, ...), or (in, out/groups, ...) when transposed.
 
     In a grouped convolution the same offset is removed from each group; a depthwise one (one input each) loses groups.
@@ -744,7 +818,9 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     labels = tracer.input_labels(value, "linear")
     output = func(*args, **kwargs)
     positions = max(1, math.prod(value.shape[:-1]) // tracer.batch)
-    tracer.ops.append(Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, size=(positions,)))
+    tracer.ops.append(
+        Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, size=(positions,))
+    )
     others = [d for d in range(labels.ndim - 1) if varies(labels, d)]
     if others and not varies(labels, -1):  # it runs over tokens or pixels: channels pass through untouched
         tracer.set(output, labels[..., :1])
@@ -765,14 +841,17 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
             read_computed_weight(tracer, bank, weight, channels)
         else:
             tracer.pin(channels, "linear with a computed weight")
-        made = tracer.fresh(weight.size(0)) if weight in tracer.labels else torch.zeros(weight.size(0), dtype=torch.int64)
+        made = (
+            tracer.fresh(weight.size(0)) if weight in tracer.labels else torch.zeros(weight.size(0), dtype=torch.int64)
+        )
         tracer.axis(weight, 0, made)
     tracer.axis(bias, 0, made)
     tracer.set(output, made)
     return output
 
 
-# -- recurrent layers ---------------------------------------------------------------------------------------------------
+# -- recurrent layers
+# ---------------------------------------------------------------------------------------------------
 
 
 GATES = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
@@ -781,23 +860,35 @@ CELL_GATES = {torch.lstm_cell: 4, torch.gru_cell: 3, torch.rnn_tanh_cell: 1, tor
 
 @rule_for(*GATES)
 def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
-    """(input, state, weights, has_biases, layers, dropout, training, bidirectional, batch_first). All directions and layers of a network
-    remember one hidden size, so they lose the same units; a unit owns a row in each gate and a column of the recurrent weight."""
+    """(input, state, weights, has_biases, layers, dropout, training, bidirectional, batch_first). All directions and
+    layers of a network remember one hidden size, so they lose the same units; a unit owns a row in each gate and a
+    column of the recurrent weight."""
     output = func(*args, **kwargs)
     labels, weights = tracer.input_labels(args[0], func.__name__), args[2] if len(args) > 2 else None
-    if not isinstance(weights, (list, tuple)) or len(args) < 9 or isinstance(args[1], Tensor) and args[1].ndim == 1:  # a packed sequence
+    # a packed sequence
+    if not isinstance(weights, (list, tuple)) or len(args) < 9 or isinstance(args[1], Tensor) and args[1].ndim == 1:
         tracer.default(func, output, args, kwargs)
         return output
     biases, layers, directions = bool(args[3]), int(args[4]), 2 if args[7] else 1
     per_cell = len(weights) // (layers * directions)
     state = list(tensors_in(args[1]))
     channels = tracer.vector(labels, -1)
-    if channels is None or per_cell != (4 if biases else 2) or any(id(weight) not in tracer.names for weight in weights):
+    if (
+        channels is None
+        or per_cell != (4 if biases else 2)
+        or any(id(weight) not in tracer.names for weight in weights)
+    ):
         tracer.default(func, output, args, kwargs)
         return output
     units = tracer.fresh(weights[1].size(1))
     for cell in range(layers * directions):
-        record_cell(tracer, weights[cell * per_cell:(cell + 1) * per_cell], channels if cell < directions else units.repeat(directions), units, GATES[func])
+        record_cell(
+            tracer,
+            weights[cell * per_cell : (cell + 1) * per_cell],
+            channels if cell < directions else units.repeat(directions),
+            units,
+            GATES[func],
+        )
     for value in state:
         found = tracer.of(value)
         if found is None:
@@ -805,7 +896,9 @@ def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) ->
         else:
             tracer.tie(found, units.expand(found.shape))
     steps = math.prod(args[0].shape[:-1]) // tracer.batch
-    tracer.ops += [Op(tracer.layer, tracer.names[id(weight)], steps, size=(steps,)) for weight in weights if weight.ndim == 2]
+    tracer.ops += [
+        Op(tracer.layer, tracer.names[id(weight)], steps, size=(steps,)) for weight in weights if weight.ndim == 2
+    ]
     for part, found in zip(tensors_in(output), (units.repeat(directions), units, units)):
         tracer.set(part, found)
     return output
@@ -828,14 +921,20 @@ def recurrent_cell(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dic
             tracer.cut(units, func.__name__)
         else:
             tracer.tie(found, units.expand(found.shape))
-    tracer.ops += [Op(tracer.layer, tracer.names[id(weight)], max(1, args[0].shape[0] // tracer.batch), size=(1,)) for weight in weights[:2]]
+    tracer.ops += [
+        Op(tracer.layer, tracer.names[id(weight)], max(1, args[0].shape[0] // tracer.batch), size=(1,))
+        for weight in weights[:2]
+    ]
     for part in tensors_in(output):
         tracer.set(part, units)
     return output
 
 
-def record_cell(tracer: LabelTracer, weights: list[Tensor] | tuple[Tensor, ...], channels: Tensor, units: Tensor, gates: int) -> None:
-    """weights: of the input (gates x units, inputs), of the state (gates x units, units), and their biases. channels: (inputs,)."""
+def record_cell(
+    tracer: LabelTracer, weights: list[Tensor] | tuple[Tensor, ...], channels: Tensor, units: Tensor, gates: int
+) -> None:
+    """weights: of the input (gates x units, inputs), of the state (gates x units, units), and their biases. channels:
+    (inputs,)."""
     rows = units.repeat(gates)
     tracer.axis(weights[0], 1, channels, reads=True)
     tracer.axis(weights[1], 1, units, reads=True)

@@ -56,13 +56,14 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def own_weight(module: nn.Module) -> Tensor | None:
-    """The tensor that a layer's weight is, or is computed from. Asking for a computed weight would compute it, which in training mode changes
-    what a spectral norm remembers."""
+    """The tensor that a layer's weight is, or is computed from. Asking for a computed weight would compute it, which in
+    training mode changes what a spectral norm remembers."""
     if (weight := module._parameters.get("weight")) is not None:
         return weight
     parametrized = vars(module)["_modules"].get("parametrizations")
     stores = [parametrized["weight"]._parameters] if parametrized is not None and "weight" in parametrized else []
-    stores += [{name: module._parameters[name] for name in ("weight_orig", "weight_v") if name in module._parameters}]  # the older norms
+    # the older norms
+    stores += [{name: module._parameters[name] for name in ("weight_orig", "weight_v") if name in module._parameters}]
     found = [value for store in stores for value in store.values() if value is not None]
     return max(found, key=Tensor.numel, default=None)
 
@@ -70,10 +71,16 @@ def own_weight(module: nn.Module) -> Tensor | None:
 def repair_numbers(original: nn.Module, module: nn.Module) -> None:
     """Make the sizes that a layer remembers agree with its narrowed tensors."""
     if isinstance(module, nn.RNNBase):
-        module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[0] // (original.weight_hh_l0.shape[0] // original.hidden_size)
+        module.input_size, module.hidden_size = (
+            module.weight_ih_l0.shape[1],
+            module.weight_hh_l0.shape[0] // (original.weight_hh_l0.shape[0] // original.hidden_size),
+        )
         return
     if isinstance(module, nn.RNNCellBase):
-        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[0] // (original.weight_hh.shape[0] // original.hidden_size)
+        module.input_size, module.hidden_size = (
+            module.weight_ih.shape[1],
+            module.weight_hh.shape[0] // (original.weight_hh.shape[0] // original.hidden_size),
+        )
         return
     if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
         module.num_features = module.running_mean.shape[0]

@@ -1,8 +1,9 @@
 """From a module to its ChannelGraph, tried out before it is believed.
 
-Takes a module and example inputs, runs them once on labels, builds the graph, makes a compact copy with half of the arms and
-runs that. Where a network cuts channels by a size that cannot be followed, the copy fails or computes something else; then
-the arms at the function that failed are pinned and it is tried again. So the answer always works, and says what it pinned.
+Takes a module and example inputs, runs them once on labels, builds the graph, makes a compact copy with half of the
+arms and runs that. Where a network cuts channels by a size that cannot be followed, the copy fails or computes
+something else; then the arms at the function that failed are pinned and it is tried again. So the answer always works,
+and says what it pinned.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ Inputs = Tensor | tuple
 def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     """Find the channel structure of `model` by running it once on `example_inputs` (a tensor or a tuple of arguments).
 
-    A copy runs, in eval mode without gradients: the model, the inputs and the random generators stay as they are. Any architecture
-    gives a graph: what cannot be narrowed safely is pinned and named in `graph.pinned`. Raises DynpruneError when the model fails on
-    the inputs, naming the layer.
+    A copy runs, in eval mode without gradients: the model, the inputs and the random generators stay as they are. Any
+    architecture gives a graph: what cannot be narrowed safely is pinned and named in `graph.pinned`. Raises
+    DynpruneError when the model fails on the inputs, naming the layer.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise DynpruneError("The model contains TorchScript modules, which hide their functions. Pass the original nn.Module.")
+        raise DynpruneError(
+            "The model contains TorchScript modules, which hide their functions. Pass the original nn.Module."
+        )
     with same_randomness(0), torch.no_grad():
         model = copied(model).eval()
         tracer = run_on_labels(model, inputs)
@@ -56,7 +59,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
 
 
 def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
-    """A forward pass under the label tracer, and a second one in training mode if that may run or return something else."""
+    """A forward pass under the label tracer, and a second one in training mode if that may run or return something
+    else."""
     tracer = LabelTracer(model, RULES, LAYERS)
     given, inputs = inputs, cloned(inputs)
     try:
@@ -72,7 +76,9 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(given))
         raise ModelFails(
             f'The model fails on an example input of shape {shapes} in layer "{tracer.layer}" '
-            f"({type(error).__name__}: {first_line(error)}). Check the size and the channels of the input that it expects.") from error
+            f"({type(error).__name__}: {first_line(error)}). Check the size and the channels of the input that it "
+            f"expects."
+        ) from error
     if any(name not in tracer.used for name, _ in model.named_parameters()) or differs_in_training(model):
         follow_training_branches(model, cloned(given), tracer)
     return tracer
@@ -80,17 +86,30 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
 
 def differs_in_training(model: nn.Module) -> bool:
     """Whether code from outside torch.nn asks for the mode: then other functions may run in training."""
-    kinds = {cls for module in model.modules() for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.nn.", "builtins"))}
-    return any("training" in names_in(function.__code__) for cls in kinds for function in vars(cls).values() if hasattr(function, "__code__"))
+    kinds = {
+        cls
+        for module in model.modules()
+        for cls in type(module).__mro__
+        if not cls.__module__.startswith(("torch.nn.", "builtins"))
+    }
+    return any(
+        "training" in names_in(function.__code__)
+        for cls in kinds
+        for function in vars(cls).values()
+        if hasattr(function, "__code__")
+    )
 
 
 def names_in(code: types.CodeType) -> set[str]:
     """The names that a function's code uses, and those of the functions inside it."""
-    return set(code.co_names).union(*(names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)))
+    return set(code.co_names).union(
+        *(names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    )
 
 
 def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTracer) -> None:
-    """Side heads may run, or be returned, in training mode only, but read the same channels. Norms and dropout stay in eval mode."""
+    """Side heads may run, or be returned, in training mode only, but read the same channels. Norms and dropout stay in
+    eval mode."""
     before = len(tracer.ops)
     with branching(model):
         try:
@@ -98,7 +117,8 @@ def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTrace
                 for value in tensors_in(inputs):
                     tracer.set(value, tracer.pinned_like(value))
                 pin_outputs(tracer, model(*inputs))
-        except Exception:  # it needs labels or a larger batch: what it would read stays whole only if eval mode reads it too
+        # it needs labels or a larger batch: what it would read stays whole only if eval mode reads it too
+        except Exception:
             pass
         finally:
             tracer.stack = []
@@ -107,21 +127,27 @@ def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTrace
 
 @contextmanager
 def branching(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in training mode but for torch.nn's own layers and their kinds, so that no statistic moves and nothing is dropped."""
+    """The model in training mode but for torch.nn's own layers and their kinds, so that no statistic moves and nothing
+    is dropped."""
     with evaluating(model):
         for module in model.modules():
             own = isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd))
-            module.training = not own and (not type(module).__module__.startswith("torch.nn.") or bool(list(module.children())))
+            module.training = not own and (
+                not type(module).__module__.startswith("torch.nn.") or bool(list(module.children()))
+            )
         yield model
 
 
 def pin_outputs(tracer: LabelTracer, output: object) -> None:
-    """The user's outputs keep their sizes. One of unknown origin came from code out of sight, which may have read anything; whole
-    numbers excepted, which are indices or class names beside the values that they belong to, and are compared like these. A constant
-    beside the scores, such as a grid, has no channels to keep, and a parameter that is returned keeps its own."""
+    """The user's outputs keep their sizes. One of unknown origin came from code out of sight, which may have read
+    anything; whole numbers excepted, which are indices or class names beside the values that they belong to, and are
+    compared like these. A constant beside the scores, such as a grid, has no channels to keep, and a parameter that is
+    returned keeps its own."""
     values = list(tensors_in(output))
     if not values or any(not tracer.known(value) and value.is_floating_point() for value in values):
-        tracer.pins.append(Pin("a function out of sight before the output", "(output)", torch.arange(1, tracer.next_label)))
+        tracer.pins.append(
+            Pin("a function out of sight before the output", "(output)", torch.arange(1, tracer.next_label))
+        )
     for value in values:
         if (found := tracer.of(value)) is not None:
             tracer.pins.append(Pin("output", "(output)", tracer.among(found)))
@@ -151,7 +177,14 @@ def first_line(error: BaseException) -> str:
 
 def cause(error: BaseException) -> str:
     """What went wrong, in the words of the code that found it: 'assertion in `features`: wrong number of channels'."""
-    where = next((f" in `{frame.name}`" for frame in reversed(traceback.extract_tb(error.__traceback__)) if not library_code(frame.filename)), "")
+    where = next(
+        (
+            f" in `{frame.name}`"
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if not library_code(frame.filename)
+        ),
+        "",
+    )
     kind = "assertion" if isinstance(error, AssertionError) else type(error).__name__
     return f"{kind}{where}: {first_line(error)}"
 
@@ -159,10 +192,15 @@ def cause(error: BaseException) -> str:
 def library_code(filename: str) -> bool:
     """Whether a source file belongs to torch or to this package, rather than to the network."""
     path = Path(filename)
-    return filename.startswith("<") or Path(torch.__file__).parent in path.parents or Path(__file__).parents[1] in path.parents
+    return (
+        filename.startswith("<")
+        or Path(torch.__file__).parent in path.parents
+        or Path(__file__).parents[1] in path.parents
+    )
 
 
-# -- trying it out ------------------------------------------------------------------------------------------------------
+# -- trying it out
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +217,8 @@ class Trials:
     def __init__(self, model: nn.Module, tracer: LabelTracer, inputs: tuple):
         self.model, self.tracer, self.inputs = model, tracer, inputs
         self.tried: set[tuple[str, str]] = set()
-        self.suspected: list[list[Pin]] = []  # pins of earlier trials, to be withdrawn where they turn out not to matter
+        # pins of earlier trials, to be withdrawn where they turn out not to matter
+        self.suspected: list[list[Pin]] = []
         self.branches = differs_in_training(model) and self.full_output(True) is not None
 
     def kind(self, cut: Cut) -> tuple[str, str]:
@@ -192,7 +231,9 @@ class Trials:
         graph = build_graph(self.model, self.tracer)
         while graph.groups and (pins := self.find_pins(graph)):
             if self.tracer.guessed:  # a remembered size that was guessed to count channels may be what is wrong
-                self.tracer.numbers = {key: labels for key, labels in self.tracer.numbers.items() if key not in self.tracer.guessed}
+                self.tracer.numbers = {
+                    key: labels for key, labels in self.tracer.numbers.items() if key not in self.tracer.guessed
+                }
                 self.tracer.guessed = set()
                 self.tried.clear()
             else:
@@ -226,7 +267,9 @@ class Trials:
 
     def run(self, graph: ChannelGraph, selection: Selection) -> Failure | None:
         """A compact copy, run in both modes."""
-        return run_compact(self.model, graph, selection, self.inputs) or (self.run_training(graph, selection) if self.branches else None)
+        return run_compact(self.model, graph, selection, self.inputs) or (
+            self.run_training(graph, selection) if self.branches else None
+        )
 
     def full_output(self, training: bool) -> list[torch.Size] | None:
         """The shapes that the full model returns, None where it fails."""
@@ -239,7 +282,8 @@ class Trials:
             return None
 
     def run_training(self, graph: ChannelGraph, selection: Selection) -> Failure | None:
-        """As `run_compact`, in training mode: it must run, and return values of the shapes that the full model returns there."""
+        """As `run_compact`, in training mode: it must run, and return values of the shapes that the full model returns
+        there."""
         small = slim(self.model, graph.kept(selection))
         watcher = LabelTracer(small)
         try:
@@ -252,14 +296,18 @@ class Trials:
     def find_pins(self, graph: ChannelGraph) -> list[Pin]:
         """What to pin: the cuts nearest to where a compact copy failed, or those whose arms change what it computes.
 
-        Empty when the copy with half of the arms runs and agrees with the masked original; where there are cuts, also one that
-        keeps another share of each group, since a size may fit by chance when all shrink alike.
+        Empty when the copy with half of the arms runs and agrees with the masked original; where there are cuts, also
+        one that keeps another share of each group, since a size may fit by chance when all shrink alike.
         """
         model, inputs = self.model, self.inputs
         half = random_selection(graph, 0.5, 0)
         open_cuts = [cut for cut in graph.cuts if self.kind(cut) not in self.tried and len(cut.labels)]
         for selection in [half, uneven_selection(graph, 1)] if open_cuts else [half]:
-            if failure := self.run(graph, selection) if open_cuts or self.branches or any(group.mixed_by for group in graph) else None:
+            if (
+                failure := self.run(graph, selection)
+                if open_cuts or self.branches or any(group.mixed_by for group in graph)
+                else None
+            ):
                 break
             exact = exact_part(graph, selection)
             if agrees(model, graph, exact, inputs):
@@ -270,7 +318,13 @@ class Trials:
                 alike = [cut for cut in open_cuts if self.kind(cut) == cut_kind]
                 if not agrees(model, graph, only(graph, exact, alike), inputs):
                     return self.suspect(alike)
-            return self.suspect(open_cuts) if open_cuts else self.last_resort(graph, Failure("", "removal changes what the network computes in a way that was not followed"))
+            return (
+                self.suspect(open_cuts)
+                if open_cuts
+                else self.last_resort(
+                    graph, Failure("", "removal changes what the network computes in a way that was not followed")
+                )
+            )
         else:
             return []
         if not open_cuts:
@@ -283,25 +337,46 @@ class Trials:
         return [Pin(f"{cut.op} that cannot be narrowed", cut.layer, cut.labels) for cut in cuts]
 
     def guilty(self, graph: ChannelGraph) -> list[int]:
-        """Numbers of the groups with which a compact copy fails even if they alone are narrowed; none where there are too many to try."""
+        """Numbers of the groups with which a compact copy fails even if they alone are narrowed; none where there are
+        too many to try."""
         if not 1 < len(graph) <= MOST_TRIALS:
             return []
         half = random_selection(graph, 0.5, 0)
-        return [number for number, name in enumerate(graph.groups)
-                if self.run(graph, {name: half[name]}) or not agrees(self.model, graph, exact_part(graph, {name: half[name]}), self.inputs)]
+        return [
+            number
+            for number, name in enumerate(graph.groups)
+            if self.run(graph, {name: half[name]})
+            or not agrees(self.model, graph, exact_part(graph, {name: half[name]}), self.inputs)
+        ]
 
     def last_resort(self, graph: ChannelGraph, failure: Failure) -> list[Pin]:
-        """No function is left to suspect: pin the layer that failed with all that it reads and makes, then the groups that fail by
-        themselves, and then everything."""
-        held = [labels for (name, _), labels in self.tracer.axes.items() if failure.layer and name.startswith(failure.layer + ".")]
+        """No function is left to suspect: pin the layer that failed with all that it reads and makes, then the groups
+        that fail by themselves, and then everything."""
+        held = [
+            labels
+            for (name, _), labels in self.tracer.axes.items()
+            if failure.layer and name.startswith(failure.layer + ".")
+        ]
         key = (failure.message, failure.layer)
         if held and key not in self.tried:
             self.tried.add(key)
             return [Pin(failure.message, failure.layer, torch.cat(held))]
         guilty = self.guilty(graph)
         if guilty:
-            return [Pin(failure.message, failure.layer or "(model)", torch.from_numpy(np.flatnonzero(np.isin(graph.group_of_label, guilty))))]
-        return [Pin(failure.message, failure.layer if failure.layer not in ("", "(model)") else "(model)", torch.arange(1, self.tracer.next_label))]
+            return [
+                Pin(
+                    failure.message,
+                    failure.layer or "(model)",
+                    torch.from_numpy(np.flatnonzero(np.isin(graph.group_of_label, guilty))),
+                )
+            ]
+        return [
+            Pin(
+                failure.message,
+                failure.layer if failure.layer not in ("", "(model)") else "(model)",
+                torch.arange(1, self.tracer.next_label),
+            )
+        ]
 
 
 def exact_part(graph: ChannelGraph, selection: Selection) -> dict[str, np.ndarray]:
@@ -328,13 +403,19 @@ def only(graph: ChannelGraph, selection: Selection, cuts: list[Cut]) -> dict[str
 def random_selection(graph: ChannelGraph, fraction: float, seed: int) -> dict[str, np.ndarray]:
     """Each group without a random `fraction` of its arms; at least one stays."""
     rng = np.random.default_rng(seed)
-    return {group.name: np.sort(rng.permutation(group.arms)[: max(1, round(group.arms * (1 - fraction)))]) for group in graph}
+    return {
+        group.name: np.sort(rng.permutation(group.arms)[: max(1, round(group.arms * (1 - fraction)))])
+        for group in graph
+    }
 
 
 def uneven_selection(graph: ChannelGraph, seed: int) -> dict[str, np.ndarray]:
     """Each group without a share of its arms that differs from group to group, between a quarter and three quarters."""
     rng = np.random.default_rng(seed)
-    return {group.name: np.sort(rng.permutation(group.arms)[: max(1, round(group.arms * rng.uniform(0.25, 0.75)))]) for group in graph}
+    return {
+        group.name: np.sort(rng.permutation(group.arms)[: max(1, round(group.arms * rng.uniform(0.25, 0.75)))])
+        for group in graph
+    }
 
 
 def run_compact(model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: tuple) -> Failure | None:
@@ -352,7 +433,10 @@ def run_compact(model: nn.Module, graph: ChannelGraph, selection: Selection, inp
         return Failure(watcher.layer, cause(error))
     for name, value in named_tensors(small):
         if name in sizes and value.shape != sizes[name]:
-            return Failure(name.rpartition(".")[0], f"the network rewrites {name} when it runs, and gave it {list(value.shape)} for {list(sizes[name])}")
+            return Failure(
+                name.rpartition(".")[0],
+                f"the network rewrites {name} when it runs, and gave it {list(value.shape)} for {list(sizes[name])}",
+            )
     return None
 
 
@@ -362,8 +446,9 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def agrees(model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: tuple) -> bool:
-    """Whether a copy computes what the masked original does. A wrong structure is off by the size of the output; float32 rounding in
-    a deep network with gates can reach 1e-4 of it. A failure is a disagreement; what cannot be judged (no finite output) is not."""
+    """Whether a copy computes what the masked original does. A wrong structure is off by the size of the output;
+    float32 rounding in a deep network with gates can reach 1e-4 of it. A failure is a disagreement; what cannot be
+    judged (no finite output) is not."""
     try:
         found = difference(model, graph, selection, inputs)
     except Exception:
@@ -373,8 +458,8 @@ def agrees(model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest differences over the largest output. difference: between the masked original and the compact copy. effect: between the
-    untouched original and the masked one, without which the first says nothing."""
+    """Largest differences over the largest output. difference: between the masked original and the compact copy.
+    effect: between the untouched original and the masked one, without which the first says nothing."""
 
     difference: float
     effect: float
@@ -385,8 +470,11 @@ def difference(model: nn.Module, graph: ChannelGraph, selection: Selection, inpu
     return compare_copies(model, graph, selection, inputs, with_effect=False).difference
 
 
-def compare_copies(model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: tuple, *, with_effect: bool = True) -> Comparison:
-    """Outputs of the original, of the original whose removed arms are masked, and of the compact copy, on copies and in eval mode."""
+def compare_copies(
+    model: nn.Module, graph: ChannelGraph, selection: Selection, inputs: tuple, *, with_effect: bool = True
+) -> Comparison:
+    """Outputs of the original, of the original whose removed arms are masked, and of the compact copy, on copies and in
+    eval mode."""
     with same_randomness(0), torch.no_grad():
         full, inputs = lively(model, inputs)
         small = slim(full, graph.kept(selection))
@@ -409,27 +497,43 @@ def numbers_in(values: list[Tensor]) -> list[Tensor]:
 
 
 def largest_ratio(one: list[Tensor], other: list[Tensor]) -> float:
-    """Largest difference of two lists of outputs, each over its largest value; infinite for other shapes, nan where nothing can be judged."""
+    """Largest difference of two lists of outputs, each over its largest value; infinite for other shapes, nan where
+    nothing can be judged."""
     if [a.shape for a in one] != [b.shape for b in other]:
         return float("inf")
-    ratios = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in zip(numbers_in(one), numbers_in(other))]
+    ratios = [
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in zip(numbers_in(one), numbers_in(other))
+    ]
     return float("nan") if any(ratio != ratio for ratio in ratios) else max(ratios, default=0.0)
 
 
 def lively(model: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
     """A copy in which every value matters, and inputs that vary (constant ones become random).
 
-    Fresh networks hide mistakes: BatchNorm starts as the identity, some scales start at zero. Constant parameters from -1 to 1 become
-    random ones (larger ones were meant), and statistics are measured on the inputs, which keeps deep networks' values in range.
+    Fresh networks hide mistakes: BatchNorm starts as the identity, some scales start at zero. Constant parameters from
+    -1 to 1 become random ones (larger ones were meant), and statistics are measured on the inputs, which keeps deep
+    networks' values in range.
     """
     rng = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(v.shape, generator=rng).to(v) if isinstance(v, Tensor) and v.is_floating_point() and is_constant(v) else v for v in inputs)
+    inputs = tuple(
+        torch.randn(v.shape, generator=rng).to(v)
+        if isinstance(v, Tensor) and v.is_floating_point() and is_constant(v)
+        else v
+        for v in inputs
+    )
     model = copied(model).eval()
     for parameter in model.parameters():
-        if parameter.numel() > 1 and parameter.is_floating_point() and is_constant(parameter) and abs(float(parameter.flatten()[0])) <= 1:
+        if (
+            parameter.numel() > 1
+            and parameter.is_floating_point()
+            and is_constant(parameter)
+            and abs(float(parameter.flatten()[0])) <= 1
+        ):
             centre = 1.0 if float(parameter.flatten()[0]) > 0.5 else 0.0
             parameter.data.copy_(centre + 0.4 * (torch.rand(parameter.shape, generator=rng) - 0.5).to(parameter))
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
     handles = [norm.register_forward_pre_hook(measure_statistics) for norm in norms]
     try:
         if norms:
@@ -450,7 +554,10 @@ def measure_statistics(norm: nn.Module, args: tuple) -> None:
         return
     others = [d for d in range(args[0].ndim) if d != 1]
     count = args[0].numel() // args[0].shape[1]
-    mean, var = args[0].mean(others), args[0].var(others, unbiased=False) if count > 1 else torch.ones_like(args[0].mean(others))
+    mean, var = (
+        args[0].mean(others),
+        args[0].var(others, unbiased=False) if count > 1 else torch.ones_like(args[0].mean(others)),
+    )
     norm.running_mean.copy_(mean if count > 1 else mean * 0.5)
     norm.running_var.copy_(0.5 * var + 0.5 * var.mean() + 1e-3)
 

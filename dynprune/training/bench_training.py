@@ -1,9 +1,9 @@
 """What will a run save? The training step of the dense network, of a thin one, and of dynamic execution, side by side.
 
 Takes a TrainConfig, builds one session per policy on the same data, and runs their steps in turn in one process (dense,
-static, dynamic, dense, ...). `static` is the floor: an ordinary network of the same widths. Dynamic execution is timed at its
-most expensive, while it explores: rewards at every step, a swap at the end of every round. Peak memory is measured in a
-process of its own for each.
+static, dynamic, dense, ...). `static` is the floor: an ordinary network of the same widths. Dynamic execution is timed
+at its most expensive, while it explores: rewards at every step, a swap at the end of every round. Peak memory is
+measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ POLICIES = {"dense": "dense", "static": "static", "dynamic": "cucb", "swapping":
 class TrainingBench:
     """Milliseconds per step and peak MiB above an idle process of each policy; see the module's text.
 
-    dynamic_ms: a step of a round of `hold` steps, its swap included in proportion. swapping_ms: with a share `swap_share` of the
-    executed arms exchanged at every single step. reservoir_mib: the full-width tensors. overhead: milliseconds per step spent on
-    selecting, swapping and rewards (swaps per step, averaged over a round) and on waiting for data. samples_ms: raw.
+    dynamic_ms: a step of a round of `hold` steps, its swap included in proportion. swapping_ms: with a share
+    `swap_share` of the executed arms exchanged at every single step. reservoir_mib: the full-width tensors. overhead:
+    milliseconds per step spent on selecting, swapping and rewards (swaps per step, averaged over a round) and on
+    waiting for data. samples_ms: raw.
     """
 
     model: str
@@ -68,11 +69,19 @@ class TrainingBench:
     environment: dict
 
 
-def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 0.05, memory: bool = True,
-                   report: Callable[[str], None] = lambda _: None) -> TrainingBench:
+def bench_training(
+    config: TrainConfig,
+    *,
+    steps: int = 40,
+    swap_share: float = 0.05,
+    memory: bool = True,
+    report: Callable[[str], None] = lambda _: None,
+) -> TrainingBench:
     """Time `steps` steps of each policy. Raises DynpruneError for settings that cannot be trained."""
     if steps < config.hold:
-        raise DynpruneError(f"--steps got {steps}. Expected at least --hold, {config.hold}, so that a swap is among them.")
+        raise DynpruneError(
+            f"--steps got {steps}. Expected at least --hold, {config.hold}, so that a swap is among them."
+        )
     report("reading data")
     data = load_data(config.source)
     config = config.resolved(len(data.train))
@@ -80,7 +89,9 @@ def bench_training(config: TrainConfig, *, steps: int = 40, swap_share: float = 
         return compare(config, data, steps, swap_share, memory, report)
 
 
-def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memory: bool, report: Callable[[str], None]) -> TrainingBench:
+def compare(
+    config: TrainConfig, data: Data, steps: int, swap_share: float, memory: bool, report: Callable[[str], None]
+) -> TrainingBench:
     sessions: dict[str, Session] = {}
     narrow = None  # found once: all but the dense network have the same widths
     for name, policy in POLICIES.items():
@@ -119,15 +130,36 @@ def compare(config: TrainConfig, data: Data, steps: int, swap_share: float, memo
     del sessions, session
     peaks = {name: peak_mib(config, name, report) if memory else None for name in ("dense", "static", "dynamic")}
     return TrainingBench(
-        config.model, config.batch_size, "x".join(map(str, data.size[1:])), " ".join(config.budget), "bfloat16" if bfloat16 else "float32", hold, medians["dense"],
-        medians["static"], dynamic_ms, medians["swapping"], dynamic_ms / medians["static"], medians["swapping"] / medians["static"], swap_share,
-        medians["dense"] / dynamic_ms, macs, peaks["dense"], peaks["static"], peaks["dynamic"], reservoir_mib, overhead, samples,
-        {**environment(), "threads": threads})
+        config.model,
+        config.batch_size,
+        "x".join(map(str, data.size[1:])),
+        " ".join(config.budget),
+        "bfloat16" if bfloat16 else "float32",
+        hold,
+        medians["dense"],
+        medians["static"],
+        dynamic_ms,
+        medians["swapping"],
+        dynamic_ms / medians["static"],
+        medians["swapping"] / medians["static"],
+        swap_share,
+        medians["dense"] / dynamic_ms,
+        macs,
+        peaks["dense"],
+        peaks["static"],
+        peaks["dynamic"],
+        reservoir_mib,
+        overhead,
+        samples,
+        {**environment(), "threads": threads},
+    )
 
 
 def prepare_session(config: TrainConfig, data: Data, policy: str, fit: Fit | None = None) -> Session:
     """A session at the beginning of a long run; dynamic ones explore throughout what is timed."""
-    settings = dataclasses.replace(config, policy=policy, explore=0.5, grow=0.0, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size)))
+    settings = dataclasses.replace(
+        config, policy=policy, explore=0.5, grow=0.0, epochs=max(1, 4000 // data.steps_per_epoch(config.batch_size))
+    )
     session = Session(settings, data, fit=fit)
     rehearse_step(session)
     session.model.train()
@@ -191,6 +223,7 @@ def breakdown(session: Session, batches, hold: int) -> dict[str, float]:
             wait_for(session.device)
             spent[key] += 1000 * (time.perf_counter() - started)
             return result
+
         return wrapper
 
     session.explorer.select = timed("select_ms", session.explorer.select)
@@ -201,7 +234,8 @@ def breakdown(session: Session, batches, hold: int) -> dict[str, float]:
     return {key: value / hold for key, value in spent.items()}
 
 
-# -- memory -------------------------------------------------------------------------------------------------------------
+# -- memory
+# -------------------------------------------------------------------------------------------------------------
 
 
 def peak_mib(config: TrainConfig, name: str, report: Callable[[str], None]) -> float | None:
@@ -215,7 +249,9 @@ def peak_mib(config: TrainConfig, name: str, report: Callable[[str], None]) -> f
     try:
         return ours.recv()
     except EOFError as error:
-        raise DynpruneError(f"The process that measures the memory of {name} died. Try a smaller --batch-size than {config.batch_size}.") from error
+        raise DynpruneError(
+            f"The process that measures the memory of {name} died. Try a smaller --batch-size than {config.batch_size}."
+        ) from error
     finally:
         process.join()
 

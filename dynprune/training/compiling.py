@@ -1,7 +1,7 @@
 """torch.compile where it pays: a trial decides before the run is bound to it.
 
-Takes a model and a batch, times a forward and backward pass of a copy, eager and compiled, and compares what the remaining steps
-would save with what compiling costs. Widths are fixed, so shapes are static and nothing recompiles.
+Takes a model and a batch, times a forward and backward pass of a copy, eager and compiled, and compares what the
+remaining steps would save with what compiling costs. Widths are fixed, so shapes are static and nothing recompiles.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ TRIALS = 5
 Facts = dict[str, float | bool | str]
 
 
-def try_compiling(model: nn.Module, x: Tensor, *, autocast: Callable[[], AbstractContextManager], steps_left: int,
-                  note: Callable[[str], None]) -> tuple[Callable | None, Facts]:
+def try_compiling(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager],
+    steps_left: int,
+    note: Callable[[str], None],
+) -> tuple[Callable | None, Facts]:
     """The compiled model if that pays for itself within `steps_left`, else None; and what was measured either way."""
     note("trying torch.compile")
     trial = copy.deepcopy(model).train()
@@ -37,9 +43,17 @@ def try_compiling(model: nn.Module, x: Tensor, *, autocast: Callable[[], Abstrac
         return None, {"used": False, "error": reason}
     saved_s = (eager_ms - compiled_ms) / 1000 * steps_left
     pays = saved_s > compile_s
-    note(f"torch.compile: {compile_s:.0f} s to compile, {eager_ms:.1f} ms to {compiled_ms:.1f} ms per pass, would save {saved_s:.0f} s; "
-         f"{'used' if pays else 'not used'}")
-    facts: Facts = {"used": pays, "compile_s": compile_s, "eager_ms": eager_ms, "compiled_ms": compiled_ms, "saved_s": saved_s}
+    note(
+        f"torch.compile: {compile_s:.0f} s to compile, {eager_ms:.1f} ms to {compiled_ms:.1f} ms per pass, would "
+        f"save {saved_s:.0f} s; {'used' if pays else 'not used'}"
+    )
+    facts: Facts = {
+        "used": pays,
+        "compile_s": compile_s,
+        "eager_ms": eager_ms,
+        "compiled_ms": compiled_ms,
+        "saved_s": saved_s,
+    }
     return (compiled_form(model, x) if pays else None), facts
 
 

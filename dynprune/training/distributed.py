@@ -1,9 +1,10 @@
-"""Several processes, started by torchrun: each runs its part of every batch, all hold the same weights and choose the same arms.
+"""Several processes, started by torchrun: each runs its part of every batch, all hold the same weights and choose the
+same arms.
 
-Takes the narrow model's gradients, returns their mean over the processes. Only the active model's gradients travel, in one
-buffer, so communication shrinks with the budget. Rewards are read off these mean gradients, so every process's bandit sees the
-same numbers and nothing else has to be agreed on. BatchNorm takes its statistics over the whole batch, as one process would.
-Plain torch.distributed: nccl on GPUs, gloo on CPUs.
+Takes the narrow model's gradients, returns their mean over the processes. Only the active model's gradients travel, in
+one buffer, so communication shrinks with the budget. Rewards are read off these mean gradients, so every process's
+bandit sees the same numbers and nothing else has to be agreed on. BatchNorm takes its statistics over the whole batch,
+as one process would. Plain torch.distributed: nccl on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Ranks:
     def part(self, batch_size: int) -> slice:
         """This process's images of a batch."""
         if batch_size % self.count:
-            raise DynpruneError(f"--batch-size {batch_size} cannot be shared equally by {self.count} processes. Choose a multiple of {self.count}.")
+            raise DynpruneError(
+                f"--batch-size {batch_size} cannot be shared equally by {self.count} processes. "
+                f"Choose a multiple of {self.count}."
+            )
         own = batch_size // self.count
         return slice(self.rank * own, (self.rank + 1) * own)
 
@@ -67,7 +71,8 @@ def leave() -> None:
 def average(parameters: Iterable[Tensor], extra: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
     """Replace every parameter's gradient by its mean over the processes. extra: a few more numbers to average, (n,).
 
-    Returns the mean of `extra` and how many bytes this process sent to be added up. A parameter without gradient has none anywhere.
+    Returns the mean of `extra` and how many bytes this process sent to be added up. A parameter without gradient has
+    none anywhere.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     buffer = torch.cat([*(gradient.reshape(-1).to(extra.dtype) for gradient in gradients), extra])
@@ -75,7 +80,7 @@ def average(parameters: Iterable[Tensor], extra: Tensor, ranks: Ranks) -> tuple[
     buffer /= ranks.count
     start = 0
     for gradient in gradients:
-        gradient.copy_(buffer[start:start + gradient.numel()].view(gradient.shape))
+        gradient.copy_(buffer[start : start + gradient.numel()].view(gradient.shape))
         start += gradient.numel()
     return buffer[start:], buffer.numel() * buffer.element_size()
 
@@ -89,21 +94,27 @@ def agree(numbers: list[int], ranks: Ranks, device: torch.device) -> list[int]:
     return values.tolist()
 
 
-# -- BatchNorm over the whole batch -------------------------------------------------------------------------------------
+# -- BatchNorm over the whole batch
+# -------------------------------------------------------------------------------------
 
 
 class NormOverRanks(torch.autograd.Function):
-    """BatchNorm with mean and variance over all processes' equal parts of the batch: weight * (x - mean) / sqrt(variance + eps) + bias.
+    """BatchNorm with mean and variance over all processes' equal parts of the batch: weight * (x - mean) /
+    sqrt(variance + eps) + bias.
 
-    Forward and backward each exchange two numbers per channel. The gradient is that of one process with the whole batch:
-    dx = weight / sigma * (dy - mean(dy) - xhat * mean(dy * xhat)) (Ioffe & Szegedy, 2015), the means over all processes. PyTorch's own
-    kernels do the passes over x: statistics by its training form, the rest by its inference form, corrected by one line per channel.
+    Forward and backward each exchange two numbers per channel. The gradient is that of one process with the whole
+    batch: dx = weight / sigma * (dy - mean(dy) - xhat * mean(dy * xhat)) (Ioffe & Szegedy, 2015), the means over all
+    processes. PyTorch's own kernels do the passes over x: statistics by its training form, the rest by its inference
+    form, corrected by one line per channel.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(x.dtype, torch.float32)
-        ones = x.new_ones(x.size(1), dtype=exact)  # with a weight in float32, bfloat16 inputs get their statistics in float32
+        # with a weight in float32, bfloat16 inputs get their statistics in float32
+        ones = x.new_ones(x.size(1), dtype=exact)
         _, mean, scale = torch.native_batch_norm(x, ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
         mean = mean.double()
         moments = torch.stack([mean, scale.double().pow(-2) - eps + mean.square()])
@@ -122,9 +133,14 @@ class NormOverRanks(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, _mean: object, _variance: object) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         empty = mean.new_empty(0)
-        gradient = gradient.contiguous(memory_format=torch.channels_last if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format)
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(gradient, x, weight, mean, variance, empty, empty, False, ctx.eps,
-                                                                       [True, True, True])
+        gradient = gradient.contiguous(
+            memory_format=torch.channels_last
+            if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, empty, empty, False, ctx.eps, [True, True, True]
+        )
         means = torch.stack([dbias, dweight]).to(mean.dtype)  # sums of dy and of dy * xhat
         dist.all_reduce(means)
         means /= ctx.count * x.numel() // x.size(1)
@@ -163,4 +179,13 @@ def lost_contact(error: BaseException) -> bool:
     """Whether an exception says that another process is gone."""
     text = f"{type(error).__name__} {error}".lower()
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
-        sign in text for sign in ("connection closed by peer", "connection reset", "broken pipe", "gloo", "nccl", "timed out waiting"))
+        sign in text
+        for sign in (
+            "connection closed by peer",
+            "connection reset",
+            "broken pipe",
+            "gloo",
+            "nccl",
+            "timed out waiting",
+        )
+    )

@@ -21,9 +21,9 @@ from dynprune.structure.inspect import build_for_inspection, default_classes, tr
 
 @dataclass(frozen=True)
 class Plan:
-    """widths: of every group, None if the budgets cannot be met; problem then says why. smallest_*: of the narrowest network that
-    the constraints allow. *latency_ms: onnxruntime at batch 1 with one thread, None unless asked for; the dense network is measured,
-    the chosen one too if a budget is in milliseconds, the others are predicted."""
+    """widths: of every group, None if the budgets cannot be met; problem then says why. smallest_*: of the narrowest
+    network that the constraints allow. *latency_ms: onnxruntime at batch 1 with one thread, None unless asked for; the
+    dense network is measured, the chosen one too if a budget is in milliseconds, the others are predicted."""
 
     model: str
     input: str
@@ -43,11 +43,21 @@ class Plan:
     budgets: list[dict]
 
 
-def plan(name: str, budget: Budget, *, shape: str = "", classes: int = 0, latency: bool = False, learned_by: Run | None = None,
-         report: Report = silent) -> Plan:
-    """Trace the network and allocate widths. Raises DynpruneError for constraints that make no sense, such as an unknown layer.
+def plan(
+    name: str,
+    budget: Budget,
+    *,
+    shape: str = "",
+    classes: int = 0,
+    latency: bool = False,
+    learned_by: Run | None = None,
+    report: Report = silent,
+) -> Plan:
+    """Trace the network and allocate widths. Raises DynpruneError for constraints that make no sense, such as an
+    unknown layer.
 
-    latency: predict milliseconds even if no budget asks for them. learned_by: a run whose bandit says what a channel of each layer is worth.
+    latency: predict milliseconds even if no budget asks for them. learned_by: a run whose bandit says what a channel of
+    each layer is worth.
     """
     model, size = build_for_inspection(name, classes or default_classes(name), shape)
     example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
@@ -64,12 +74,24 @@ def plan(name: str, budget: Budget, *, shape: str = "", classes: int = 0, latenc
         problem = str(error)
     chosen = found.widths or None
     timed = fitter.stopwatch is not None
-    return Plan(name, "x".join(map(str, size)), not problem, problem, chosen, graph.full_widths,
-                None if problem else graph.macs(found.widths), None if problem else graph.params(found.widths), graph.macs({}), graph.params({}),
-                graph.macs(smallest), graph.params(smallest),
-                found.latency.measured_ms if found.latency else fitter.predict(found.widths) if timed and not problem else None,
-                fitter.cost.dense_ms if timed else None, fitter.predict(smallest) if timed else None,
-                [] if problem else budgets_met(graph, budget.limits, found.widths, found.latency))
+    return Plan(
+        name,
+        "x".join(map(str, size)),
+        not problem,
+        problem,
+        chosen,
+        graph.full_widths,
+        None if problem else graph.macs(found.widths),
+        None if problem else graph.params(found.widths),
+        graph.macs({}),
+        graph.params({}),
+        graph.macs(smallest),
+        graph.params(smallest),
+        found.latency.measured_ms if found.latency else fitter.predict(found.widths) if timed and not problem else None,
+        fitter.cost.dense_ms if timed else None,
+        fitter.predict(smallest) if timed else None,
+        [] if problem else budgets_met(graph, budget.limits, found.widths, found.latency),
+    )
 
 
 def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
@@ -79,8 +101,13 @@ def loss_per_arm(run: Run, fitter: Fitter) -> np.ndarray:
     for group in fitter.graph:
         saliency, slots = tensors.get(f"explorer.saliency.{group.name}"), tensors.get(f"slots.{group.name}")
         if saliency is None or slots is None or saliency.shape != (group.arms,) or not 0 < slots.numel() <= group.arms:
-            raise DynpruneError(f"--from {run.path} has learned nothing about {group.name}. Expected a run of the same network, --model {run.config.model} there.")
+            raise DynpruneError(
+                f"--from {run.path} has learned nothing about {group.name}. Expected a run of the "
+                f"same network, --model {run.config.model} there."
+            )
         values.append(worth_of_one_more(saliency, len(slots)))
     if not any(values):
-        raise DynpruneError(f"--from {run.path} did not explore, so it has learned nothing. Expected a run of --policy cucb.")
+        raise DynpruneError(
+            f"--from {run.path} did not explore, so it has learned nothing. Expected a run of --policy cucb."
+        )
     return np.array(values)

@@ -1,8 +1,9 @@
 """What comes after training, tried before it: nothing that was trained may be lost for want of a file.
 
-Takes a Session that has not begun. On copies of its untrained network it does one training step, brings what a checkpoint would hold into
-a network that is built anew (as another process would, from other random numbers), writes the compact file of that, reads it back into
-yet another one, exports it to ONNX and runs it in onnxruntime. What fails is refused with the words of what failed; where only bfloat16 does, the run falls back to float32.
+Takes a Session that has not begun. On copies of its untrained network it does one training step, brings what a
+checkpoint would hold into a network that is built anew (as another process would, from other random numbers), writes
+the compact file of that, reads it back into yet another one, exports it to ONNX and runs it in onnxruntime. What fails
+is refused with the words of what failed; where only bfloat16 does, the run falls back to float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dynprune.data.loading import Data
 from dynprune.data.scores import Scores, exact_scores, logits
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.onnxfile import open_session, run as execute, write_onnx
+from dynprune.files.onnxfile import open_session, write_onnx
+from dynprune.files.onnxfile import run as execute
 from dynprune.state.attributes import value_at
 from dynprune.state.copies import copied, same_randomness
 from dynprune.state.tensors import fill, in_precision, loose_tensors, plain_values, state_of
@@ -36,12 +38,18 @@ ONNX_SAME = 1e-3  # in float32 and with untrained weights; the export after trai
 NOTHING = "Nothing was trained."
 
 
-def rehearse(session: Session, *, opset: int | None = None, note: Callable[[str], None] = lambda _: None, say: Callable[[str], None] = lambda _: None) -> None:
-    """Try a training step, the compact file and the ONNX file. opset: the one that is asked for. note: what is tried now. say: what users
-    should know.
+def rehearse(
+    session: Session,
+    *,
+    opset: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Try a training step, the compact file and the ONNX file. opset: the one that is asked for. note: what is tried
+    now. say: what users should know.
 
-    Raises DynpruneError for what could not be trained, saved, loaded or exported afterwards. The session's weights and random
-    generators stay as they are; its precision may change.
+    Raises DynpruneError for what could not be trained, saved, loaded or exported afterwards. The session's weights and
+    random generators stay as they are; its precision may change.
     """
     note("trying what comes after training, on the untrained network")
     with same_randomness(0):
@@ -57,7 +65,8 @@ def rehearse_step(session: Session, say: Callable[[str], None] = lambda _: None)
         try_step(session, say)
 
 
-# -- one training step ------------------------------------------------------------------------------------------------------
+# -- one training step
+# ------------------------------------------------------------------------------------------------------
 
 
 def try_step(session: Session, say: Callable[[str], None]) -> None:
@@ -71,7 +80,9 @@ def try_step(session: Session, say: Callable[[str], None]) -> None:
         session.bfloat16 = True
     if problem is not None:
         hint = " Try --precision float32." if session.bfloat16 and session.config.precision != "auto" else ""
-        raise DynpruneError(f'"{session.config.model}" cannot be trained at the chosen widths: {problem}. {NOTHING}{hint}')
+        raise DynpruneError(
+            f'"{session.config.model}" cannot be trained at the chosen widths: {problem}. {NOTHING}{hint}'
+        )
 
 
 def step_problem(session: Session) -> str | None:
@@ -83,7 +94,9 @@ def step_problem(session: Session) -> str | None:
         return str(error).rstrip(".")
     except Exception as error:
         return cause(error)
-    strange = [name for name, value in model.named_parameters() if value.grad is not None and value.grad.dtype != value.dtype]
+    strange = [
+        name for name, value in model.named_parameters() if value.grad is not None and value.grad.dtype != value.dtype
+    ]
     return f"the gradient of {strange[0]} is of another type" if strange else None
 
 
@@ -95,51 +108,76 @@ def take_step(session: Session, model: nn.Module) -> None:
         output = model(images)
     scores = logits(output).to(session.dtype)
     if scores.shape != (len(labels), len(session.data.classes)):
-        raise DynpruneError(f"in training mode it returns scores of shape {'x'.join(map(str, scores.shape))} for {len(labels)} images of {len(session.data.classes)} classes")
+        raise DynpruneError(
+            f"in training mode it returns scores of shape {'x'.join(map(str, scores.shape))} for "
+            f"{len(labels)} images of {len(session.data.classes)} classes"
+        )
     F.cross_entropy(scores, labels).backward()
     make_optimizer(session.config, model, session.device).step()
 
 
 def trial_batch(session: Session) -> tuple[Tensor, Tensor]:
     """A few images of noise, with labels, on the session's device."""
-    images = torch.randn(TRIAL_IMAGES, *session.data.size).to(session.device, session.dtype, memory_format=torch.channels_last)
+    images = torch.randn(TRIAL_IMAGES, *session.data.size).to(
+        session.device, session.dtype, memory_format=torch.channels_last
+    )
     return images, (torch.arange(TRIAL_IMAGES) % len(session.data.classes)).to(session.device)
 
 
-# -- checkpoint and compact file --------------------------------------------------------------------------------------------
+# -- checkpoint and compact file
+# --------------------------------------------------------------------------------------------
 
 
 def try_checkpoint(session: Session) -> nn.Module:
-    """The narrow network, as what a checkpoint holds after one training step brings it back. Raises DynpruneError where that differs."""
+    """The narrow network, as what a checkpoint holds after one training step brings it back. Raises DynpruneError where
+    that differs."""
     name, example = session.config.model, session.data.example.to(session.dtype)
     kept = session.graph.kept(session.reservoir.slots, session.reservoir.template)
     trained = session.new_reservoir(copied(session.reservoir.full), session.reservoir.slots, session.reservoir.template)
     take_step(session, trained.active)
     full = in_precision(built_anew(name, session.data), session.dtype)
-    return brought_back(name, trained.active, state_of(up_to_date(trained)), full, example, lambda full: slim(full, kept))
+    return brought_back(
+        name, trained.active, state_of(up_to_date(trained)), full, example, lambda full: slim(full, kept)
+    )
 
 
-def brought_back(name: str, trained: nn.Module, state: tuple[dict[str, Tensor], dict], anew: nn.Module, example: Tensor,
-                 narrowed: Callable[[nn.Module], nn.Module] = lambda network: network) -> nn.Module:
-    """`anew`, filled with a state and narrowed. Raises DynpruneError if it then computes something else than the network that was trained."""
+def brought_back(
+    name: str,
+    trained: nn.Module,
+    state: tuple[dict[str, Tensor], dict],
+    anew: nn.Module,
+    example: Tensor,
+    narrowed: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> nn.Module:
+    """`anew`, filled with a state and narrowed. Raises DynpruneError if it then computes something else than the
+    network that was trained."""
     ours = exact_scores(trained, example)
     if not close(ours, exact_scores(trained, example)):
-        raise DynpruneError(f'"{name}" gives another output each time in evaluation mode, so no file of it could be proven. {NOTHING} Make it deterministic after eval().')
+        raise DynpruneError(
+            f'"{name}" gives another output each time in evaluation mode, so no file of it could be '
+            f"proven. {NOTHING} Make it deterministic after eval()."
+        )
     try:
         fill(anew, *state)
         network = narrowed(anew).eval()
     except (ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
-        raise DynpruneError(f'"{name}" could be trained, but no checkpoint of it read: {cause(error)}. {NOTHING}') from error
+        raise DynpruneError(
+            f'"{name}" could be trained, but no checkpoint of it read: {cause(error)}. {NOTHING}'
+        ) from error
     if not close(ours, exact_scores(network, example)):
-        raise DynpruneError(f'"{name}" computes something else when it is built anew and given the same tensors: it depends on {what_is_lost(trained, network)}, '
-                            f"so a file could not bring back what was trained. {NOTHING} Register those values as buffers.")
+        raise DynpruneError(
+            f'"{name}" computes something else when it is built anew and given the same tensors: it '
+            f"depends on {what_is_lost(trained, network)}, "
+            f"so a file could not bring back what was trained. {NOTHING} Register those values as "
+            f"buffers."
+        )
     return network
 
 
 def what_is_lost(trained: nn.Module, network: nn.Module) -> str:
     """What a network computes with, after a training step, that is not in its state."""
     changed = []
-    for path, value in {**loose_tensors(trained), **plain_values(trained)}.items():
+    for path in {**loose_tensors(trained), **plain_values(trained)}:
         try:
             same = type(value_at(network, path)) is type(value_at(trained, path))
         except (LookupError, AttributeError):
@@ -148,7 +186,10 @@ def what_is_lost(trained: nn.Module, network: nn.Module) -> str:
             changed.append(f'"{".".join(map(str, filter(None, path[:2])))}"')
     if changed:
         return f"what a training step leaves in {', '.join(dict.fromkeys(changed[:3]))}, which was not there before"
-    return "values that are in no parameter, buffer or attribute, such as random numbers in a function or at the top of a file"
+    return (
+        "values that are in no parameter, buffer or attribute, such as random numbers in a function or at the top of "
+        "a file"
+    )
 
 
 def try_file(session: Session, network: nn.Module, say: Callable[[str], None]) -> nn.Module:
@@ -160,19 +201,36 @@ def try_file(session: Session, network: nn.Module, say: Callable[[str], None]) -
     for name in left_out:
         say(f'the extra state of "{name or "the network"}" is no plain value and is left out of the files')
     kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
-    facts = artifact.Facts(dataclasses.asdict(config), data.classes, list(data.size), list(data.mean), list(data.std), kept, session.widths,
-                           session.macs, graph.params(session.widths), graph.macs({}), graph.params({}), 0.0)
+    facts = artifact.Facts(
+        dataclasses.asdict(config),
+        data.classes,
+        list(data.size),
+        list(data.mean),
+        list(data.std),
+        kept,
+        session.widths,
+        session.macs,
+        graph.params(session.widths),
+        graph.macs({}),
+        graph.params({}),
+        0.0,
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="dynprune-") as folder:
             path = Path(folder) / "trial.safetensors"
             artifact.save(path, network, facts)
             loaded = artifact.load(path, built_anew(config.model, data))
     except DynpruneError as error:
-        raise DynpruneError(f'"{config.model}" could be trained, but not saved and loaded again: {error} {NOTHING}') from error
+        raise DynpruneError(
+            f'"{config.model}" could be trained, but not saved and loaded again: {error} {NOTHING}'
+        ) from error
     except Exception as error:
         raise DynpruneError(f'"{config.model}" could be trained, but not saved: {cause(error)}. {NOTHING}') from error
     if not close(exact_scores(network, example), exact_scores(loaded, example)):
-        raise DynpruneError(f'"{config.model}" computes something else when its compact file is read back. {NOTHING} Please report the model.')
+        raise DynpruneError(
+            f'"{config.model}" computes something else when its compact file is read back. {NOTHING} '
+            f"Please report the model."
+        )
     return loaded
 
 
@@ -180,7 +238,8 @@ SEED = 20201  # for the network that is built anew: other random numbers than th
 
 
 def built_anew(name: str, data: Data) -> nn.Module:
-    """The full-width network as another process would build it. Code that cannot be imported twice is not imported again."""
+    """The full-width network as another process would build it. Code that cannot be imported twice is not imported
+    again."""
     try:
         with same_randomness(SEED), zoo.imported_anew(name):
             return zoo.build(name, len(data.classes), seed=SEED, size=data.size)
@@ -189,10 +248,13 @@ def built_anew(name: str, data: Data) -> nn.Module:
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and float((one - other).abs().max()) <= SAME * float(one.abs().max().clamp(min=1e-30))
+    return one.shape == other.shape and float((one - other).abs().max()) <= SAME * float(
+        one.abs().max().clamp(min=1e-30)
+    )
 
 
-# -- the ONNX file ----------------------------------------------------------------------------------------------------------
+# -- the ONNX file
+# ----------------------------------------------------------------------------------------------------------
 
 
 def try_onnx(name: str, data: Data, loaded: nn.Module, opset: int | None = None) -> None:
@@ -210,7 +272,9 @@ def try_onnx(name: str, data: Data, loaded: nn.Module, opset: int | None = None)
             raise DynpruneError(f'"{name}" cannot be exported: {error} {advice}') from error
         with torch.no_grad():
             ours = model(images).numpy()
-        if ours.shape != theirs.shape or not float(np.abs(ours - theirs).max()) <= ONNX_SAME * float(np.abs(ours).max()):
+        if ours.shape != theirs.shape or not float(np.abs(ours - theirs).max()) <= ONNX_SAME * float(
+            np.abs(ours).max()
+        ):
             raise DynpruneError(f'"{name}" computes something else in onnxruntime ({in_words(ours, theirs)}). {advice}')
 
 

@@ -1,7 +1,7 @@
 """Everything that one training run holds, and one step of it: select, forward, loss, backward, step, reward.
 
-Takes a TrainConfig and data, builds the full-width network, its channel graph, the widths that meet the budget, the reservoir
-with its active model, the bandits and the optimizer. A checkpoint is this, written down.
+Takes a TrainConfig and data, builds the full-width network, its channel graph, the widths that meet the budget, the
+reservoir with its active model, the bandits and the optimizer. A checkpoint is this, written down.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from dynprune.execution.saliency import magnitude, prepare
 from dynprune.files.disk import write_text
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
-from dynprune.state.tensors import carry_over, check_facts as check_state, fill, in_precision, state_of
+from dynprune.state.tensors import carry_over, fill, in_precision, state_of
+from dynprune.state.tensors import check_facts as check_state
 from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.numbers import parse_number
 from dynprune.structure.tracing import first_line, trace
@@ -40,13 +41,15 @@ from dynprune.training.distributed import ALONE, Ranks, agree, average, share_no
 from dynprune.zoo.weights import load_weights
 
 NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
-PASSES = 3  # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to weights
+# a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to
+# weights
+PASSES = 3
 
 
 @dataclass
 class History:
-    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, and the current epoch's
-    losses (their sum and number)."""
+    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, and the current
+    epoch's losses (their sum and number)."""
 
     seconds: float = 0.0
     waited_s: float = 0.0
@@ -60,10 +63,18 @@ class History:
 class Session:
     """Everything that one training run holds, built from its configuration or from its checkpoint."""
 
-    def __init__(self, config: TrainConfig, data: Data, *, fit: Fit | None = None, report: Report = silent, ranks: Ranks = ALONE,
-                 full: nn.Module | None = None):
-        """fit: the widths to begin with, where they are known already; else they are found, which `report` follows. full: the network, with
-        its weights, in place of the one that the settings name."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        *,
+        fit: Fit | None = None,
+        report: Report = silent,
+        ranks: Ranks = ALONE,
+        full: nn.Module | None = None,
+    ):
+        """fit: the widths to begin with, where they are known already; else they are found, which `report` follows.
+        full: the network, with its weights, in place of the one that the settings name."""
         self.config, self.ranks = config.resolved(len(data.train), ranks.count), ranks
         config = self.config
         self.part = ranks.part(config.batch_size)
@@ -76,7 +87,9 @@ class Session:
         self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         given, self.weights_from = full is not None, ""
-        full = in_precision(full if given else zoo.build(config.model, len(data.classes), config.seed, size=data.size), self.dtype)
+        full = in_precision(
+            full if given else zoo.build(config.model, len(data.classes), config.seed, size=data.size), self.dtype
+        )
         self.data = data = fitting(full, data)
         if config.weights and not given:
             self.weights_from = load_weights(full, Path(config.weights))
@@ -84,15 +97,23 @@ class Session:
         self.graph = trace_images(full, example)
         self.fitter = Fitter(full, self.graph, example, config.allowed, report)
         if fit is not None and not fits(fit, self.graph):
-            raise DynpruneError(f"The run's widths are not those of {config.model}. Resume with the run's own settings.")
+            raise DynpruneError(
+                f"The run's widths are not those of {config.model}. Resume with the run's own settings."
+            )
         self.fit = self.first_fit = fit or self.find_widths()
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
         self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
-        trained = magnitude(dict(full.named_parameters()), self.graph) if (config.weights or given) and not config.paper else None
+        trained = (
+            magnitude(dict(full.named_parameters()), self.graph)
+            if (config.weights or given) and not config.paper
+            else None
+        )
         self.explorer = Explorer(config.exploration, self.graph, self.widths, self.steps, trained)
         self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
-        self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(self.fit.widths)
+        self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(
+            self.fit.widths
+        )
         self.train_macs *= PASSES * config.batch_size
         self.install(self.new_reservoir(full, self.explorer.first()))
 
@@ -103,7 +124,9 @@ class Session:
         if not (self.ranks.several and self.fitter.in_ms):
             return self.fitter.fit(loss)
         found = self.fitter.fit(loss) if self.ranks.first else Fit(self.graph.full_widths)
-        return dataclasses.replace(found, widths=dict(zip(found.widths, agree(list(found.widths.values()), self.ranks, self.device))))
+        return dataclasses.replace(
+            found, widths=dict(zip(found.widths, agree(list(found.widths.values()), self.ranks, self.device)))
+        )
 
     def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
         store_device = "cpu" if self.config.reservoir == "cpu" else self.device
@@ -137,7 +160,8 @@ class Session:
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device.
 
-        images, labels: this process's part of the batch. Afterwards `stopping` says whether any process was asked to stop.
+        images, labels: this process's part of the batch. Afterwards `stopping` says whether any process was asked to
+        stop.
         """
         if self.explorer.changes_at(self.step):
             self.explorer.count(self.reservoir.slots)
@@ -151,7 +175,10 @@ class Session:
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
-        images, labels = images.to(self.device, self.dtype, memory_format=torch.channels_last, non_blocking=True), labels.to(self.device, non_blocking=True)
+        images, labels = (
+            images.to(self.device, self.dtype, memory_format=torch.channels_last, non_blocking=True),
+            labels.to(self.device, non_blocking=True),
+        )
         with self.autocast():
             output = self.forward(images)
         loss = F.cross_entropy(logits(output).to(self.dtype), labels, label_smoothing=self.config.label_smoothing)
@@ -166,7 +193,8 @@ class Session:
         return loss
 
     def exchange(self, loss: Tensor) -> Tensor:
-        """With several processes: mean gradients for all, and the mean loss; one that is asked to stop stops all after the same step."""
+        """With several processes: mean gradients for all, and the mean loss; one that is asked to stop stops all after
+        the same step."""
         if not self.ranks.several:
             self.stopping = self.stop()
             return loss
@@ -176,7 +204,8 @@ class Session:
         return loss
 
     def reallocate(self) -> None:
-        """Give every group the width that its arms turned out to be worth, and rebuild the active model. Momentum starts at zero."""
+        """Give every group the width that its arms turned out to be worth, and rebuild the active model. Momentum
+        starts at zero."""
         self.reservoir.write_back()
         self.fitter.full = self.reservoir.full
         self.fit = self.find_widths(self.explorer.loss_per_arm())
@@ -199,23 +228,32 @@ class Session:
         """What a step is for, in one word."""
         if self.explorer.explores_at(step):
             return "exploring"
-        return "narrow" if self.config.grow and step < self.growth_step else "settled" if self.explorer.steps else self.config.policy
+        return (
+            "narrow"
+            if self.config.grow and step < self.growth_step
+            else "settled"
+            if self.explorer.steps
+            else self.config.policy
+        )
 
     def compile(self, note: Callable[[str], None]) -> dict[str, float | bool | str] | None:
-        """With --compile, compile the forward pass if the remaining steps pay for it; returns what the trial measured."""
+        """With --compile, compile the forward pass if the remaining steps pay for it; returns what the trial
+        measured."""
         if not self.config.compile:
             return None
         x, _ = next(iter(self.data.train_batches(self.config.batch_size, self.config.seed, 0)))
         x = x.to(self.device, memory_format=torch.channels_last)
-        forward, facts = try_compiling(self.model, x, autocast=self.autocast, steps_left=self.steps - self.step, note=note)
+        forward, facts = try_compiling(
+            self.model, x, autocast=self.autocast, steps_left=self.steps - self.step, note=note
+        )
         self.forward = forward or self.forward
         return facts
 
     # -- checkpoint -------------------------------------------------------------------------------------------------
 
     def save(self, run: Run, history: History) -> None:
-        """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are refused, so
-        that they never replace a good checkpoint."""
+        """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are
+        refused, so that they never replace a good checkpoint."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise lost(self, run, self.step, math.nan)
         self.explorer.count(self.reservoir.slots)
@@ -229,23 +267,53 @@ class Session:
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
         scores = exact_scores(self.model, self.data.example).reshape(-1).tolist() if self.step == self.steps else []
-        facts = {"kind": "checkpoint", "history": asdict(history), "step": self.step, "scores": scores, "steps": self.steps, "classes": self.data.classes,
-                 "size": self.data.size, "state": state, "mean": self.data.mean, "std": self.data.std, "fit": asdict(self.fit), "first_fit": asdict(self.first_fit)}
+        facts = {
+            "kind": "checkpoint",
+            "history": asdict(history),
+            "step": self.step,
+            "scores": scores,
+            "steps": self.steps,
+            "classes": self.data.classes,
+            "size": self.data.size,
+            "state": state,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "fit": asdict(self.fit),
+            "first_fit": asdict(self.first_fit),
+        }
         run.write_checkpoint(tensors, facts)
-        picks = {name: {"width": self.widths[name], "steps_executed": counts.tolist(), "chosen": sorted(self.reservoir.slots[name].tolist())}
-                 for name, counts in self.explorer.executed.items()}
+        picks = {
+            name: {
+                "width": self.widths[name],
+                "steps_executed": counts.tolist(),
+                "chosen": sorted(self.reservoir.slots[name].tolist()),
+            }
+            for name, counts in self.explorer.executed.items()
+        }
         write_text(run.path / "selections.json", json.dumps({"steps": self.step, "groups": picks}))
 
     def restore(self, run: Run, *, override: bool = False, note: Callable[[str], None] = lambda _: None) -> History:
-        """Go on where the run's newest whole checkpoint was. override: its number of steps may differ from what the settings give now."""
+        """Go on where the run's newest whole checkpoint was. override: its number of steps may differ from what the
+        settings give now."""
         tensors, facts = run.read_checkpoint(note, aside=self.ranks.first)
-        if not all(isinstance(facts.get(key), kind) for key, kind in (("step", int), ("steps", int), ("classes", list), ("history", dict))):
-            raise DynpruneError(f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train.")
+        if not all(
+            isinstance(facts.get(key), kind)
+            for key, kind in (("step", int), ("steps", int), ("classes", list), ("history", dict))
+        ):
+            raise DynpruneError(
+                f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train."
+            )
         if facts["classes"] != self.data.classes or not override and facts["steps"] != self.steps:
-            raise DynpruneError(f"{run.checkpoint_file} was made with {facts['steps']} steps and {len(facts['classes'])} classes; the settings and "
-                                f"data now give {self.steps} and {len(self.data.classes)}. Use the same data and settings to resume.")
+            raise DynpruneError(
+                f"{run.checkpoint_file} was made with {facts['steps']} steps and "
+                f"{len(facts['classes'])} classes; the settings and data now give {self.steps} and "
+                f"{len(self.data.classes)}. Use the same data and settings to resume."
+            )
         if not 0 <= facts["step"] <= self.steps:
-            raise DynpruneError(f"{run.path} is at step {facts['step']}, outside the {self.steps} that the settings now give. Choose more --epochs.")
+            raise DynpruneError(
+                f"{run.path} is at step {facts['step']}, outside the {self.steps} that the settings "
+                f"now give. Choose more --epochs."
+            )
         try:
             self.step = facts["step"]
             slots, template = slots_in(tensors, facts, self.reservoir.full, self.graph)
@@ -259,10 +327,15 @@ class Session:
             self.install(self.new_reservoir(self.reservoir.full, slots, template))
             self.restore_optimizer(tensors, must_fit=not override)
             history = History(**facts["history"])
-            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()):
+            if not all(
+                isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()
+            ):
                 raise ValueError("a history of other types")
         except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise DynpruneError(f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). Resume with the run's own settings and data.") from error
+            raise DynpruneError(
+                f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). "
+                f"Resume with the run's own settings and data."
+            ) from error
         run.keep_metrics_until(self.step)
         return history
 
@@ -290,18 +363,28 @@ def fit_in(facts: dict, name: str) -> Fit:
         assert all(isinstance(width, int) and width > 0 for width in entry["widths"].values())
         return Fit(entry["widths"], latency, entry["candidates"])
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DynpruneError(f'The checkpoint\'s header has no valid entry "{name}". Expected a checkpoint written by this version of dynprune train.') from error
+        raise DynpruneError(
+            f'The checkpoint\'s header has no valid entry "{name}". Expected a checkpoint written by '
+            f"this version of dynprune train."
+        ) from error
 
 
-def slots_in(tensors: dict[str, Tensor], facts: Mapping, full: nn.Module, graph: ChannelGraph) -> tuple[Selection, Selection]:
+def slots_in(
+    tensors: dict[str, Tensor], facts: Mapping, full: nn.Module, graph: ChannelGraph
+) -> tuple[Selection, Selection]:
     """Fill `full` from a checkpoint's tensors and header; returns its slots and their template."""
     try:
         fill_full(full, tensors, facts)
-        slots, template = ({group.name: arms_in(tensors[f"{kind}.{group.name}"], group.arms) for group in graph} for kind in ("slots", "template"))
+        slots, template = (
+            {group.name: arms_in(tensors[f"{kind}.{group.name}"], group.arms) for group in graph}
+            for kind in ("slots", "template")
+        )
         if any(len(slots[name]) != len(template[name]) or (np.diff(template[name]) <= 0).any() for name in slots):
             raise ValueError("slots and their template disagree")
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise DynpruneError(f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings.") from error
+        raise DynpruneError(
+            f"The checkpoint does not belong to this model ({first_line(error)}). Use the run's own settings."
+        ) from error
     return slots, template
 
 
@@ -326,13 +409,19 @@ def trace_images(network: nn.Module, example: Tensor) -> ChannelGraph:
     try:
         return trace(network, example)
     except ModelFails as error:
-        raise DynpruneError(f"{error} Its height and width are set with --image-size, such as --image-size 96 or 96x64.") from error
+        raise DynpruneError(
+            f"{error} Its height and width are set with --image-size, such as --image-size 96 or 96x64."
+        ) from error
 
 
 def up_to_date(reservoir: Reservoir) -> nn.Module:
     """The full-width network with all that training changed in the active one: parameters, statistics, attributes."""
     reservoir.write_back()
-    carry_over(reservoir.active, reservoir.full, sizes={parse_number(name)[0].path for name, dim in reservoir.graph.axes if dim < 0})
+    carry_over(
+        reservoir.active,
+        reservoir.full,
+        sizes={parse_number(name)[0].path for name, dim in reservoir.graph.axes if dim < 0},
+    )
     return reservoir.full
 
 
@@ -341,9 +430,15 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
-    kept = f"The last good checkpoint is in {run.path}" if run.checkpoint_file.exists() else "No checkpoint had been written yet"
-    return DynpruneError(f"The loss became {loss:g} at step {step} of {session.steps}. {kept}. "
-                         f"Try a lower --lr than {session.config.lr:g}, a longer --warmup, or --precision float32.")
+    kept = (
+        f"The last good checkpoint is in {run.path}"
+        if run.checkpoint_file.exists()
+        else "No checkpoint had been written yet"
+    )
+    return DynpruneError(
+        f"The loss became {loss:g} at step {step} of {session.steps}. {kept}. "
+        f"Try a lower --lr than {session.config.lr:g}, a longer --warmup, or --precision float32."
+    )
 
 
 # -- settings to objects ----------------------------------------------------------------------------------------------
@@ -356,7 +451,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DynpruneError(f'--device got "{name}", which is not usable here ({first_line(error)}). Try --device cpu.') from error
+        raise DynpruneError(
+            f'--device got "{name}", which is not usable here ({first_line(error)}). Try --device cpu.'
+        ) from error
     return device
 
 
@@ -366,7 +463,9 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -374,8 +473,14 @@ def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) 
     fused = device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in model.parameters())
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0,
-                           fused=fused)
+    return torch.optim.SGD(
+        model.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+        fused=fused,
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -384,7 +489,10 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return config.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+    return (
+        config.lr
+        * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,7 +1,8 @@
 """The training loop: steps (`session.py`), epochs, validation, checkpoints, progress.
 
-Takes a TrainConfig and a run directory, trains the narrow model that the policy chooses, and leaves a checkpoint from which
-`compact` makes a file. The steps cost what the narrow model costs; the full-width parameters rest in the reservoir.
+Takes a TrainConfig and a run directory, trains the narrow model that the policy chooses, and leaves a checkpoint from
+which `compact` makes a file. The steps cost what the narrow model costs; the full-width parameters rest in the
+reservoir.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use. train_macs: of all steps, forward and backward.
-    gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would send."""
+    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use. train_macs:
+    of all steps, forward and backward.
+    gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would
+    send."""
 
     run: str
     policy: str
@@ -70,10 +73,20 @@ class TrainResult:
     dense_gradient_bytes: int
 
 
-def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool = False, report: Callable[[Progress], None] = lambda _: None,
-          note: Callable[[str], None] = lambda _: None, stop: Callable[[], bool] = lambda: False, session: Session | None = None) -> TrainResult:
-    """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so, the
-    state is saved and DynpruneError tells how to go on. override: the settings may differ from those of the checkpoint.
+def train(
+    config: TrainConfig,
+    run: Run,
+    *,
+    resume: bool = False,
+    override: bool = False,
+    report: Callable[[Progress], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    session: Session | None = None,
+) -> TrainResult:
+    """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so,
+    the state is saved and DynpruneError tells how to go on. override: the settings may differ from those of the
+    checkpoint.
 
     With several processes (`session.ranks`) each calls this; the first one alone writes, validates and tests.
     """
@@ -95,7 +108,8 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool
             batches = timed(session.data.train_batches(config.batch_size, config.seed, epoch, start, session.part))
             with saving_if_data_is_lost(session, run, history, meter):
                 for images, labels, waited_s in batches:
-                    torch.manual_seed(config.seed * 1_000_003 + session.step + (session.ranks.rank << 40))  # dropout depends on the step alone
+                    # dropout depends on the step alone
+                    torch.manual_seed(config.seed * 1_000_003 + session.step + (session.ranks.rank << 40))
                     meter.add(session.train_step(images, labels), waited_s)
                     if session.step % LOSS_CHECK_STEPS == 0:
                         meter.check_loss(run)
@@ -119,7 +133,8 @@ def train(config: TrainConfig, run: Run, *, resume: bool = False, override: bool
 
 
 def finish_epoch(session: Session, run: Run, line: dict) -> float:
-    """Validate and write the epoch's metrics. Returns the validation accuracy, nan in processes that do not validate."""
+    """Validate and write the epoch's metrics. Returns the validation accuracy, nan in processes that do not
+    validate."""
     if not session.ranks.first:
         return math.nan
     accuracy = evaluate(session.model, session.data, session.data.val, session.device)
@@ -132,7 +147,9 @@ def save(session: Session, run: Run, history: History) -> None:
         session.save(run, history)
 
 
-def conclude(session: Session, run: Run, history: History, val_accuracy: float | None, compiled: dict | None) -> TrainResult:
+def conclude(
+    session: Session, run: Run, history: History, val_accuracy: float | None, compiled: dict | None
+) -> TrainResult:
     """Test the last step's model and record the outcome; only the first of several processes does."""
     config, data, first = session.config, session.data, session.ranks.first
     accuracy = evaluate(session.model, data, data.test, session.device) if first else math.nan
@@ -140,10 +157,26 @@ def conclude(session: Session, run: Run, history: History, val_accuracy: float |
         val_accuracy = evaluate(session.model, data, data.val, session.device) if first else math.nan
     dense, seconds = session.graph.macs({}), history.seconds
     result = TrainResult(
-        str(run.path), session.policy, accuracy, val_accuracy, data.reports, data.chooses, seconds,
-        session.steps * config.batch_size / max(seconds, 1e-9), session.steps, session.macs, session.train_macs, dense, session.macs / dense,
-        history.waited_s / max(seconds, 1e-9), "bfloat16" if session.bfloat16 else "float32", compiled, session.ranks.count, session.sent_bytes,
-        session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0)
+        str(run.path),
+        session.policy,
+        accuracy,
+        val_accuracy,
+        data.reports,
+        data.chooses,
+        seconds,
+        session.steps * config.batch_size / max(seconds, 1e-9),
+        session.steps,
+        session.macs,
+        session.train_macs,
+        dense,
+        session.macs / dense,
+        history.waited_s / max(seconds, 1e-9),
+        "bfloat16" if session.bfloat16 else "float32",
+        compiled,
+        session.ranks.count,
+        session.sent_bytes,
+        session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0,
+    )
     if first:
         run.record("train", asdict(result))
     return result
@@ -157,10 +190,20 @@ def telling_what_is_left(session: Session, run: Run) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         where, text = f"at step {session.step} of {session.steps}", str(error)
         if lost_contact(error):
-            raise DynpruneError(f"Lost contact with another process {where} ({first_line(error)[:150]}). {left(run)} Start all processes again with --resume.") from error
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-            raise DynpruneError(f"Out of memory {where} with --batch-size {session.config.batch_size}. {left(run)} Try a smaller --batch-size, a smaller --budget, "
-                                "--precision bfloat16, or --reservoir cpu on a GPU.") from error
+            raise DynpruneError(
+                f"Lost contact with another process {where} ({first_line(error)[:150]}). {left(run)} "
+                f"Start all processes again with --resume."
+            ) from error
+        if (
+            isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or "can't allocate memory" in text
+            or "not enough memory" in text
+        ):
+            raise DynpruneError(
+                f"Out of memory {where} with --batch-size {session.config.batch_size}. {left(run)} "
+                f"Try a smaller --batch-size, a smaller --budget, --precision bfloat16, or "
+                f"--reservoir cpu on a GPU."
+            ) from error
         raise
 
 
@@ -176,12 +219,18 @@ def saving_if_data_is_lost(session: Session, run: Run, history: History, meter: 
     except DataLost as error:
         meter.check_loss(run)
         save(session, run, history)
-        raise DynpruneError(f"{error} The state at step {session.step} of {session.steps} is saved in {run.path}. When that is repaired, go on with: "
-                            f"dynprune train --resume --out {run.path}") from error
+        raise DynpruneError(
+            f"{error} The state at step {session.step} of {session.steps} is saved in {run.path}. "
+            f"When that is repaired, go on with: dynprune train --resume --out {run.path}"
+        ) from error
 
 
 def left(run: Run) -> str:
-    return f"The last checkpoint is in {run.path}." if run.checkpoint_file.exists() else "No checkpoint had been written yet."
+    return (
+        f"The last checkpoint is in {run.path}."
+        if run.checkpoint_file.exists()
+        else "No checkpoint had been written yet."
+    )
 
 
 class Due:
@@ -230,26 +279,47 @@ class EpochMeter:
 
     def line(self, epoch: int) -> dict[str, object]:
         session, seconds = self.session, time.perf_counter() - self.started
-        return {"epoch": epoch + 1, "step": session.step, "loss": self.mean_loss,
-                "lr": learning_rate(session.config, session.step - 1, session.steps),
-                "macs_share": session.macs / session.graph.macs({}), "exploring": session.phase(self.first_step) == "exploring",
-                "seconds": seconds, "images_per_second": (session.step - self.first_step) * session.config.batch_size / seconds,
-                "data_wait_share": self.waited_s / seconds}
+        return {
+            "epoch": epoch + 1,
+            "step": session.step,
+            "loss": self.mean_loss,
+            "lr": learning_rate(session.config, session.step - 1, session.steps),
+            "macs_share": session.macs / session.graph.macs({}),
+            "exploring": session.phase(self.first_step) == "exploring",
+            "seconds": seconds,
+            "images_per_second": (session.step - self.first_step) * session.config.batch_size / seconds,
+            "data_wait_share": self.waited_s / seconds,
+        }
 
 
 def stopped(session: Session, run: Run) -> Stopped:
-    return Stopped(f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
-                         f"Go on with: dynprune train --resume --out {run.path}")
+    return Stopped(
+        f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
+        f"Go on with: dynprune train --resume --out {run.path}"
+    )
 
 
-def progress(session: Session, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None) -> Progress:
+def progress(
+    session: Session, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None
+) -> Progress:
     per_step = (time.perf_counter() - started) / max(1, session.step - first_step)
-    return Progress(session.step, session.steps, epoch + 1, session.config.epochs, meter.mean_loss, val_accuracy,
-                    session.macs / session.graph.macs({}), session.phase(session.step), per_step * (session.steps - session.step), val_accuracy is not None)
+    return Progress(
+        session.step,
+        session.steps,
+        epoch + 1,
+        session.config.epochs,
+        meter.mean_loss,
+        val_accuracy,
+        session.macs / session.graph.macs({}),
+        session.phase(session.step),
+        per_step * (session.steps - session.step),
+        val_accuracy is not None,
+    )
 
 
 def timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Each batch with the seconds that were spent waiting for it. Raises DataLost where there should be one and is none."""
+    """Each batch with the seconds that were spent waiting for it. Raises DataLost where there should be one and is
+    none."""
     while True:
         started = time.perf_counter()
         try:
@@ -259,7 +329,10 @@ def timed(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, float]]:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataLost(f"A process that decodes photos died ({first_line(error)[:150]}); often memory is short, then try fewer --workers.") from error
+            raise DataLost(
+                f"A process that decodes photos died ({first_line(error)[:150]}); often memory is short, "
+                f"then try fewer --workers."
+            ) from error
         if batch is None:
             return
         yield (*batch, time.perf_counter() - started)

@@ -1,7 +1,8 @@
-"""From a name to a network: the zoo, `torchvision:NAME`, `timm:NAME`, `transformers:NAME`, or the user's own `package.module:factory`.
+"""From a name to a network: the zoo, `torchvision:NAME`, `timm:NAME`, `transformers:NAME`, or the user's own
+`package.module:factory`.
 
-Takes the name and the number of classes, returns a freshly initialised module. Arguments may follow the name: `timm:resnet18?in_chans=1`.
-`weights.py` fills it from a checkpoint.
+Takes the name and the number of classes, returns a freshly initialised module. Arguments may follow the name:
+`timm:resnet18?in_chans=1`. `weights.py` fills it from a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,19 +28,24 @@ from dynprune.state.tensors import in_precision, refuse_strange
 from dynprune.zoo import cifar
 
 ZOO: dict[str, Callable[[int], nn.Module]] = {
-    name: getattr(cifar, name) for name in ("vgg16", "vgg19", "resnet20", "resnet56", "resnet164", "densenet40")}
+    name: getattr(cifar, name) for name in ("vgg16", "vgg19", "resnet20", "resnet56", "resnet164", "densenet40")
+}
 FORMS = f"{', '.join(ZOO)}, torchvision:NAME, timm:NAME, transformers:NAME, package.module:factory"
-COUNTS_CLASSES = ("num_classes", "n_classes", "nclasses", "num_labels", "classes")  # what factories call the number of classes
-FETCHING = ("pretrained", "checkpoint", "weights", "cache", "url", "file", "trust_remote")  # arguments of libraries that read files or the network
+# what factories call the number of classes
+COUNTS_CLASSES = ("num_classes", "n_classes", "nclasses", "num_labels", "classes")
+# arguments of libraries that read files or the network
+FETCHING = ("pretrained", "checkpoint", "weights", "cache", "url", "file", "trust_remote")
 
-INSTALLED = {Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parents[1]}  # besides folders called site-packages
+# besides folders called site-packages
+INSTALLED = {Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parents[1]}
 
 Factory = Callable[[int], object]
 
 
 def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[int] | None = None) -> nn.Module:
-    """A new network for `classes` classes, in float32. With a seed, its initial weights are reproducible; the global generators are left
-    as they were either way. size: channels, height and width of an input, by which lazy layers find their own sizes.
+    """A new network for `classes` classes, in float32. With a seed, its initial weights are reproducible; the global
+    generators are left as they were either way. size: channels, height and width of an input, by which lazy layers find
+    their own sizes.
 
     Raises DynpruneError for names that lead to no network, and where building it fails.
     """
@@ -64,7 +70,9 @@ def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[in
 
 def materialise(model: nn.Module, name: str, size: Sequence[int] | None) -> None:
     """Let lazy layers find their sizes, in one forward pass."""
-    if not any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in [*model.parameters(), *model.buffers()]):
+    if not any(
+        isinstance(value, nn.parameter.UninitializedTensorMixin) for value in [*model.parameters(), *model.buffers()]
+    ):
         return
     if size is None:
         raise DynpruneError(f'"{name}" has lazy layers, whose sizes depend on the input, which is not known here.')
@@ -72,7 +80,10 @@ def materialise(model: nn.Module, name: str, size: Sequence[int] | None) -> None
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size))
     except Exception as error:
-        raise DynpruneError(f'"{name}" has lazy layers and fails on an input of {"x".join(map(str, size))} ({type(error).__name__}: {first_line(error)}).') from error
+        raise DynpruneError(
+            f'"{name}" has lazy layers and fails on an input of {"x".join(map(str, size))} '
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
     model.train()
 
 
@@ -98,7 +109,8 @@ def runs_code(model: str) -> bool:
 
 
 def parse_name(name: str) -> tuple[str, dict[str, object]]:
-    """"timm:resnet18?in_chans=1&drop_rate=0.1" to the name and its arguments: numbers, True, False, None, tuples, or text."""
+    """ "timm:resnet18?in_chans=1&drop_rate=0.1" to the name and its arguments: numbers, True, False, None, tuples, or
+    text."""
     base, mark, text = name.partition("?")
     options: dict[str, object] = {}
     for part in text.split("&") if mark else ():
@@ -125,34 +137,55 @@ def find_factory(name: str, options: dict[str, object] | None = None) -> Factory
     if source in ("torchvision", "timm", "transformers"):
         fetching = [key for key in options if any(word in key.lower() for word in FETCHING)]
         if fetching:
-            raise DynpruneError(f'"{name}" got {fetching[0]}, which would read files or the network. Start from trained weights with --weights FILE.')
-        return {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}[source](rest, options)
+            raise DynpruneError(
+                f'"{name}" got {fetching[0]}, which would read files or the network. Start from '
+                f"trained weights with --weights FILE."
+            )
+        return {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}[source](
+            rest, options
+        )
     return user_factory(source, rest, options)
 
 
 @contextmanager
 def imported_anew(name: str) -> Iterator[None]:
-    """Inside, modules of the user's own that `name` leads to are imported again, as another process would; afterwards the first ones are
-    back. Random numbers that a module drew at its top then differ. Installed packages stay as they are."""
+    """Inside, modules of the user's own that `name` leads to are imported again, as another process would; afterwards
+    the first ones are back. Random numbers that a module drew at its top then differ. Installed packages stay as they
+    are."""
     main = sys.modules.get(name.partition(":")[0])
     home = source_folder(main)
-    own = {key: module for key, module in sys.modules.items() if home is not None and source_folder(module) == home and key != "__main__"}
+    own = {
+        key: module
+        for key, module in sys.modules.items()
+        if home is not None and source_folder(module) == home and key != "__main__"
+    }
     try:
         for key in own:
             del sys.modules[key]
         yield
     finally:
-        for key in [key for key, module in sys.modules.items() if own and source_folder(module) == home and key != "__main__"]:
+        for key in [
+            key for key, module in sys.modules.items() if own and source_folder(module) == home and key != "__main__"
+        ]:
             del sys.modules[key]
         sys.modules.update(own)
 
 
 def source_folder(module: ModuleType | None) -> Path | None:
-    """The folder from which a module of the user's own is imported, that of its outermost package; None for installed ones and ours."""
-    file = getattr(module, "__file__", None) or next((f"{folder}/__init__.py" for folder in getattr(module, "__path__", ())), "")
+    """The folder from which a module of the user's own is imported, that of its outermost package; None for installed
+    ones and ours."""
+    file = getattr(module, "__file__", None) or next(
+        (f"{folder}/__init__.py" for folder in getattr(module, "__path__", ())), ""
+    )
     top, *inner = module.__name__.split(".") if module else ("",)
-    above = list(Path(file).parents)[len(inner) + (Path(file).name == "__init__.py"):]
-    if top == "dynprune" or not file.endswith(".py") or not above or above[0] in INSTALLED or above[0].name in ("site-packages", "dist-packages"):
+    above = list(Path(file).parents)[len(inner) + (Path(file).name == "__init__.py") :]
+    if (
+        top == "dynprune"
+        or not file.endswith(".py")
+        or not above
+        or above[0] in INSTALLED
+        or above[0].name in ("site-packages", "dist-packages")
+    ):
         return None
     return above[0]
 
@@ -181,16 +214,22 @@ def torchvision_factory(name: str, options: dict[str, object]) -> Factory:
         close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:8]) + ", ..."
         raise DynpruneError(f'torchvision has no model "{name}". Close to it: {close}.')
     extra: dict[str, object] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    if name in torchvision.models.list_models(module=torchvision.models.segmentation) + torchvision.models.list_models(module=torchvision.models.detection):
+    if name in torchvision.models.list_models(module=torchvision.models.segmentation) + torchvision.models.list_models(
+        module=torchvision.models.detection
+    ):
         extra["weights_backbone"] = None
-    return lambda classes: torchvision.models.get_model(name, weights=None, **{"num_classes": classes, **extra, **options})
+    return lambda classes: torchvision.models.get_model(
+        name, weights=None, **{"num_classes": classes, **extra, **options}
+    )
 
 
 def timm_factory(name: str, options: dict[str, object]) -> Factory:
     try:
         import timm
     except ImportError as error:
-        raise DynpruneError(f'timm is not installed, so "timm:{name}" cannot be built. Install it: pip install "dynprune[timm]".') from error
+        raise DynpruneError(
+            f'timm is not installed, so "timm:{name}" cannot be built. Install it: pip install "dynprune[timm]".'
+        ) from error
     if not timm.is_model(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "see timm.list_models()"
         raise DynpruneError(f'timm has no model "{name}". Close to it: {close}.')
@@ -198,29 +237,42 @@ def timm_factory(name: str, options: dict[str, object]) -> Factory:
 
 
 def transformers_factory(name: str, options: dict[str, object]) -> Factory:
-    """An image classifier of transformers: of a kind such as "convnextv2" with the default configuration, or of a folder with a config.json."""
+    """An image classifier of transformers: of a kind such as "convnextv2" with the default configuration, or of a
+    folder with a config.json."""
     try:
         from transformers import AutoConfig, AutoModelForImageClassification
     except ImportError as error:
-        raise DynpruneError(f'transformers is not installed, so "transformers:{name}" cannot be built. Install it: pip install transformers.') from error
+        raise DynpruneError(
+            f'transformers is not installed, so "transformers:{name}" cannot be built. Install it: '
+            f"pip install transformers."
+        ) from error
     if Path(name).is_dir():
-        return lambda classes: AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, local_files_only=True, num_labels=classes, **options))
+        return lambda classes: AutoModelForImageClassification.from_config(
+            AutoConfig.from_pretrained(name, local_files_only=True, num_labels=classes, **options)
+        )
     known = sorted(config.model_type for config in AutoModelForImageClassification._model_mapping)
     if name not in known:
         close = ", ".join(difflib.get_close_matches(name, known, 3)) or ", ".join(known[:8]) + ", ..."
-        raise DynpruneError(f'transformers has no image classifier "{name}". Close to it: {close}. A folder with a config.json will do too.')
-    return lambda classes: AutoModelForImageClassification.from_config(AutoConfig.for_model(name, num_labels=classes, **options))
+        raise DynpruneError(
+            f'transformers has no image classifier "{name}". Close to it: {close}. A folder with a '
+            f"config.json will do too."
+        )
+    return lambda classes: AutoModelForImageClassification.from_config(
+        AutoConfig.for_model(name, num_labels=classes, **options)
+    )
 
 
 def user_factory(module_name: str, path: str, options: dict[str, object]) -> Factory:
-    """Import the user's factory, also from the working directory: a function, a class, or one inside a class, "Class.method". It is
-    called with the number of classes if it takes that."""
+    """Import the user's factory, also from the working directory: a function, a class, or one inside a class,
+    "Class.method". It is called with the number of classes if it takes that."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except SyntaxError as error:
-        raise DynpruneError(f'Cannot import "{module_name}": {error.msg} in {error.filename}:{error.lineno}.') from error
+        raise DynpruneError(
+            f'Cannot import "{module_name}": {error.msg} in {error.filename}:{error.lineno}.'
+        ) from error
     except ModuleNotFoundError as error:
         raise DynpruneError(f'Cannot import "{module_name}" ({error}). Expected one of: {FORMS}.') from error
     except Exception as error:
@@ -229,10 +281,15 @@ def user_factory(module_name: str, path: str, options: dict[str, object]) -> Fac
     for part in path.split("."):
         factory = getattr(factory, part, None)
     if not callable(factory):
-        raise DynpruneError(f'"{module_name}" has no callable "{path}". Expected a function or a class that gives a torch.nn.Module.')
+        raise DynpruneError(
+            f'"{module_name}" has no callable "{path}". Expected a function or a class that gives a torch.nn.Module.'
+        )
     try:
         takes = inspect.signature(factory).parameters
     except ValueError:  # some that are written in C tell nothing
         takes = {}
-    counts = next((key for key in COUNTS_CLASSES if key in takes), "num_classes" if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else None)
+    counts = next(
+        (key for key in COUNTS_CLASSES if key in takes),
+        "num_classes" if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else None,
+    )
     return lambda classes: factory(**({counts: classes} if counts else {}) | options)

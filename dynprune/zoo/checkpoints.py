@@ -1,9 +1,9 @@
 """Tensors out of checkpoint files, without running any of their code.
 
-Takes a file as torch.save or safetensors writes it, also of torch before 1.6; returns the mappings from names to tensors that lie in it,
-wherever training scripts put them. A pickle can name any function to be called. Ours calls none: tensors are described and read
-afterwards, plain containers are built, and whatever else the file names (arguments, optimizers, whole models) becomes an empty
-`Foreign` object, so that it does not stand in the way.
+Takes a file as torch.save or safetensors writes it, also of torch before 1.6; returns the mappings from names to
+tensors that lie in it, wherever training scripts put them. A pickle can name any function to be called. Ours calls
+none: tensors are described and read afterwards, plain containers are built, and whatever else the file names
+(arguments, optimizers, whole models) becomes an empty `Foreign` object, so that it does not stand in the way.
 """
 
 from __future__ import annotations
@@ -23,15 +23,28 @@ import torch
 from torch import Tensor
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files from before torch 1.6 begin
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-          "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-          "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8}
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
 DEPTH = 6  # how deep in a file a state dict is looked for
 PICKLE_BYTES = 256 * 2**20
 
 
 class Foreign:
-    """Stands for anything that a file names and that is no tensor, container or plain value. It does nothing, whatever is done to it."""
+    """Stands for anything that a file names and that is no tensor, container or plain value. It does nothing, whatever
+    is done to it."""
 
     name = "an unknown object"
 
@@ -109,7 +122,8 @@ def whole_parameter(data: object, *_rest: object) -> object:
 
 
 def from_kind(function: object, _kind: object, args: object, *_rest: object) -> object:
-    return function(*args) if isinstance(function, Rebuild) and isinstance(args, tuple) else Foreign()  # a subclass of Tensor
+    # a subclass of Tensor
+    return function(*args) if isinstance(function, Rebuild) and isinstance(args, tuple) else Foreign()
 
 
 KNOWN: dict[tuple[str, str], Callable[[], object]] = {
@@ -126,7 +140,8 @@ KNOWN: dict[tuple[str, str], Callable[[], object]] = {
 
 
 class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]
-    """The interpreter of pickles that is written in Python: its memo takes no memory that the file only claims to need."""
+    """The interpreter of pickles that is written in Python: its memo takes no memory that the file only claims to
+    need."""
 
     def find_class(self, module: str, name: str) -> object:
         if module in ("torch", "torch.storage", "torch.cuda") and name in DTYPES:
@@ -136,7 +151,13 @@ class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]
         return type("Foreign", (Foreign,), {"name": f"{module}.{name}"[:100]})
 
     def persistent_load(self, pid: object) -> object:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], torch.dtype) or type(pid[4]) is not int:
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], torch.dtype)
+            or type(pid[4]) is not int
+        ):
             return Foreign()
         view = pid[5] if len(pid) > 5 else None
         if isinstance(view, tuple) and len(view) == 3 and all(type(number) is int for number in view[1:]):
@@ -146,7 +167,8 @@ class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
 @dataclass
 class Contents:
-    """What a file holds. tree: containers, plain values, Described and Foreign. read: the bytes of a storage, from a file that stays open."""
+    """What a file holds. tree: containers, plain values, Described and Foreign. read: the bytes of a storage, from a
+    file that stays open."""
 
     tree: object
     read: Callable[[Storage], bytes]
@@ -155,13 +177,17 @@ class Contents:
         """The described tensor. Raises ValueError where the file does not hold so many numbers."""
         data, width = self.read(item.storage), item.storage.dtype.itemsize
         count = min(len(data) // width - item.storage.start, item.storage.count)
-        reach = item.offset + sum((size - 1) * stride for size, stride in zip(item.size, item.stride)) + 1 if all(item.size) else 0
+        reach = (
+            item.offset + sum((size - 1) * stride for size, stride in zip(item.size, item.stride)) + 1
+            if all(item.size)
+            else 0
+        )
         if reach > count or math.prod(item.size) > max(count, 1) or count < 0:
             raise ValueError("a tensor that is larger than the numbers the file holds for it")
         if not math.prod(item.size):
             return torch.empty(item.size, dtype=item.storage.dtype)
         flat = torch.frombuffer(bytearray(data), dtype=item.storage.dtype)
-        return flat[item.storage.start:].as_strided(item.size, item.stride, item.storage.start + item.offset).clone()
+        return flat[item.storage.start :].as_strided(item.size, item.stride, item.storage.start + item.offset).clone()
 
 
 def read_contents(path: Path) -> Contents:
@@ -173,14 +199,20 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_archive(path: Path) -> Contents:
-    """A zip archive: data.pkl, and every storage as a file of its own. It is not compressed, or it could unpack to far more than its size."""
+    """A zip archive: data.pkl, and every storage as a file of its own. It is not compressed, or it could unpack to far
+    more than its size."""
     archive = zipfile.ZipFile(path)
     entries = {entry.filename: entry for entry in archive.infolist()}
     if any(name.endswith("/constants.pkl") for name in entries):
         raise ValueError("a TorchScript archive; save the model's state_dict() instead")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()) or sum(entry.file_size for entry in entries.values()) > path.stat().st_size:
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values())
+        or sum(entry.file_size for entry in entries.values()) > path.stat().st_size
+    ):
         raise ValueError("a compressed archive, which torch.save does not write")
-    main = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl") and name.count("/") == 1), None)
+    main = next(
+        (name for name in entries if name == "data.pkl" or name.endswith("/data.pkl") and name.count("/") == 1), None
+    )
     if main is None or entries[main].file_size > PICKLE_BYTES:
         raise ValueError("a zip archive without a data.pkl, so not one of torch.save")
     prefix = main[: -len("data.pkl")]
@@ -195,7 +227,8 @@ def read_archive(path: Path) -> Contents:
 
 
 def read_legacy(file: io.BufferedReader) -> Contents:
-    """Several pickles one after the other (a magic number, a version, the machine, the contents, the keys of the storages), then their numbers."""
+    """Several pickles one after the other (a magic number, a version, the machine, the contents, the keys of the
+    storages), then their numbers."""
     if Reader(file).load() != MAGIC or Reader(file).load() != PROTOCOL:
         raise ValueError("neither an archive nor an older file of torch.save")
     machine = Reader(file).load()
@@ -227,7 +260,8 @@ def read_legacy(file: io.BufferedReader) -> Contents:
 
 
 def state_dicts(contents: Contents) -> Iterator[tuple[str, dict[str, Described]]]:
-    """Every mapping in the file that holds tensors by name, with the keys that lead there; the outermost first. Other entries are left out."""
+    """Every mapping in the file that holds tensors by name, with the keys that lead there; the outermost first. Other
+    entries are left out."""
     waiting: list[tuple[str, object, int]] = [("", contents.tree, 0)]
     seen: set[int] = set()
     while waiting:
@@ -235,7 +269,13 @@ def state_dicts(contents: Contents) -> Iterator[tuple[str, dict[str, Described]]
         if not isinstance(value, Mapping) or id(value) in seen or depth > DEPTH:
             continue
         seen.add(id(value))
-        tensors = {name: entry for name, entry in value.items() if isinstance(name, str) and isinstance(entry, Described)}
+        tensors = {
+            name: entry for name, entry in value.items() if isinstance(name, str) and isinstance(entry, Described)
+        }
         if tensors:
             yield place, tensors
-        waiting += [(f"{place}.{name}" if place else str(name), entry, depth + 1) for name, entry in value.items() if isinstance(entry, Mapping)]
+        waiting += [
+            (f"{place}.{name}" if place else str(name), entry, depth + 1)
+            for name, entry in value.items()
+            if isinstance(entry, Mapping)
+        ]

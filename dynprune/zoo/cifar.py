@@ -1,9 +1,9 @@
 """The papers' networks for 32x32 images: VGG with BatchNorm, ResNet, pre-activation ResNet and DenseNet.
 
 Each factory takes the number of classes and returns an ordinary module for 3-channel images of 32x32 or more pixels.
-Sources: Simonyan & Zisserman 2015 (VGG, with one linear layer as is usual for CIFAR), He et al. 2016 (ResNet section 4.2; a
-1x1 convolution where a shortcut changes width, their option B), He et al. 2016b (pre-activation), Huang et al. 2017
-(DenseNet without bottleneck or compression).
+Sources: Simonyan & Zisserman 2015 (VGG, with one linear layer as is usual for CIFAR), He et al. 2016 (ResNet section
+4.2; a 1x1 convolution where a shortcut changes width, their option B), He et al. 2016b (pre-activation), Huang et al.
+2017 (DenseNet without bottleneck or compression).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))

@@ -1,8 +1,9 @@
 """A checkpoint into a network: whose tensors are they, and under which names?
 
-Takes a module and a file; fills the module's tensors. Training scripts put the weights under "model", "state_dict", "ema" and many other
-keys, and before every name what they were wrapped in ("module.", "_orig_mod.", "model."). A prefix is removed only where what is
-left are the network's own names, so a network whose own names begin that way loads too. Every tensor must fit by name and shape.
+Takes a module and a file; fills the module's tensors. Training scripts put the weights under "model", "state_dict",
+"ema" and many other keys, and before every name what they were wrapped in ("module.", "_orig_mod.", "model."). A prefix
+is removed only where what is left are the network's own names, so a network whose own names begin that way loads too.
+Every tensor must fit by name and shape.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from dynprune.errors import DynpruneError
 from dynprune.zoo.checkpoints import Foreign, read_contents, state_dicts
 
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}  # DataParallel, torch.compile, FSDP, Fabric
-AVERAGED = ("ema", "averaged", "swa", "shadow")  # in the name of a part that holds averaged weights: what is meant to be used
+# DataParallel, torch.compile, FSDP, Fabric
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}
+# in the name of a part that holds averaged weights: what is meant to be used
+AVERAGED = ("ema", "averaged", "swa", "shadow")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mapping from names to tensors in a file. place: the keys that lead there, "" for the whole file. read: one of its tensors."""
+    """A mapping from names to tensors in a file. place: the keys that lead there, "" for the whole file. read: one of
+    its tensors."""
 
     place: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -48,14 +52,24 @@ class Fit:
 def load_weights(model: nn.Module, path: Path) -> str:
     """Fill `model` from a checkpoint file. Returns where in the file the weights lay, "" for the file as a whole.
 
-    Of several that fit, averaged weights come first. Raises DynpruneError for files that hold no weights of this network, naming what is
-    missing, left over or of another shape, and for tensors that are not finite.
+    Of several that fit, averaged weights come first. Raises DynpruneError for files that hold no weights of this
+    network, naming what is missing, left over or of another shape, and for tensors that are not finite.
     """
     fits = [fit for candidate in read_candidates(path) for fit in fits_of(model, candidate)]
     whole = [fit for fit in fits if fit.whole]
     if not whole:
-        raise DynpruneError(f"{path} does not fit the model. {problems_of(min(fits, key=distance))} Check that --model and the number of classes are those it was trained with.")
-    best = min(whole, key=lambda fit: (not is_averaged(fit.candidate.place), fit.candidate.place.count("."), len(fit.candidate.place)))
+        raise DynpruneError(
+            f"{path} does not fit the model. {problems_of(min(fits, key=distance))} Check that "
+            f"--model and the number of classes are those it was trained with."
+        )
+    best = min(
+        whole,
+        key=lambda fit: (
+            not is_averaged(fit.candidate.place),
+            fit.candidate.place.count("."),
+            len(fit.candidate.place),
+        ),
+    )
     state = {}
     for name, theirs in best.names.items():
         try:
@@ -63,7 +77,10 @@ def load_weights(model: nn.Module, path: Path) -> str:
         except Exception as error:
             raise DynpruneError(f"{path} is damaged: {theirs} cannot be read ({clean(error)}).") from error
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
-            raise DynpruneError(f"{path} holds numbers that are not finite (nan or infinite) in {theirs}. The training that wrote it had failed; take an earlier checkpoint.")
+            raise DynpruneError(
+                f"{path} holds numbers that are not finite (nan or infinite) in {theirs}. The "
+                f"training that wrote it had failed; take an earlier checkpoint."
+            )
         state[name] = value
     model.load_state_dict(state, strict=False)
     return best.candidate.place
@@ -82,18 +99,35 @@ def read_candidates(path: Path) -> list[Candidate]:
             from safetensors import safe_open
 
             file = safe_open(path, "pt")
-            return [Candidate("", {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)]
+            return [
+                Candidate("", {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)
+            ]
         contents = read_contents(path)
-        found = [Candidate(place, {name: item.size for name, item in tensors.items()}, lambda name, tensors=tensors: contents.tensor(tensors[name]))
-                 for place, tensors in state_dicts(contents)]
+        found = [
+            Candidate(
+                place,
+                {name: item.size for name, item in tensors.items()},
+                lambda name, tensors=tensors: contents.tensor(tensors[name]),
+            )
+            for place, tensors in state_dicts(contents)
+        ]
     except PermissionError as error:
         raise DynpruneError(f"{path} cannot be read: permission denied.") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise DynpruneError(f"{path} is not a readable checkpoint ({type(error).__name__}: {clean(error)}). "
-                            "Expected safetensors, or a state dict saved with torch.save(model.state_dict(), ...).") from error
+        raise DynpruneError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {clean(error)}). "
+            "Expected safetensors, or a state dict saved with torch.save(model.state_dict(), ...)."
+        ) from error
     if not found:
-        what = f"a whole object ({contents.tree.name})" if isinstance(contents.tree, Foreign) else f"{type(contents.tree).__name__} without tensors"
-        raise DynpruneError(f"{path} holds {what}, not a state dict. Expected a mapping from names to tensors: torch.save(model.state_dict(), ...).")
+        what = (
+            f"a whole object ({contents.tree.name})"
+            if isinstance(contents.tree, Foreign)
+            else f"{type(contents.tree).__name__} without tensors"
+        )
+        raise DynpruneError(
+            f"{path} holds {what}, not a state dict. Expected a mapping from names to tensors: "
+            f"torch.save(model.state_dict(), ...)."
+        )
     return found
 
 
@@ -117,13 +151,14 @@ def fits_of(model: nn.Module, candidate: Candidate) -> list[Fit]:
     for unwrap in (False, True):
         names = {without_wrappers(name) if unwrap else name: name for name in candidate.shapes}
         for removed, added in prefixes(shapes, names):
-            ours = {added + name[len(removed):]: theirs for name, theirs in names.items() if name.startswith(removed)}
+            ours = {added + name[len(removed) :]: theirs for name, theirs in names.items() if name.startswith(removed)}
             result.append(judge(candidate, shapes, same.values(), ours, inside=bool(removed)))
     return result
 
 
 def prefixes(own: Iterable[str], theirs: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Pairs (removed from their names, put before them) with which names may fit. Only few of the own names need to be looked at."""
+    """Pairs (removed from their names, put before them) with which names may fit. Only few of the own names need to be
+    looked at."""
     own = list(own)
     found = {("", "")}
     for name in {min(own, key=len, default=""), max(own, key=len, default=""), *own[:1], *own[-1:]}:
@@ -140,15 +175,30 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def judge(candidate: Candidate, shapes: Mapping[str, tuple[int, ...]], same: Iterable[list[str]], ours: Mapping[str, str], *, inside: bool) -> Fit:
-    """same: the own names of each tensor, any of which will do. inside: names outside a removed prefix are none of this network's business."""
-    missing = [names[0] for names in same if not any(name in ours for name in names) and not names[0].endswith(("num_batches_tracked", "_extra_state"))]
+def judge(
+    candidate: Candidate,
+    shapes: Mapping[str, tuple[int, ...]],
+    same: Iterable[list[str]],
+    ours: Mapping[str, str],
+    *,
+    inside: bool,
+) -> Fit:
+    """same: the own names of each tensor, any of which will do. inside: names outside a removed prefix are none of this
+    network's business."""
+    missing = [
+        names[0]
+        for names in same
+        if not any(name in ours for name in names) and not names[0].endswith(("num_batches_tracked", "_extra_state"))
+    ]
     used = set(ours.values())
     unknown = [theirs for name, theirs in ours.items() if name not in shapes]
     if not inside:
         unknown += [name for name in candidate.shapes if name not in used]
-    other = [f"{name} is {list(candidate.shapes[ours[name]])}, the model has {list(shapes[name])}"
-             for name in shapes if name in ours and candidate.shapes[ours[name]] != shapes[name]]
+    other = [
+        f"{name} is {list(candidate.shapes[ours[name]])}, the model has {list(shapes[name])}"
+        for name in shapes
+        if name in ours and candidate.shapes[ours[name]] != shapes[name]
+    ]
     return Fit(candidate, {name: theirs for name, theirs in ours.items() if name in shapes}, missing, unknown, other)
 
 
@@ -158,9 +208,14 @@ def distance(fit: Fit) -> int:
 
 
 def problems_of(fit: Fit) -> str:
-    parts = [f"{title} {len(found)}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-             for title, found in (("missing", fit.missing), ("unknown", fit.unknown), ("of another shape", fit.other_shape)) if found]
-    return f"Tensors {'; '.join(parts)}." + (f' (Looked at under "{fit.candidate.place}".)' if fit.candidate.place else "")
+    parts = [
+        f"{title} {len(found)}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+        for title, found in (("missing", fit.missing), ("unknown", fit.unknown), ("of another shape", fit.other_shape))
+        if found
+    ]
+    return f"Tensors {'; '.join(parts)}." + (
+        f' (Looked at under "{fit.candidate.place}".)' if fit.candidate.place else ""
+    )
 
 
 def clean(error: BaseException) -> str:

@@ -17,16 +17,48 @@ def graphs():
     return {name: trace(zoo.build(name, 10), torch.randn(1, 3, 32, 32)) for name in ("vgg16", "resnet20", "densenet40")}
 
 
-@pytest.mark.parametrize("text, quantity, amount, absolute", [
-    ("0.25", "macs", 0.25, False), ("macs=0.25", "macs", 0.25, False), ("macs=80M", "macs", 80e6, True), ("params=0.11", "params", 0.11, False),
-    ("params=1.5M", "params", 1.5e6, True), ("params=20k", "params", 20e3, True), ("latency=0.3", "latency", 0.3, False), ("latency=2ms", "latency", 2.0, True),
-    ("latency=500us", "latency", 0.5, True), ("latency=0.5ms", "latency", 0.5, True), ("macs=1", "macs", 1.0, False), ("macs=5000000", "macs", 5e6, True)])
+@pytest.mark.parametrize(
+    "text, quantity, amount, absolute",
+    [
+        ("0.25", "macs", 0.25, False),
+        ("macs=0.25", "macs", 0.25, False),
+        ("macs=80M", "macs", 80e6, True),
+        ("params=0.11", "params", 0.11, False),
+        ("params=1.5M", "params", 1.5e6, True),
+        ("params=20k", "params", 20e3, True),
+        ("latency=0.3", "latency", 0.3, False),
+        ("latency=2ms", "latency", 2.0, True),
+        ("latency=500us", "latency", 0.5, True),
+        ("latency=0.5ms", "latency", 0.5, True),
+        ("macs=1", "macs", 1.0, False),
+        ("macs=5000000", "macs", 5e6, True),
+    ],
+)
 def test_budgets_are_read(text, quantity, amount, absolute):
     limit = parse_limit(text)
     assert (limit.quantity, limit.amount, limit.absolute) == (quantity, pytest.approx(amount), absolute)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "80M", "macs=", "flops=3", "macs=nan", "macs=inf", "params=0", "1e400", "latency=2", "latency=0ms", "latency=2M", "macs=2ms"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        "-1",
+        "1.5",
+        "80M",
+        "macs=",
+        "flops=3",
+        "macs=nan",
+        "macs=inf",
+        "params=0",
+        "1e400",
+        "latency=2",
+        "latency=0ms",
+        "latency=2M",
+        "macs=2ms",
+    ],
+)
 def test_budgets_that_make_no_sense_are_refused(text):
     with pytest.raises(DynpruneError, match="--budget got .*Expected"):
         parse_limit(text)
@@ -64,7 +96,10 @@ def test_budgets_are_kept_and_used(graphs, name, budget, allocation):
             widths = allocate(graph, [f"{quantity}={budget}"], allocation, allowed)
             share = getattr(graph, quantity)(widths) / dense
             assert budget * (1 - within) <= share <= budget
-            assert all(width % step == 0 or width == graph.groups[n].arms for (n, width), step in zip(widths.items(), allowed.steps))
+            assert all(
+                width % step == 0 or width == graph.groups[n].arms
+                for (n, width), step in zip(widths.items(), allowed.steps)
+            )
 
 
 def test_several_budgets_hold_at_once(graphs):
@@ -72,7 +107,8 @@ def test_several_budgets_hold_at_once(graphs):
     widths = allocate(graph, ["macs=0.25", "params=0.11"], "balanced")
     lines = budgets_met(graph, ["macs=0.25", "params=0.11"], widths)
     assert all(line["met"] and line["actual"] > 0.95 * line["limit"] for line in lines)
-    assert graph.macs(allocate(graph, ["macs=0.25", "params=0.11"], "uniform")) < 0.2 * graph.macs({})  # bound by its parameters
+    # bound by its parameters
+    assert graph.macs(allocate(graph, ["macs=0.25", "params=0.11"], "uniform")) < 0.2 * graph.macs({})
     neighbours = list(widths.values())
     assert all(a <= 2 * b for a, b in zip(neighbours, neighbours[1:])), "no bottlenecks"
 
@@ -93,7 +129,10 @@ def test_constraints_are_kept(graphs):
     widths = allocate(graph, ["0.5"], "balanced", allowed)
     assert widths["features.0"] == 64 and widths["features.10"] == 128 and min(widths.values()) >= 48
     kept = ("features.0", "features.10", "features.14", "features.17")
-    assert all(width == graph.groups[name].arms if name in kept else width <= 0.9 * graph.groups[name].arms for name, width in widths.items())
+    assert all(
+        width == graph.groups[name].arms if name in kept else width <= 0.9 * graph.groups[name].arms
+        for name, width in widths.items()
+    )
 
 
 def test_a_budget_below_the_narrowest_network_names_what_is_reachable():
@@ -117,7 +156,8 @@ def test_alignment_falls_back_for_narrow_layers():
 
 
 def test_learned_widths_follow_the_worth_of_a_channel(graphs):
-    """Equal worth per cost gives the balanced widths; a group worth more gets wider, at most twice, and the budget stays used."""
+    """Equal worth per cost gives the balanced widths; a group worth more gets wider, at most twice, and the budget
+    stays used."""
     graph, budget = graphs["vgg16"], ["macs=0.25", "params=0.11"]
     model, allowed = CostModel(graph), constraints(graph)
     balanced = allocate(graph, budget, "balanced")

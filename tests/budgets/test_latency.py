@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dynprune.budgets import fit as fitting
 from dynprune import trace, zoo
+from dynprune.budgets import fit as fitting
 from dynprune.budgets.allocation import CostModel, constraints
 from dynprune.budgets.fit import Fitter, Latency, budgets_met
 from dynprune.budgets.latency import LatencyModel, LayerTable, Stopwatch, grid
@@ -25,7 +25,9 @@ class Counting(LayerTable):
 
     def measure(self, layers, report):
         for layer in layers:
-            self.ms[layer.key] = 1e-6 * layer.inputs * layer.outputs / layer.groups * np.prod(layer.kernel) * np.prod(layer.op.size)
+            self.ms[layer.key] = (
+                1e-6 * layer.inputs * layer.outputs / layer.groups * np.prod(layer.kernel) * np.prod(layer.op.size)
+            )
 
 
 def test_layers_add_up_and_are_interpolated(graph, tmp_path):
@@ -42,7 +44,14 @@ def test_layers_add_up_and_are_interpolated(graph, tmp_path):
     assert model.total(cost.axis_sizes(widths)) == pytest.approx(2 * expected)
 
 
-@pytest.mark.parametrize("factory, shape", [(models.Tiny, (3, 8, 8)), (models.Grouped, (3, 8, 8)), (lambda: zoo.build("torchvision:mobilenet_v2", 10), (3, 32, 32))])
+@pytest.mark.parametrize(
+    "factory, shape",
+    [
+        (models.Tiny, (3, 8, 8)),
+        (models.Grouped, (3, 8, 8)),
+        (lambda: zoo.build("torchvision:mobilenet_v2", 10), (3, 32, 32)),
+    ],
+)
 def test_every_layer_can_be_timed_alone(factory, shape):
     """The one-layer model gives the output that the layer's multiplications say, at full and at narrow widths."""
     graph = trace(factory(), torch.randn(1, *shape))
@@ -78,7 +87,8 @@ def test_a_layer_is_measured_from_its_narrowest_to_its_full_size():
 
 
 class Fake(Stopwatch):
-    """A machine on which everything takes a fixed time and the layers' own, which the table underestimates more at narrow widths."""
+    """A machine on which everything takes a fixed time and the layers' own, which the table underestimates more at
+    narrow widths."""
 
     def __init__(self, full, graph, example):
         self.full, self.graph, self.example, self.seen = full, graph, example, []
@@ -102,7 +112,12 @@ def machine(monkeypatch, tmp_path):
 
 
 def fitter(graph, *budget, **settings):
-    return Fitter(zoo.build("resnet20", 10), graph, torch.randn(1, 3, 32, 32), TrainConfig(model="resnet20", budget=budget, **settings).allowed)
+    return Fitter(
+        zoo.build("resnet20", 10),
+        graph,
+        torch.randn(1, 3, 32, 32),
+        TrainConfig(model="resnet20", budget=budget, **settings).allowed,
+    )
 
 
 @pytest.mark.parametrize("budget", ["latency=0.5", "latency=0.4", "latency=0.4ms"])
@@ -123,19 +138,26 @@ def test_other_budgets_hold_beside_milliseconds(graph, machine):
 
 
 def test_a_time_below_the_narrowest_network_is_refused_with_what_is_reachable(graph, machine):
-    with pytest.raises(DynpruneError, match=r"latency=0.05ms is below what this network can reach: its narrowest form takes .* ms.*Choose at least [0-9.]+ms"):
+    with pytest.raises(
+        DynpruneError,
+        match=r"latency=0.05ms is below what this network can reach: its narrowest form "
+        r"takes .* ms.*Choose at least [0-9.]+ms",
+    ):
         fitter(graph, "latency=0.05ms").fit()
     with pytest.raises(DynpruneError, match="--budget macs=0.01 is below"):
         fitter(graph, "latency=0.5", "macs=0.01").fit()
 
 
 def test_a_missed_time_is_said(graph):
-    assert budgets_met(graph, ["latency=0.5"], {}, Latency(1.0, 0.5, 0.54))[0]["met"]  # within what two measurements differ
+    # within what two measurements differ
+    assert budgets_met(graph, ["latency=0.5"], {}, Latency(1.0, 0.5, 0.54))[0]["met"]
     assert not budgets_met(graph, ["latency=0.5"], {}, Latency(1.0, 0.5, 0.56))[0]["met"]
 
 
 def test_whole_networks_are_timed_beside_the_dense_one(graph):
     full, example = zoo.build("resnet20", 10), torch.randn(1, 3, 32, 32)
     watch = Stopwatch(full.train(), graph, example)
-    dense, narrow = watch.measure(watch.candidate({name: max(1, width // 4) for name, width in graph.full_widths.items()}))
+    dense, narrow = watch.measure(
+        watch.candidate({name: max(1, width // 4) for name, width in graph.full_widths.items()})
+    )
     assert dense > 0 and narrow > 0 and full.training

@@ -23,10 +23,21 @@ TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "64
 
 
 def dynprune(*args, cwd=ROOT, check=True):
-    """Run a command. The tests' runs name "tests.models:tiny" as their model, which commands that read a run must be told to trust."""
-    if args[0] in ("compact", "export") or args[0] == "gate" and not str(args[1]).startswith("-") or "--resume" in args or args[0] == "bench" and len(args) > 1 and Path(args[1]).is_dir():
+    """Run a command. The tests' runs name "tests.models:tiny" as their model, which commands that read a run must be
+    told to trust."""
+    if (
+        args[0] in ("compact", "export")
+        or args[0] == "gate"
+        and not str(args[1]).startswith("-")
+        or "--resume" in args
+        or args[0] == "bench"
+        and len(args) > 1
+        and Path(args[1]).is_dir()
+    ):
         args = (*args, "--trust")
-    done = subprocess.run([sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280
+    )
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -69,12 +80,28 @@ def test_run_does_the_whole_journey(finished):
     compact = result["compact"]
     assert compact["macs"] <= 0.5 * compact["dense_macs"] and compact["params"] < compact["dense_params"]
     assert compact["max_rel_diff"] < 1e-5 and compact["size_bytes"] == (path / "compact.safetensors").stat().st_size
-    assert result["export"]["max_abs_diff"] < 1e-4 and result["export"]["top1_agreement"] == 1.0 and result["export"]["opset"] >= 17
+    assert (
+        result["export"]["max_abs_diff"] < 1e-4
+        and result["export"]["top1_agreement"] == 1.0
+        and result["export"]["opset"] >= 17
+    )
     assert result["bench"]["accuracy_onnx"] == pytest.approx(compact["accuracy"], abs=0.01)
-    assert result["bench"]["speedup_p50"] == pytest.approx(result["bench"]["dense_p50_ms"] / result["bench"]["compact_p50_ms"])
+    assert result["bench"]["speedup_p50"] == pytest.approx(
+        result["bench"]["dense_p50_ms"] / result["bench"]["compact_p50_ms"]
+    )
     assert sorted(file.name for file in path.iterdir()) == [
-        "bench.json", "checkpoint.previous.safetensors", "checkpoint.safetensors", "compact.onnx", "compact.safetensors", "config.toml", "dense.onnx", "env.json", "metrics.jsonl",
-        "result.json", "selections.json"]
+        "bench.json",
+        "checkpoint.previous.safetensors",
+        "checkpoint.safetensors",
+        "compact.onnx",
+        "compact.safetensors",
+        "config.toml",
+        "dense.onnx",
+        "env.json",
+        "metrics.jsonl",
+        "result.json",
+        "selections.json",
+    ]
     samples = json.loads((path / "bench.json").read_text())["rows"][0]["dense"]["samples_ms"]
     assert len(samples) >= 20 and np.percentile(samples, 50) == pytest.approx(result["bench"]["dense_p50_ms"])
 
@@ -92,12 +119,20 @@ def test_the_compact_file_loads_in_a_fresh_process(finished, tmp_path):
     from safetensors.torch import load_file
 
     from dynprune.files.artifact import load_with_facts
+
     path, _ = finished
-    code = (f"import torch, dynprune, tests.models as m; net = dynprune.load('{path}/compact.safetensors', m.tiny()); assert type(net) is m.Tiny;"
-            f"torch.manual_seed(0); torch.save(net(torch.randn(5, 3, 8, 8)), '{tmp_path}/out.pt')")
+    code = (
+        f"import torch, dynprune, tests.models as m; net = dynprune.load('{path}/compact.safetensors', m.tiny()); "
+        f"assert type(net) is m.Tiny;torch.manual_seed(0); torch.save(net(torch.randn(5, 3, 8, 8)), "
+        f"'{tmp_path}/out.pt')"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     net, facts = load_with_facts(path / "compact.safetensors", trust=True)
-    full = {k.removeprefix("full."): v for k, v in load_file(path / "checkpoint.safetensors").items() if k.startswith("full.")}
+    full = {
+        k.removeprefix("full."): v
+        for k, v in load_file(path / "checkpoint.safetensors").items()
+        if k.startswith("full.")
+    }
     executed = full["conv1.weight"][facts.kept["conv1.weight:0"]][:, facts.kept["conv1.weight:1"]]
     assert torch.equal(net.conv1.weight, executed)
     torch.manual_seed(0)
@@ -107,12 +142,14 @@ def test_the_compact_file_loads_in_a_fresh_process(finished, tmp_path):
 def test_a_file_that_names_code_does_not_run_it(finished):
     import dynprune
     from dynprune.errors import DynpruneError
+
     with pytest.raises(DynpruneError, match="asks to run the code"):
         dynprune.load(finished[0] / "compact.safetensors")
 
 
 def test_onnx_file_describes_itself_and_takes_any_batch(finished):
     import onnxruntime
+
     session = onnxruntime.InferenceSession(str(finished[0] / "compact.onnx"))
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == [str(i) for i in range(10)] and len(json.loads(facts["mean"])) == 3
@@ -121,14 +158,18 @@ def test_onnx_file_describes_itself_and_takes_any_batch(finished):
 
 
 def test_folded_normalisation_agrees(finished, tmp_path):
-    done = dynprune("export", finished[0], "--onnx", "--fold-normalization", "--out", tmp_path / "folded.onnx", "--json")
+    done = dynprune(
+        "export", finished[0], "--onnx", "--fold-normalization", "--out", tmp_path / "folded.onnx", "--json"
+    )
     assert json.loads(done.stdout)["top1_agreement"] == 1.0
 
 
 def test_a_folder_of_photos_with_compaction_options(tmp_path):
     photos = write_folder(tmp_path / "photos", images=20)
     out = tmp_path / "run"
-    done = dynprune("train", "--data", photos, *TINY[:2], "--batch-size", 8, "--epochs", 2, "--policy", "random", "--out", out)
+    done = dynprune(
+        "train", "--data", photos, *TINY[:2], "--batch-size", 8, "--epochs", 2, "--policy", "random", "--out", out
+    )
     assert "validation is 10 % of train/, test is val/" in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("epoch ")]) == 2
     done = dynprune("compact", out, "--min-rate", 0.9, "--bn-images", 16, "--finetune-epochs", 1, "--json")
@@ -138,22 +179,56 @@ def test_a_folder_of_photos_with_compaction_options(tmp_path):
 
 def test_photos_larger_than_memory_are_decoded_by_workers(tmp_path):
     photos = write_folder(tmp_path / "photos", images=10, side=120, splits=("train", "val", "test"))
-    done = dynprune("train", "--data", photos, *TINY[:2], "--image-size", 100, "--batch-size", 4, "--epochs", 1, "--workers", 2,
-                    "--out", tmp_path / "run")
+    done = dynprune(
+        "train",
+        "--data",
+        photos,
+        *TINY[:2],
+        "--image-size",
+        100,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--workers",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
     assert "validation is val/, test is test/" in done.stderr
 
 
 def test_a_corrupt_photo_is_named_by_the_worker_that_meets_it(tmp_path):
     photos = write_folder(tmp_path / "photos", images=10, side=120)
     (photos / "train" / "dog" / "7.jpg").write_bytes((photos / "train" / "dog" / "7.jpg").read_bytes()[:200])
-    line = refused("train", "--data", photos, *TINY[:2], "--image-size", 100, "--batch-size", 4, "--epochs", 2, "--workers", 2, "--out", tmp_path / "run")
+    line = refused(
+        "train",
+        "--data",
+        photos,
+        *TINY[:2],
+        "--image-size",
+        100,
+        "--batch-size",
+        4,
+        "--epochs",
+        2,
+        "--workers",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
     assert "Cannot read the image" in line and "train/dog/7.jpg" in line
 
 
 def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_path):
     options = [*TINY, "--epochs", "12", "--precision", "float32"]
-    process = subprocess.Popen([sys.executable, "-m", "dynprune", "train", *options, "--out", str(tmp_path / "stopped")], cwd=ROOT,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynprune", "train", *options, "--out", str(tmp_path / "stopped")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stderr:
         if line.startswith("epoch 2"):
             process.send_signal(signal.SIGINT)
@@ -162,13 +237,18 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_like_an_uninterrupted_run(tmp_pa
     assert process.returncode == 130 and "The state is saved" in errors and "--resume" in errors
     assert "Finish it first" in refused("compact", tmp_path / "stopped")
     assert "--epochs 99" in refused("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 99)
-    assert "--override cannot change --budget" in refused("train", "--resume", "--override", "--out", tmp_path / "stopped", "--budget", "0.5")
+    assert "--override cannot change --budget" in refused(
+        "train", "--resume", "--override", "--out", tmp_path / "stopped", "--budget", "0.5"
+    )
     dynprune("train", "--resume", "--out", tmp_path / "stopped")
     dynprune("train", *options, "--out", tmp_path / "whole")
     from safetensors.torch import load_file
+
     one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("stopped", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    longer = json.loads(dynprune("train", "--resume", "--override", "--epochs", 14, "--out", tmp_path / "whole", "--json").stdout)
+    longer = json.loads(
+        dynprune("train", "--resume", "--override", "--epochs", 14, "--out", tmp_path / "whole", "--json").stdout
+    )
     assert longer["steps"] == 14 * 21 and "epochs = 14" in (tmp_path / "whole" / "config.toml").read_text()
 
 
@@ -184,9 +264,19 @@ def test_code_that_a_run_names_is_not_run_unasked(tmp_path, command):
     folder.mkdir()
     (folder / "config.toml").write_text('model = "evil:build"')
     (tmp_path / "evil.py").write_text("open('ran', 'w')")
-    done = subprocess.run([sys.executable, "-m", "dynprune", *command, folder], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and 'asks to run the code "evil:build"' in done.stderr and "--trust or --model evil:build" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "dynprune", *command, folder],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (
+        done.returncode == 1
+        and 'asks to run the code "evil:build"' in done.stderr
+        and "--trust or --model evil:build" in done.stderr
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -196,7 +286,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     whole, expected = (path / "checkpoint.safetensors").read_bytes(), kills.outcome(path)
     (path / "checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
     errors = dynprune("train", "--resume", "--out", path).stderr
-    assert "warning: " in errors and "is damaged" in errors and "Going on from the checkpoint before, of step 42" in errors
+    assert (
+        "warning: " in errors and "is damaged" in errors and "Going on from the checkpoint before, of step 42" in errors
+    )
     assert kills.same(kills.outcome(path), expected) and (path / "checkpoint.damaged.safetensors").is_file()
     (path / "checkpoint.safetensors").unlink()  # killed between the two renames
     assert "of step" in dynprune("train", "--resume", "--out", path).stderr
@@ -205,21 +297,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert "is damaged" in refused("train", "--resume", "--out", path)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--model", "vgg17"], 'No model "vgg17". Did you mean vgg1'),
-    (["--model", "torchvision:resnet19"], "Close to it: resnet"),
-    (["--model", "no_such_module:net"], 'Cannot import "no_such_module"'),
-    (["--data", "mnist"], "which does not exist. Expected digits, cifar10"),
-    (["--policy", "best"], "Choose one of: cucb, random, static, dense"),
-    (["--budget", "0"], "--budget got 0. Expected a share in (0, 1]"),
-    (["--budget", "1.5"], "--budget got 1.5"),
-    (["--budget", "half"], 'got "half". Expected 0.25 or macs=0.25'),
-    (["--keep", "layer9", *TINY], '--keep got "layer9", which matches no layer'),
-    (["--budget", "0.0001", *TINY], "Choose at least 0."),
-    (["--weights", "absent.safetensors"], "No weights file absent.safetensors"),
-    (["--device", "cuda:9"], "Try --device cpu"),
-    (["--batch-size", "5000"], "more than the 1293 training images"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "vgg17"], 'No model "vgg17". Did you mean vgg1'),
+        (["--model", "torchvision:resnet19"], "Close to it: resnet"),
+        (["--model", "no_such_module:net"], 'Cannot import "no_such_module"'),
+        (["--data", "mnist"], "which does not exist. Expected digits, cifar10"),
+        (["--policy", "best"], "Choose one of: cucb, random, static, dense"),
+        (["--budget", "0"], "--budget got 0. Expected a share in (0, 1]"),
+        (["--budget", "1.5"], "--budget got 1.5"),
+        (["--budget", "half"], 'got "half". Expected 0.25 or macs=0.25'),
+        (["--keep", "layer9", *TINY], '--keep got "layer9", which matches no layer'),
+        (["--budget", "0.0001", *TINY], "Choose at least 0."),
+        (["--weights", "absent.safetensors"], "No weights file absent.safetensors"),
+        (["--device", "cuda:9"], "Try --device cpu"),
+        (["--batch-size", "5000"], "more than the 1293 training images"),
+    ],
+)
 def test_bad_options_are_refused_in_one_line(options, message, tmp_path):
     line = refused("train", *options, "--out", tmp_path / "run")
     assert message in line
@@ -243,6 +338,7 @@ def test_weights_that_do_not_fit_name_the_tensors(tmp_path):
     from safetensors.torch import save_file
 
     from tests.models import Tiny
+
     state = Tiny(10).state_dict()
     state["conv1.weight"] = torch.zeros(3, 3)
     del state["head.bias"]
@@ -255,10 +351,24 @@ def test_training_starts_from_the_users_checkpoint(tmp_path):
     from safetensors.torch import load_file
 
     from tests.models import Tiny
+
     torch.manual_seed(5)
     state = Tiny(10).state_dict()
     torch.save(state, tmp_path / "w.pt")
-    dynprune("train", *TINY, "--epochs", 1, "--lr", "1e-12", "--weight-decay", 0, "--weights", tmp_path / "w.pt", "--out", tmp_path / "run")
+    dynprune(
+        "train",
+        *TINY,
+        "--epochs",
+        1,
+        "--lr",
+        "1e-12",
+        "--weight-decay",
+        0,
+        "--weights",
+        tmp_path / "w.pt",
+        "--out",
+        tmp_path / "run",
+    )
     after = load_file(tmp_path / "run" / "checkpoint.safetensors")
     torch.testing.assert_close(after["full.conv1.weight"], state["conv1.weight"])
 
@@ -274,6 +384,7 @@ def test_existing_directories_are_safe(finished, tmp_path):
 
 def test_truncated_and_foreign_files_are_refused(finished, tmp_path):
     import shutil
+
     path, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
@@ -303,8 +414,16 @@ def test_two_onnx_files_can_be_compared(finished):
 
 
 def test_plan_says_what_a_budget_gives():
-    result = json.loads(dynprune("plan", "--model", "resnet20", "--budget", "macs=0.25", "--budget", "params=0.2", "--no-latency", "--json").stdout)
-    assert result["satisfiable"] and result["macs"] <= 0.25 * result["dense_macs"] and result["params"] <= 0.2 * result["dense_params"]
+    result = json.loads(
+        dynprune(
+            "plan", "--model", "resnet20", "--budget", "macs=0.25", "--budget", "params=0.2", "--no-latency", "--json"
+        ).stdout
+    )
+    assert (
+        result["satisfiable"]
+        and result["macs"] <= 0.25 * result["dense_macs"]
+        and result["params"] <= 0.2 * result["dense_params"]
+    )
     assert set(result["widths"]) == set(result["full_widths"]) and result["smallest_macs"] < result["macs"]
     done = dynprune("plan", "--model", "resnet20", "--budget", "0.001", "--no-latency", "--json", check=False)
     assert done.returncode == 1 and json.loads(done.stdout)["satisfiable"] is False and "Choose at least" in done.stderr
@@ -312,10 +431,25 @@ def test_plan_says_what_a_budget_gives():
 
 def test_plan_from_a_run_uses_what_its_bandit_learned(finished):
     path, result = finished
-    options = ["--model", "tests.models:tiny", "--input", "3x8x8", "--budget", "0.5", "--align", "1", "--no-latency", "--json"]
+    options = [
+        "--model",
+        "tests.models:tiny",
+        "--input",
+        "3x8x8",
+        "--budget",
+        "0.5",
+        "--align",
+        "1",
+        "--no-latency",
+        "--json",
+    ]
     learned = json.loads(dynprune("plan", *options, "--from", path).stdout)
     plain = json.loads(dynprune("plan", *options).stdout)
-    assert learned["satisfiable"] and learned["widths"] != plain["widths"] and learned["macs"] <= 0.5 * learned["dense_macs"]
+    assert (
+        learned["satisfiable"]
+        and learned["widths"] != plain["widths"]
+        and learned["macs"] <= 0.5 * learned["dense_macs"]
+    )
     assert "has learned nothing about" in refused("plan", "--model", "resnet20", "--no-latency", "--from", path)
     assert "needs --from RUN" in refused("plan", "--allocation", "learned", "--no-latency")
 
@@ -323,16 +457,26 @@ def test_plan_from_a_run_uses_what_its_bandit_learned(finished):
 def test_budgets_are_reported_and_a_missed_one_is_an_error(finished):
     _, result = finished
     (line,) = result["bench"]["budgets"]
-    assert line["met"] and line["budget"] == "macs=0.5" and line["actual"] == line["predicted"] == result["compact"]["macs"] <= line["limit"]
+    assert (
+        line["met"]
+        and line["budget"] == "macs=0.5"
+        and line["actual"] == line["predicted"] == result["compact"]["macs"] <= line["limit"]
+    )
     assert result["compact"]["budgets"] == [line]
-    missed = dataclasses.make_dataclass("Result", ["budgets"])([{"budget": "latency=0.5", "limit": 1.0, "predicted": 1.0, "actual": 1.2, "met": False}])
+    missed = dataclasses.make_dataclass("Result", ["budgets"])(
+        [{"budget": "latency=0.5", "limit": 1.0, "predicted": 1.0, "actual": 1.2, "met": False}]
+    )
     with pytest.raises(DynpruneError, match="budget latency=0.5 missed: measured 1.2, allowed 1"):
         refuse_missed(missed)
 
 
 def test_inspect_proves_and_reports():
-    result = json.loads(dynprune("inspect", "--model", "tests.models:tiny", "--input", "3x8x8", "--check", "--json").stdout)
-    assert result["check"]["ok"] and result["check"]["max_rel_diff"] < 1e-4 and result["check"]["params_kept_share"] < 0.5
+    result = json.loads(
+        dynprune("inspect", "--model", "tests.models:tiny", "--input", "3x8x8", "--check", "--json").stdout
+    )
+    assert (
+        result["check"]["ok"] and result["check"]["max_rel_diff"] < 1e-4 and result["check"]["params_kept_share"] < 0.5
+    )
     assert result["groups"] == 4 and result["arms"] == 60 and result["prunable_params_share"] > 0.9
     assert {"op": "output", "layer": "(output)", "channels": 10} in result["pinned"]
     assert "layer" in refused("inspect", "--model", "tests.models:tiny", "--input", "5x8x8")
@@ -341,9 +485,15 @@ def test_inspect_proves_and_reports():
 def test_training_steps_are_timed_side_by_side():
     done = dynprune("bench", "--training", *TINY, "--steps", 4, "--hold", 2, "--json")
     result = json.loads(done.stdout)
-    assert all(result[key] > 0 for key in ("dense_ms", "static_ms", "dynamic_ms", "speedup_over_dense", "macs_ratio", "dense_peak_mib"))
+    assert all(
+        result[key] > 0
+        for key in ("dense_ms", "static_ms", "dynamic_ms", "speedup_over_dense", "macs_ratio", "dense_peak_mib")
+    )
     assert result["dynamic_over_static"] == pytest.approx(result["dynamic_ms"] / result["static_ms"])
-    assert set(result["overhead"]) == {"select_ms", "swap_ms", "reward_ms", "data_ms"} and len(result["samples_ms"]["static"]) == 4
+    assert (
+        set(result["overhead"]) == {"select_ms", "swap_ms", "reward_ms", "data_ms"}
+        and len(result["samples_ms"]["static"]) == 4
+    )
 
 
 def test_help_is_quick_and_complete():
@@ -352,8 +502,10 @@ def test_help_is_quick_and_complete():
     from dataclasses import fields
 
     from dynprune.runs.config import TrainConfig
+
     for field in fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in done.stdout.replace("\n", "")
-    assert time.perf_counter() - started < 20  # generous: it must not import torch on the way, which the next line checks
+    # generous: it must not import torch on the way, which the next line checks
+    assert time.perf_counter() - started < 20
     code = "import sys, dynprune.cli; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0

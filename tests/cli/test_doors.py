@@ -1,4 +1,5 @@
-"""How commands end and what they say: exit codes, errors as JSON, names of models, runs and data that moved, places that cannot be written."""
+"""How commands end and what they say: exit codes, errors as JSON, names of models, runs and data that moved, places
+that cannot be written."""
 
 import json
 import os
@@ -27,12 +28,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*options, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dynprune", *map(str, options)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "dynprune", *map(str, options)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
-@pytest.mark.parametrize("options, code, words", [
-    (("bench", "nowhere", "--json"), 1, "nowhere is not a directory"), (("train", "--epochs", "many", "--json"), 2, "--epochs"), (("train", "--batch-size", "0", "--json"), 1, "--batch-size got 0"),
-    (("train", "--lr", "0", "--json"), 1, "Expected auto, or more than 0"), (("train", "--no-such", "--json"), 2, "--no-such")])
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (("bench", "nowhere", "--json"), 1, "nowhere is not a directory"),
+        (("train", "--epochs", "many", "--json"), 2, "--epochs"),
+        (("train", "--batch-size", "0", "--json"), 1, "--batch-size got 0"),
+        (("train", "--lr", "0", "--json"), 1, "Expected auto, or more than 0"),
+        (("train", "--no-such", "--json"), 2, "--no-such"),
+    ],
+)
 def test_errors_are_json_too(options, code, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dynprune", *options])
     with pytest.raises(SystemExit) as ended:
@@ -74,15 +88,30 @@ def test_permission_denied_says_so(monkeypatch, capsys):
 
 def test_results_are_shown_where_they_cannot_be_recorded(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", TrainConfig(), False)
-    monkeypatch.setattr("dynprune.files.disk.write_bytes", lambda path, _: (_ for _ in ()).throw(DynpruneError(f"Cannot write {path} (Read-only file system).")))
+    monkeypatch.setattr(
+        "dynprune.files.disk.write_bytes",
+        lambda path, _: (_ for _ in ()).throw(DynpruneError(f"Cannot write {path} (Read-only file system).")),
+    )
     with pytest.warns(DynpruneWarning, match="Read-only file system.*shown, but not recorded"):
         run.record("bench", {"a": 1})
 
 
-@pytest.mark.parametrize("name, words", [
-    ("resnet18", "Did you mean torchvision:resnet18"), ("resnet21", "Did you mean resnet20"), ("convnext_femto", "convnext"), ("tests.odd:nothing", 'has no callable "nothing"'),
-    ("tests.odd:needs_depth", "needs_depth.*depth=18"), ("tests.odd:raises", "KeyError in odd.py"), ("timm:resnet18?pretrained=True", "pretrained, which would read files or the network"),
-    ("torchvision:resnet18?weights=DEFAULT", "weights"), ("vgg16?depth=3", "takes no arguments"), ("tests.odd:Base?broken", "Expected arguments such as"), ("no.such.module:x", "Cannot import")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("resnet18", "Did you mean torchvision:resnet18"),
+        ("resnet21", "Did you mean resnet20"),
+        ("convnext_femto", "convnext"),
+        ("tests.odd:nothing", 'has no callable "nothing"'),
+        ("tests.odd:needs_depth", "needs_depth.*depth=18"),
+        ("tests.odd:raises", "KeyError in odd.py"),
+        ("timm:resnet18?pretrained=True", "pretrained, which would read files or the network"),
+        ("torchvision:resnet18?weights=DEFAULT", "weights"),
+        ("vgg16?depth=3", "takes no arguments"),
+        ("tests.odd:Base?broken", "Expected arguments such as"),
+        ("no.such.module:x", "Cannot import"),
+    ],
+)
 def test_names_that_lead_nowhere_are_refused_in_one_line(name, words):
     with pytest.raises(DynpruneError, match=words) as refusal:
         zoo.build(name, 4)
@@ -96,20 +125,35 @@ def test_a_syntax_error_names_the_line(tmp_path, monkeypatch):
         zoo.build("broken_module:build", 4)
 
 
-@pytest.mark.parametrize("name, channels", [
-    ("tests.odd:Factories.make", 3), ("tests.odd:Factories.make?into=1", 1), ("tests.odd:needs_depth?depth=18", 3), ("torchvision:resnet18?width_per_group=64", 3), ("tests.odd:grey", 1)])
+@pytest.mark.parametrize(
+    "name, channels",
+    [
+        ("tests.odd:Factories.make", 3),
+        ("tests.odd:Factories.make?into=1", 1),
+        ("tests.odd:needs_depth?depth=18", 3),
+        ("torchvision:resnet18?width_per_group=64", 3),
+        ("tests.odd:grey", 1),
+    ],
+)
 def test_names_with_arguments_and_methods(name, channels):
     model = zoo.build(name, 4)
-    assert next(model.parameters()).shape[1] == channels and model.eval()(torch.zeros(1, channels, 64, 64)).shape == (1, 4)
+    assert next(model.parameters()).shape[1] == channels and model.eval()(torch.zeros(1, channels, 64, 64)).shape == (
+        1,
+        4,
+    )
 
 
 def test_only_the_users_own_code_needs_trust():
-    assert runs_code("tests.odd:Base") and not any(map(runs_code, ("timm:resnet18?in_chans=1", "transformers:resnet", "torchvision:resnet18", "vgg16")))
+    assert runs_code("tests.odd:Base") and not any(
+        map(runs_code, ("timm:resnet18?in_chans=1", "transformers:resnet", "torchvision:resnet18", "vgg16"))
+    )
 
 
 def test_a_run_and_its_data_can_move(tmp_path):
     photos = write_folder(tmp_path / "photos", images=12)
-    dynprune("train", "--data", photos, *TINY[:2], "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "run", "--no-onnx")
+    dynprune(
+        "train", "--data", photos, *TINY[:2], "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "run", "--no-onnx"
+    )
     photos.rename(tmp_path / "moved")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert "does not exist" in refused("compact", tmp_path / "elsewhere", "--trust")
@@ -121,13 +165,27 @@ def test_names_of_files_need_not_be_utf8_nor_the_terminal(tmp_path):
     folder = os.fsdecode(os.fsencode(str(tmp_path)) + b"/ph\xffotos")
     os.mkdir(folder)
     write_folder(Path(folder), classes=("k\xe4tze", os.fsdecode(b"h\xffnd")), images=12)
-    done = call("train", "--data", folder, *TINY[:2], "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "run", "--no-onnx", PYTHONIOENCODING="ascii")
+    done = call(
+        "train",
+        "--data",
+        folder,
+        *TINY[:2],
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--no-onnx",
+        PYTHONIOENCODING="ascii",
+    )
     assert done.returncode == 0, done.stderr
     done = call("compact", tmp_path / "run", "--trust", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
 
 
-# -- ONNX files that are not ours --------------------------------------------------------------------------------------------
+# -- ONNX files that are not ours
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +193,23 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("onnx")
     for name, size in (("small", 8), ("large", 16)):
         write_onnx(odd.Base(4, 3).eval(), torch.zeros(1, 3, size, size), root / f"{name}.onnx", None, {})
-    onnx.save_model(onnx.load(root / "small.onnx"), root / "beside.onnx", save_as_external_data=True, location="weights.bin", size_threshold=256)
+    onnx.save_model(
+        onnx.load(root / "small.onnx"),
+        root / "beside.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=256,
+    )
     return root
 
 
 def test_weights_beside_a_file_count(files):
     assert size_bytes(files / "small.onnx") == (files / "small.onnx").stat().st_size
-    assert size_bytes(files / "beside.onnx") == sum((files / name).stat().st_size for name in ("beside.onnx", "weights.bin")) > (files / "beside.onnx").stat().st_size
+    assert (
+        size_bytes(files / "beside.onnx")
+        == sum((files / name).stat().st_size for name in ("beside.onnx", "weights.bin"))
+        > (files / "beside.onnx").stat().st_size
+    )
 
 
 def test_unlike_inputs_are_not_called_the_same_work(files, monkeypatch):
@@ -152,14 +220,29 @@ def test_unlike_inputs_are_not_called_the_same_work(files, monkeypatch):
     assert "they are not the same work: large.onnx takes images of 3x16x16, small.onnx of 3x8x8" in other.verdict
 
 
-# -- invented networks ---------------------------------------------------------------------------------------------------------
+# -- invented networks
+# ---------------------------------------------------------------------------------------------------------
 
 
 RECIPES = [
-    {"blocks": [{"kind": "residual", "width": 12, "norm": "spectral"}, {"kind": "depthwise", "width": 8, "norm": "batch without weights"}], "names": "a:{}", "constant": "object",
-     "training": "side", "extras": ["alias", "writes input"]},
-    {"blocks": [{"kind": "concat", "width": 8, "norm": "batch"}, {"kind": "split", "width": 16, "norm": "none"}], "names": "#{}", "constant": "array", "training": "noise",
-     "extras": ["asserts", "encoding", "extra state"]}]
+    {
+        "blocks": [
+            {"kind": "residual", "width": 12, "norm": "spectral"},
+            {"kind": "depthwise", "width": 8, "norm": "batch without weights"},
+        ],
+        "names": "a:{}",
+        "constant": "object",
+        "training": "side",
+        "extras": ["alias", "writes input"],
+    },
+    {
+        "blocks": [{"kind": "concat", "width": 8, "norm": "batch"}, {"kind": "split", "width": 16, "norm": "none"}],
+        "names": "#{}",
+        "constant": "array",
+        "training": "noise",
+        "extras": ["asserts", "encoding", "extra state"],
+    },
+]
 
 
 def test_invented_networks_go_through_everything(tmp_path):

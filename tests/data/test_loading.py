@@ -48,14 +48,22 @@ def test_normalised_images_have_mean_0_and_deviation_1():
 
 
 def test_folders_with_val_and_test_keep_them_apart(tmp_path):
-    data = load_data(TrainConfig(data=str(write_folder(tmp_path, splits=("train", "val", "test"))), batch_size=4).source)
-    assert (len(data.train), len(data.val), len(data.test)) == (24, 24, 24) and (data.chooses, data.reports) == ("val/", "test/")
+    data = load_data(
+        TrainConfig(data=str(write_folder(tmp_path, splits=("train", "val", "test"))), batch_size=4).source
+    )
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 24, 24) and (data.chooses, data.reports) == (
+        "val/",
+        "test/",
+    )
     assert data.classes == ["cat", "dog"] and data.size == (3, 32, 32) and data.augment == "crop+flip"
 
 
 def test_one_folder_per_class_is_split_by_fraction_and_seed(tmp_path):
     write_folder(tmp_path, splits=(".",), images=30)
-    one, same, other = (load_data(TrainConfig(data=str(tmp_path), batch_size=4, val_fraction=0.2, seed=seed).source) for seed in (0, 0, 1))
+    one, same, other = (
+        load_data(TrainConfig(data=str(tmp_path), batch_size=4, val_fraction=0.2, seed=seed).source)
+        for seed in (0, 0, 1)
+    )
     assert (len(one.test), len(one.val), len(one.train)) == (12, 10, 38)
     assert torch.equal(one.test.pixels, same.test.pixels) and not torch.equal(one.test.pixels, other.test.pixels)
 
@@ -76,18 +84,29 @@ def test_fashion_mnist_is_read_where_it_lies(tmp_path):
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 60), ("t10k", 20)):
         images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
-        for name, magic, array in ((f"{prefix}-images-idx3-ubyte", 2051, images), (f"{prefix}-labels-idx1-ubyte", 2049, labels)):
+        for name, magic, array in (
+            (f"{prefix}-images-idx3-ubyte", 2051, images),
+            (f"{prefix}-labels-idx1-ubyte", 2049, labels),
+        ):
             content = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
             (raw / name).write_bytes(content)
             with gzip.open(raw / f"{name}.gz", "wb") as file:
                 file.write(content)
     data = load_data(TrainConfig(data="fashion-mnist", data_root=str(tmp_path), batch_size=8, val_fraction=0.2).source)
-    assert (len(data.train), len(data.val), len(data.test)) == (48, 12, 20) and data.train.pixels.shape[1:] == (3, 32, 32)
+    assert (len(data.train), len(data.val), len(data.test)) == (48, 12, 20) and data.train.pixels.shape[1:] == (
+        3,
+        32,
+        32,
+    )
     assert data.test.pixels[:, :, :2].max() == 0 and "Sneaker" in data.classes
 
 
 def test_small_images_are_framed_and_large_ones_resized():
-    assert fit(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 32, 32)[0, 0, [0, 2, 15], [0, 2, 15]].tolist() == [0, 9, 9]
+    assert fit(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 32, 32)[0, 0, [0, 2, 15], [0, 2, 15]].tolist() == [
+        0,
+        9,
+        9,
+    ]
     assert fit(torch.full((1, 3, 64, 64), 9, dtype=torch.uint8), 32, 32).shape == (1, 3, 32, 32)
 
 
@@ -98,7 +117,9 @@ def test_classes_too_small_to_split_are_refused(tmp_path):
 
 def test_some_images_are_of_many_classes_and_always_the_same():
     """Folders are sorted by class: the first images would all be of one."""
-    sorted_by_class = ImagesInMemory(torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(10).repeat_interleave(100))
+    sorted_by_class = ImagesInMemory(
+        torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(10).repeat_interleave(100)
+    )
     chosen = some(sorted_by_class, 200)
     assert len(chosen) == 200 and torch.bincount(chosen.labels, minlength=10).min() > 8
     assert torch.equal(chosen.labels, some(sorted_by_class, 200).labels) and len(some(sorted_by_class, 5000)) == 1000

@@ -20,9 +20,18 @@ from tests.cli.test_commands import write_folder
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-@pytest.mark.parametrize("name, pixels", [
-    ("a.png", (GREY.astype(np.uint16) * 257)), ("a.tif", (GREY.astype(np.uint16) * 257)), ("a.tif", GREY.astype(np.int32) * 257), ("a.tif", (GREY / 255).astype(np.float32)),
-    ("a.tif", GREY.astype(np.float32)), ("a.tif", GREY.astype(np.int32)), ("a.tif", GREY.astype(np.uint16) * 16 + (GREY >> 4))])
+@pytest.mark.parametrize(
+    "name, pixels",
+    [
+        ("a.png", (GREY.astype(np.uint16) * 257)),
+        ("a.tif", (GREY.astype(np.uint16) * 257)),
+        ("a.tif", GREY.astype(np.int32) * 257),
+        ("a.tif", (GREY / 255).astype(np.float32)),
+        ("a.tif", GREY.astype(np.float32)),
+        ("a.tif", GREY.astype(np.int32)),
+        ("a.tif", GREY.astype(np.uint16) * 16 + (GREY >> 4)),
+    ],
+)
 def test_deep_images_keep_their_shades(tmp_path, name, pixels):
     path = str(tmp_path / name)
     Image.fromarray(pixels).save(path)
@@ -39,9 +48,15 @@ def test_white_is_the_same_for_all_images_of_a_folder(tmp_path):
     assert np.asarray(open_image(str(tmp_path / "dark.png"), depth)).max() == 8
 
 
-@pytest.mark.parametrize("pixels, words", [
-    (np.array([[0.0, np.nan]], np.float32), "no finite numbers"), (np.array([[-1.0, 1.0]], np.float32), "down to -1"), (np.array([[0, 2e10]], np.float32), "no usual white"),
-    (np.array([[-5, 7]], np.int32), "down to -5")])
+@pytest.mark.parametrize(
+    "pixels, words",
+    [
+        (np.array([[0.0, np.nan]], np.float32), "no finite numbers"),
+        (np.array([[-1.0, 1.0]], np.float32), "down to -1"),
+        (np.array([[0, 2e10]], np.float32), "no usual white"),
+        (np.array([[-5, 7]], np.int32), "down to -5"),
+    ],
+)
 def test_images_without_a_range_are_refused_by_name(tmp_path, pixels, words):
     Image.fromarray(pixels).save(tmp_path / "odd.tif")
     with pytest.raises(DynpruneError, match=f"odd.tif.*{words}"):
@@ -67,28 +82,41 @@ def test_orientation_is_followed(tmp_path, orientation, turned, mode):
 def test_what_is_transparent_shows_the_background(tmp_path, mode):
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[..., 0], pixels[4:, :, 3] = 255, 255
-    Image.fromarray(pixels).convert("RGBA").convert(mode if mode not in ("PA", "P") else "RGBA").save(path := str(tmp_path / "x.png"))
+    Image.fromarray(pixels).convert("RGBA").convert(mode if mode not in ("PA", "P") else "RGBA").save(
+        path := str(tmp_path / "x.png")
+    )
     if mode in ("P", "PA"):
         palette = Image.fromarray(np.repeat([[0], [1]], 4, 0).repeat(8, 1).astype(np.uint8))
         palette.putpalette([255, 0, 0, 255, 0, 0])
         palette.save(path, transparency=0)
     shown = np.asarray(open_image(path)).astype(int)
-    assert (shown[0] == 255).all() and shown[-1, :, 1].max() < 90  # white above; below it what is opaque: red, or its grey
+    # white above; below it what is opaque: red, or its grey
+    assert (shown[0] == 255).all() and shown[-1, :, 1].max() < 90
 
 
 def test_every_kind_that_is_read_is_found_and_the_rest_is_told(tmp_path):
     write_folder(tmp_path, images=6)
     for number, kind in enumerate(("gif", "webp", "tiff", "bmp", "jp2")):
         Image.fromarray(GREY).convert("RGB").save(tmp_path / "train" / "cat" / f"more{number}.{kind}")
-    (tmp_path / "train" / "cat" / "list.txt").write_text("x"), (tmp_path / "val" / "dog" / "Thumbs.db").write_text("x"), (tmp_path / "train" / "dog" / ".hidden").write_text("x")
+    (
+        (tmp_path / "train" / "cat" / "list.txt").write_text("x"),
+        (tmp_path / "val" / "dog" / "Thumbs.db").write_text("x"),
+        (tmp_path / "train" / "dog" / ".hidden").write_text("x"),
+    )
     data = load_data(TrainConfig(data=str(tmp_path), batch_size=4, image_size=16).source)
     assert len(data.train) + len(data.val) == 12 + 5
-    assert data.remarks == (f"2 files of kinds that are not read were skipped (.txt 1, .db 1); images are {data.remarks[0].partition('images are ')[2]}",)
+    assert data.remarks == (
+        f"2 files of kinds that are not read were skipped (.txt 1, .db 1); images are "
+        f"{data.remarks[0].partition('images are ')[2]}",
+    )
 
 
 def test_skipped_files_in_words():
     assert in_words(Counter({".txt": 1})).startswith("1 file of kinds that are not read was skipped (.txt 1)")
-    assert "(.a 4, .b 3, .c 2, ...)" in in_words(Counter({".a": 4, ".b": 3, ".c": 2, ".d": 1})) and in_words(Counter()) == ""
+    assert (
+        "(.a 4, .b 3, .c 2, ...)" in in_words(Counter({".a": 4, ".b": 3, ".c": 2, ".d": 1}))
+        and in_words(Counter()) == ""
+    )
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -111,26 +139,57 @@ def test_other_shapes_are_cut_in_the_middle(size):
 
 def test_a_panorama_takes_little_memory(tmp_path):
     write_folder(tmp_path, images=4, side=120)
-    Image.new("RGB", (12000, 2)).save(tmp_path / "train" / "cat" / "wide.png"), Image.new("RGB", (2, 12000)).save(tmp_path / "val" / "cat" / "high.png")
-    code = ("import resource, sys; from dynprune.runs.config import TrainConfig; from dynprune.data.loading import load_data; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            f"data = load_data(TrainConfig(data={str(tmp_path)!r}, image_size=224, workers=0, batch_size=2, val_fraction=0.4).source); list(data.train_batches(2, 0, 0)); list(data.eval_batches(data.test));"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
-    used = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout)
+    (
+        Image.new("RGB", (12000, 2)).save(tmp_path / "train" / "cat" / "wide.png"),
+        Image.new("RGB", (2, 12000)).save(tmp_path / "val" / "cat" / "high.png"),
+    )
+    code = (
+        f"import resource, sys; from dynprune.runs.config import TrainConfig; from dynprune.data.loading import "
+        f"load_data; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;data = "
+        f"load_data(TrainConfig(data={str(tmp_path)!r}, image_size=224, workers=0, batch_size=2, "
+        f"val_fraction=0.4).source); list(data.train_batches(2, 0, 0)); "
+        f"list(data.eval_batches(data.test));print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) "
+        f"// 1024)"
+    )
+    used = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        ).stdout
+    )
     assert used < 300, f"{used} MiB"
 
 
-@pytest.mark.parametrize("held, chooses, reports", [(("valid",), "10 % of train/", "valid/"), (("valid", "test"), "valid/", "test/"), (("Test",), "10 % of train/", "Test/"),
-                                                    (("validation", "testing"), "validation/", "testing/")])
+@pytest.mark.parametrize(
+    "held, chooses, reports",
+    [
+        (("valid",), "10 % of train/", "valid/"),
+        (("valid", "test"), "valid/", "test/"),
+        (("Test",), "10 % of train/", "Test/"),
+        (("validation", "testing"), "validation/", "testing/"),
+    ],
+)
 def test_other_names_of_held_out_folders(tmp_path, held, chooses, reports):
-    data = load_data(TrainConfig(data=str(write_folder(tmp_path, splits=("train", *held), images=20)), batch_size=4).source)
+    data = load_data(
+        TrainConfig(data=str(write_folder(tmp_path, splits=("train", *held), images=20)), batch_size=4).source
+    )
     assert (data.chooses, data.reports) == (chooses, reports)
 
 
 @pytest.mark.parametrize("side", [20, 120])
 def test_images_need_not_be_square(tmp_path, side):
-    data = load_data(TrainConfig(data=str(write_folder(tmp_path, side=side)), batch_size=4, image_size="128x64" if side == 120 else "24x16", workers=0).source)
+    data = load_data(
+        TrainConfig(
+            data=str(write_folder(tmp_path, side=side)),
+            batch_size=4,
+            image_size="128x64" if side == 120 else "24x16",
+            workers=0,
+        ).source
+    )
     images, _ = next(iter(data.train_batches(4, 0, 0)))
-    assert images.shape == ((4, 3, 128, 64) if side == 120 else (4, 3, 24, 16)) and data.example.shape[1:] == images.shape[1:]
+    assert (
+        images.shape == ((4, 3, 128, 64) if side == 120 else (4, 3, 24, 16))
+        and data.example.shape[1:] == images.shape[1:]
+    )
     assert next(iter(data.eval_batches(data.test)))[0].shape[1:] == images.shape[1:]
 
 
@@ -144,7 +203,12 @@ def test_grey_networks_get_luminance(tmp_path):
     data = load_data(TrainConfig(data=str(write_folder(tmp_path)), batch_size=4, augment="none").source)
     grey = data.with_channels(1)
     images = grey.normalise(data.train.pixels)
-    assert images.shape[1] == 1 and abs(float(images.mean())) < 0.02 and abs(float(images.std()) - 1) < 0.02 and grey.example.shape[1] == 1
+    assert (
+        images.shape[1] == 1
+        and abs(float(images.mean())) < 0.02
+        and abs(float(images.std()) - 1) < 0.02
+        and grey.example.shape[1] == 1
+    )
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     expected = (data.train.pixels.float() * weights).sum(1, keepdim=True)
     torch.testing.assert_close(images * grey.std[0] * 255 + grey.mean[0] * 255, expected, atol=1e-3, rtol=0)
@@ -152,10 +216,14 @@ def test_grey_networks_get_luminance(tmp_path):
         data.with_channels(5)
 
 
-# -- small folders --------------------------------------------------------------------------------------------------------
+# -- small folders
+# --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images, epochs, batch", [(194, 20, 16), (1293, 20, 128), (50_000, 1, 128), (100, 1, 8), (12, 20, 8), (5, 20, 5), (1000, 30, 128)])
+@pytest.mark.parametrize(
+    "images, epochs, batch",
+    [(194, 20, 16), (1293, 20, 128), (50_000, 1, 128), (100, 1, 8), (12, 20, 8), (5, 20, 5), (1000, 30, 128)],
+)
 def test_the_batch_follows_from_the_data(images, epochs, batch):
     settled = TrainConfig(epochs=epochs).resolved(images)
     assert settled.batch_size == batch and settled.lr == pytest.approx(0.1 * min(1, batch / 128) ** 0.5)
@@ -167,9 +235,19 @@ def test_the_batch_follows_from_the_data(images, epochs, batch):
 
 @pytest.mark.parametrize("side, size", [(16, 16), (120, 112)])
 def test_every_image_is_used_in_an_epoch_and_every_batch_is_full(tmp_path, side, size):
-    data = load_data(TrainConfig(data=str(write_folder(tmp_path, images=13, side=side)), batch_size=4, image_size=size, augment="none", workers=0).source)
+    data = load_data(
+        TrainConfig(
+            data=str(write_folder(tmp_path, images=13, side=side)),
+            batch_size=4,
+            image_size=size,
+            augment="none",
+            workers=0,
+        ).source
+    )
     batches = [images for images, _ in data.train_batches(4, seed=1, epoch=3)]
-    assert len(batches) == data.steps_per_epoch(4) == -(-len(data.train) // 4) and all(len(images) == 4 for images in batches)
+    assert len(batches) == data.steps_per_epoch(4) == -(-len(data.train) // 4) and all(
+        len(images) == 4 for images in batches
+    )
     seen = {image.numpy().tobytes() for image in torch.cat(batches)}
     assert len(seen) == len(data.train)
 

@@ -23,9 +23,20 @@ def one(policy, seed, accuracy):
 
 
 def test_the_verdict_asks_for_more_than_the_spread():
-    runs = [one("cucb", 0, 0.80), one("cucb", 1, 0.82), one("static", 0, 0.70), one("static", 1, 0.72), one("random", 0, 0.79), one("random", 1, 0.82)]
+    runs = [
+        one("cucb", 0, 0.80),
+        one("cucb", 1, 0.82),
+        one("static", 0, 0.70),
+        one("static", 1, 0.72),
+        one("random", 0, 0.79),
+        one("random", 1, 0.82),
+    ]
     summaries = summarise(runs, ["cucb", "static", "random"])
-    assert summaries[0].accuracy == pytest.approx(0.81) and summaries[0].spread == pytest.approx(0.0141, abs=1e-4) and summaries[1].lead == pytest.approx(0.1)
+    assert (
+        summaries[0].accuracy == pytest.approx(0.81)
+        and summaries[0].spread == pytest.approx(0.0141, abs=1e-4)
+        and summaries[1].lead == pytest.approx(0.1)
+    )
     lines = verdict(summaries).splitlines()
     assert lines[0] == "cucb is above static: +10.00 points, spread 2.00, 2 seeds"
     assert lines[1].startswith("cucb is not different from random: +0.50 points")
@@ -35,13 +46,27 @@ def test_the_verdict_asks_for_more_than_the_spread():
 def test_finished_runs_are_not_repeated_and_stopped_ones_go_on(tmp_path, monkeypatch):
     heard = []
     first = compare(CONFIG, ["cucb", "static"], 2, tmp_path / "all", say=heard.append)
-    assert [(run.policy, run.seed) for run in first.runs] == [("cucb", 0), ("static", 0), ("cucb", 1), ("static", 1)] and len(heard) >= 4
+    assert [(run.policy, run.seed) for run in first.runs] == [
+        ("cucb", 0),
+        ("static", 0),
+        ("cucb", 1),
+        ("static", 1),
+    ] and len(heard) >= 4
     assert all(run.macs <= 0.3 * 399328 and run.train_macs == 3 * run.macs * 3 * 21 * 64 for run in first.runs)
     (tmp_path / "all" / "static-1" / "result.json").unlink()  # as if it had been killed after its last checkpoint
     trained = []
     whole = comparing.train
-    monkeypatch.setattr(comparing, "train", lambda config, run, **options: trained.append((run.path.name, options["resume"])) or whole(config, run, **options))
-    again = compare(dataclasses.replace(CONFIG, checkpoint_every="3", workers=0), ["cucb", "static"], 2, tmp_path / "all")  # saved more often: the same result
+    monkeypatch.setattr(
+        comparing,
+        "train",
+        lambda config, run, **options: (
+            trained.append((run.path.name, options["resume"])) or whole(config, run, **options)
+        ),
+    )
+    # saved more often: the same result
+    again = compare(
+        dataclasses.replace(CONFIG, checkpoint_every="3", workers=0), ["cucb", "static"], 2, tmp_path / "all"
+    )
     assert trained == [("static-1", True)]
     assert [run.accuracy for run in again.runs] == [run.accuracy for run in first.runs]
     with pytest.raises(DynpruneError, match="cucb-0 was trained with other settings"):
@@ -60,17 +85,30 @@ def test_each_run_is_what_train_makes_of_its_settings(tmp_path):
 
 def test_equal_cost_gives_dense_training_fewer_epochs(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=8)
-    found = {run.policy: run for run in compare(config, ["cucb", "dense", "static-ours"], 1, tmp_path, equal="cost").runs}
+    found = {
+        run.policy: run for run in compare(config, ["cucb", "dense", "static-ours"], 1, tmp_path, equal="cost").runs
+    }
     assert found["static-ours"].epochs == 8 and found["static-ours"].macs == found["cucb"].macs
-    assert found["dense"].epochs == 2 and found["dense"].train_macs == pytest.approx(found["cucb"].train_macs, rel=0.2)  # whole epochs
+    # whole epochs
+    assert found["dense"].epochs == 2 and found["dense"].train_macs == pytest.approx(found["cucb"].train_macs, rel=0.2)
 
 
 def test_what_grows_costs_less_and_thin_networks_do_not_grow(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=5, grow=0.5)
-    found = {run.policy: run for run in compare(config, ["cucb", "random", "static", "static:grow=0.5"], 1, tmp_path, equal="cost").runs}
-    assert found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 21 * 64 and found["cucb"].macs == found["static"].macs
+    found = {
+        run.policy: run
+        for run in compare(config, ["cucb", "random", "static", "static:grow=0.5"], 1, tmp_path, equal="cost").runs
+    }
+    assert (
+        found["cucb"].train_macs < 0.8 * 3 * found["cucb"].macs * 5 * 21 * 64
+        and found["cucb"].macs == found["static"].macs
+    )
     affordable = round(found["cucb"].train_macs / (3 * found["static"].macs * 21 * 64))
-    assert affordable < 5 and [found[name].epochs for name in found] == [5, 5, affordable, 5] and found["random"].train_macs == found["cucb"].train_macs
+    assert (
+        affordable < 5
+        and [found[name].epochs for name in found] == [5, 5, affordable, 5]
+        and found["random"].train_macs == found["cucb"].train_macs
+    )
 
 
 def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
@@ -89,12 +127,26 @@ def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
 
 def test_a_policy_with_other_settings_is_a_rival(tmp_path):
     compare(CONFIG, ["cucb", "cucb:explore=0.5:hold=3", "static"], 1, tmp_path)
-    plain, other = (TrainConfig.from_toml(tmp_path / f"{name}-0" / "config.toml") for name in ("cucb", "cucb,explore=0.5,hold=3"))
+    plain, other = (
+        TrainConfig.from_toml(tmp_path / f"{name}-0" / "config.toml") for name in ("cucb", "cucb,explore=0.5,hold=3")
+    )
     assert other == dataclasses.replace(plain, explore=0.5, hold=3) != plain
 
 
 def test_the_command_prints_every_run(tmp_path):
-    done = dynprune("compare", *TINY, "--epochs", 2, "--policies", "cucb,cucb-paper", "--seeds", 1, "--out", tmp_path / "c", "--json")
+    done = dynprune(
+        "compare",
+        *TINY,
+        "--epochs",
+        2,
+        "--policies",
+        "cucb,cucb-paper",
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "c",
+        "--json",
+    )
     runs = json.loads(done.stdout)["runs"]
     assert [run["policy"] for run in runs] == ["cucb", "cucb-paper"]
     assert set(runs[0]) >= {"policy", "seed", "accuracy", "macs", "params", "train_macs", "train_seconds"}
@@ -102,10 +154,20 @@ def test_the_command_prints_every_run(tmp_path):
     assert json.loads((tmp_path / "c" / "comparison.json").read_text())["runs"] == runs
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--policies", "cucb"], "Expected at least two"), (["--policies", "cucb,best"], 'got "best". Choose from: cucb, cucb-paper'),
-    (["--policies", "static-ours,cucb"], "Put cucb before it"), (["--seeds", "0"], "--seeds got 0"), (["--equal", "time"], 'got "time". Expected images or cost'),
-    (["--policies", "cucb,static:epochs=9"], 'got "epochs=9" in "static:epochs=9"'), (["--policies", "cucb,static:lr=fast"], "Expected NAME=VALUE"),
-    (["--policies", "cucb,static:lr=-1"], "--lr got -1"), (["--policy", "dense"], "compare takes --policies"), (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--policies", "cucb"], "Expected at least two"),
+        (["--policies", "cucb,best"], 'got "best". Choose from: cucb, cucb-paper'),
+        (["--policies", "static-ours,cucb"], "Put cucb before it"),
+        (["--seeds", "0"], "--seeds got 0"),
+        (["--equal", "time"], 'got "time". Expected images or cost'),
+        (["--policies", "cucb,static:epochs=9"], 'got "epochs=9" in "static:epochs=9"'),
+        (["--policies", "cucb,static:lr=fast"], "Expected NAME=VALUE"),
+        (["--policies", "cucb,static:lr=-1"], "--lr got -1"),
+        (["--policy", "dense"], "compare takes --policies"),
+        (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone"),
+    ],
+)
 def test_comparisons_that_make_no_sense_are_refused(tmp_path, options, message):
     assert message in refused("compare", *TINY, *options, "--out", tmp_path / "c")

@@ -13,7 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from dynprune.data import loading as sources
-from dynprune.deploy import compact as compacting, export as exporting
+from dynprune.deploy import compact as compacting
+from dynprune.deploy import export as exporting
 from dynprune.errors import DynpruneError
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
@@ -45,14 +46,18 @@ class Full:
 
     def watch(self, function):
         def guarded(first, *args, **kwargs):
-            writes = function.__name__ == "replace" or any(isinstance(a, str) and set(a) & set("wax") for a in args[:1]) or any(
-                isinstance(a, int) and a & (os.O_WRONLY | os.O_RDWR) for a in args[:1])
+            writes = (
+                function.__name__ == "replace"
+                or any(isinstance(a, str) and set(a) & set("wax") for a in args[:1])
+                or any(isinstance(a, int) and a & (os.O_WRONLY | os.O_RDWR) for a in args[:1])
+            )
             if writes and isinstance(first, (str, os.PathLike)) and str(first).startswith(self.folder):
                 self.left -= 1
                 if self.left < 0:
                     self.refused += 1
                     raise OSError(errno.ENOSPC, "No space left on device")
             return function(first, *args, **kwargs)
+
         return guarded
 
 
@@ -76,8 +81,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_one_that_resumes(finished, a
 def test_compact_and_export_keep_what_was_there(finished, data, allowed, monkeypatch):
     compacting.compact(finished, data=data)
     exporting.export(finished, data=data)
-    before = {name: (finished.path / name).read_bytes() for name in ("checkpoint.safetensors", "compact.safetensors", "compact.onnx")}
-    for command, kept in ((lambda: exporting.export(finished, data=data), before), (lambda: compacting.compact(finished, data=data), before)):
+    before = {
+        name: (finished.path / name).read_bytes()
+        for name in ("checkpoint.safetensors", "compact.safetensors", "compact.onnx")
+    }
+    for command, kept in (
+        (lambda: exporting.export(finished, data=data), before),
+        (lambda: compacting.compact(finished, data=data), before),
+    ):
         with monkeypatch.context() as patch:
             Full(patch, finished.path, allowed)
             try:
@@ -97,7 +108,10 @@ def small_disk(tmp_path):
     """A file system of 4 MiB, where this user may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("mounting a small file system needs the rights to do so")
     yield folder
     subprocess.run(["umount", folder], check=True)

@@ -50,7 +50,9 @@ def test_swapping_equals_gathering_everything_anew():
                 F.cross_entropy(net(X), torch.tensor([1, 2])).backward()
                 opt.step()
             if net is reservoir.active:
-                for group in (reservoir.active.head,):  # shared with the full model: its momentum is the optimizer's own
+                for group in (
+                    reservoir.active.head,
+                ):  # shared with the full model: its momentum is the optimizer's own
                     for p in group.parameters():
                         optimizer.state[p]["momentum_buffer"].zero_()
         gather_back(reference, small, graph, reservoir)
@@ -97,5 +99,5 @@ def test_initial_weights_are_scaled_to_the_narrow_fan_in():
     widths = {group.name: group.arms // 2 for group in graph}
     scaled = copy.deepcopy(model)
     scale_for_narrow_fan_in(scaled, graph, widths)
-    torch.testing.assert_close(scaled.conv2.weight, model.conv2.weight * 2 ** 0.5)
+    torch.testing.assert_close(scaled.conv2.weight, model.conv2.weight * 2**0.5)
     assert torch.equal(scaled.stem[0].weight, model.stem[0].weight)

@@ -34,7 +34,9 @@ def test_convolution_identity_holds():
     activation.retain_grad()
     activation.pow(3).mean().backward()
     found = taylor(dict(conv.named_parameters()), ledger_for(conv, [("weight", 0), ("bias", 0)]))
-    torch.testing.assert_close(found, (activation * activation.grad).sum((0, 2, 3)).abs().detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found, (activation * activation.grad).sum((0, 2, 3)).abs().detach(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_before_a_norm_a_filters_own_sum_is_zero_so_it_is_left_out():
@@ -63,7 +65,8 @@ def test_rewards_lie_between_0_and_1_in_each_group():
 
 
 def test_magnitudes_count_who_makes_an_arm_and_who_reads_it():
-    """By hand: filters of squares 1 and 9, read by weights of squares 4 and 4. Shares of the means: 0.2 and 1.8, 1 and 1; their means 0.6 and 1.4."""
+    """By hand: filters of squares 1 and 9, read by weights of squares 4 and 4. Shares of the means: 0.2 and 1.8, 1 and
+    1; their means 0.6 and 1.4."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([1.0, -3.0]).view(2, 1, 1, 1))

@@ -14,15 +14,23 @@ from dynprune.structure.surgery import slim
 from tests.models import Grouped, Tiny, perturb
 
 NETWORKS = {
-    "tiny": (Tiny, 8, 4), "tiny, every channel": (Tiny, 8, 1), "grouped": (Grouped, 8, 1), "vgg16": (lambda: zoo.build("vgg16", 10, 0), 32, 16),
-    "densenet40": (lambda: zoo.build("densenet40", 10, 0), 16, 16), "resnet18": (lambda: zoo.build("torchvision:resnet18", 10, 0), 32, 0),
-    "mobilenet_v2": (lambda: zoo.build("torchvision:mobilenet_v2", 10, 0), 32, 8), "alexnet": (lambda: zoo.build("torchvision:alexnet", 10, 0), 64, 16)}
+    "tiny": (Tiny, 8, 4),
+    "tiny, every channel": (Tiny, 8, 1),
+    "grouped": (Grouped, 8, 1),
+    "vgg16": (lambda: zoo.build("vgg16", 10, 0), 32, 16),
+    "densenet40": (lambda: zoo.build("densenet40", 10, 0), 16, 16),
+    "resnet18": (lambda: zoo.build("torchvision:resnet18", 10, 0), 32, 0),
+    "mobilenet_v2": (lambda: zoo.build("torchvision:mobilenet_v2", 10, 0), 32, 8),
+    "alexnet": (lambda: zoo.build("torchvision:alexnet", 10, 0), 64, 16),
+}
 
 
 def gated(name):
     factory, side, block = NETWORKS[name]
     network, example = perturb(factory()), torch.randn(1, 3, side, side)
-    return GatedNetwork(network, dynprune.trace(network, example), example, block=block).eval(), torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return GatedNetwork(network, dynprune.trace(network, example), example, block=block).eval(), torch.randn(
+        5, 3, side, side, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def deciding(name):
@@ -66,7 +74,10 @@ def test_masked_skipped_and_compact_agree_and_cost_what_is_counted(name):
     for i, image in enumerate(images.split(1)):
         skipped = model.run(image, replay(draws, slice(i, i + 1)), skip=True)[0]
         assert float((skipped - output[i]).abs().max()) < 1e-5 * float(output.abs().max())
-        selection = {gate.group: np.flatnonzero(opened[i].repeat_interleave(torch.tensor(gate.sizes)).numpy()) for gate, opened in zip(choices.gates, choices.open)}
+        selection = {
+            gate.group: np.flatnonzero(opened[i].repeat_interleave(torch.tensor(gate.sizes)).numpy())
+            for gate, opened in zip(choices.gates, choices.open)
+        }
         macs = model.graph.macs({group: len(arms) for group, arms in selection.items()})
         assert float(shares[i]) * model.dense_macs == pytest.approx(macs + model.gate_macs, abs=1)
         if all(len(arms) for arms in selection.values()):
@@ -81,7 +92,8 @@ def test_an_image_alone_takes_the_path_that_skips_and_gives_the_same():
     model, images = deciding("tiny")
     together = model(images)
     assert torch.allclose(torch.cat([model(image) for image in images.split(1)]), together, atol=1e-5)
-    assert len({tuple(opened.tolist()) for opened in torch.cat(model.run(images, model.threshold)[1].open, 1)}) > 1  # gates differ between images
+    # gates differ between images
+    assert len({tuple(opened.tolist()) for opened in torch.cat(model.run(images, model.threshold)[1].open, 1)}) > 1
 
 
 @torch.no_grad()
@@ -102,7 +114,9 @@ def test_the_path_that_skips_multiplies_as_little_as_is_counted():
 def test_units_and_what_can_be_gated():
     assert units_of(40, 16) == (16, 16, 8) and units_of(12, 16) == (12,) and units_of(40, 0) == (40,)
     model, _ = gated("resnet18")
-    assert [gate.group for gate in model.gates] == [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in (0, 1)]
+    assert [gate.group for gate in model.gates] == [
+        f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in (0, 1)
+    ]
     assert not {"conv1", "layer2.0.conv2"} & gateable(model.graph).keys()  # the first layer, and the stream of a stage
     assert not any(gate.cuts for gate in model.gates)  # a residual block can be skipped
 
@@ -130,7 +144,9 @@ def test_probabilities_give_the_expected_cost_with_a_gradient():
     units = [torch.full_like(opened, 0.5).requires_grad_() for opened in choices.open]
     share = model.executed_share(choices, units).mean()
     share.backward()
-    assert float(share.detach()) < float(model.executed_share(choices).mean()) and all((own.grad > 0).all() for own in units)
+    assert float(share.detach()) < float(model.executed_share(choices).mean()) and all(
+        (own.grad > 0).all() for own in units
+    )
 
 
 def test_small_units_of_a_trained_network_are_the_first_to_close():
@@ -138,29 +154,43 @@ def test_small_units_of_a_trained_network_are_the_first_to_close():
     sizes = magnitude(dict(model.network.named_parameters()), model.graph)
     model.begin_with(sizes)
     for site in model.sites.values():
-        biases = iter(model.predictors[model.predictor_of[site.op.weight]].spread.bias.split([len(gate.sizes) for gate in site.decides]) if site.decides else ())
+        biases = iter(
+            model.predictors[model.predictor_of[site.op.weight]].spread.bias.split(
+                [len(gate.sizes) for gate in site.decides]
+            )
+            if site.decides
+            else ()
+        )
         for gate in site.decides:
             first = next(biases)
-            assert torch.equal(torch.argsort(first), torch.argsort(sizes[gate.group])) and first.mean().item() == pytest.approx(OPEN, abs=1e-5)
+            assert torch.equal(
+                torch.argsort(first), torch.argsort(sizes[gate.group])
+            ) and first.mean().item() == pytest.approx(OPEN, abs=1e-5)
     whole, _ = gated("resnet18")  # a layer alone in its group has none to be compared with
     whole.begin_with(magnitude(dict(whole.network.named_parameters()), whole.graph))
     alone = [gate.group for gate in whole.gates if len(gate.sizes) == 1]
-    assert alone and all(torch.allclose(whole.predictors[whole.predictor_of[site.op.weight]].spread.bias, torch.tensor(OPEN))
-                         for site in whole.sites.values() if [gate.group for gate in site.decides] == alone[:1])
+    assert alone and all(
+        torch.allclose(whole.predictors[whole.predictor_of[site.op.weight]].spread.bias, torch.tensor(OPEN))
+        for site in whole.sites.values()
+        if [gate.group for gate in site.decides] == alone[:1]
+    )
 
 
 def test_a_network_without_gateable_channels_is_refused():
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    )
     with pytest.raises(dynprune.errors.DynpruneError, match="No channel of this network can be gated"):
         GatedNetwork(network, dynprune.trace(network, torch.randn(1, 3, 8, 8)), torch.randn(1, 3, 8, 8))
 
 
-# -- estimators ---------------------------------------------------------------------------------------------------------
+# -- estimators
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_reinforce_raises_what_was_better_than_expected():
-    """One gate, two images: opening it for the first lost less than expected, for the second more. By hand: the gradient of the loss in
-    a logit is -advantage * (open - probability) / 2."""
+    """One gate, two images: opening it for the first lost less than expected, for the second more. By hand: the
+    gradient of the loss in a logit is -advantage * (open - probability) / 2."""
     logits = torch.zeros(2, 1, requires_grad=True)
     loss = estimators.reinforce([logits], [torch.tensor([[1.0], [1.0]])], torch.tensor([0.4, -0.4]))
     loss.backward()
@@ -169,7 +199,8 @@ def test_reinforce_raises_what_was_better_than_expected():
 
 
 def test_reinforce_estimates_the_true_gradient():
-    """Two gates with a known loss for each outcome: the mean of many estimates is the derivative of the expected loss."""
+    """Two gates with a known loss for each outcome: the mean of many estimates is the derivative of the expected
+    loss."""
     torch.manual_seed(0)
     logits = torch.tensor([[0.3, -0.5]]).expand(200_000, 2).clone().requires_grad_()
     opened = estimators.sample(logits)
@@ -193,12 +224,14 @@ def test_gumbel_gates_are_open_or_closed_and_pass_a_gradient():
     assert float(estimators.entropy([torch.zeros(2, 3)])) == pytest.approx(np.log(2))
 
 
-# -- statistics ---------------------------------------------------------------------------------------------------------
+# -- statistics
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_information_of_gates_by_hand():
     labels = torch.tensor([0, 0, 1, 1])
-    opened = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])  # knows the class; varies without; never varies
+    # knows the class; varies without; never varies
+    opened = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     assert information(opened, labels, 2).tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-9)
     assert bits(opened.mean(0)).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-9)
 
@@ -208,7 +241,12 @@ def test_frozen_gates_cost_what_was_paid_and_do_not_look():
     draws = []
     with torch.no_grad():
         choices = model.run(images, half(draws))[1]
-        seen = Observed(torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.int64), model.executed_share(choices), choices.open)
+        seen = Observed(
+            torch.ones(5, dtype=torch.bool),
+            torch.zeros(5, dtype=torch.int64),
+            model.executed_share(choices),
+            choices.open,
+        )
         frozen = model.run(images, frozen_pattern(model, seen))[1]
     shares = model.executed_share(frozen)
     assert float(shares.std()) == 0 and float(seen.shares.mean()) <= float(shares[0]) < float(seen.shares.mean()) + 0.05

@@ -49,15 +49,23 @@ def test_all_closed_and_all_open(exported, form, state):
 
 
 def test_pairs_are_the_two_layers_of_a_residual_branch(exported, request):
-    """In resnet18 both convolutions of a block, in mobilenet_v2 the expansion and the projection around the depthwise layer; where layers decide themselves, none."""
+    """In resnet18 both convolutions of a block, in mobilenet_v2 the expansion and the projection around the depthwise
+    layer; where layers decide themselves, none."""
     rewriter = exported[2]
-    kinds = {"resnet18": ("Conv", "Relu", "Conv"), "mobilenet_v2": ("Conv", "Clip", "Conv", "Clip", "Conv")}.get(request.node.callspec.params["exported"])
+    kinds = {"resnet18": ("Conv", "Relu", "Conv"), "mobilenet_v2": ("Conv", "Clip", "Conv", "Clip", "Conv")}.get(
+        request.node.callspec.params["exported"]
+    )
     assert {tuple(node.op_type for node in chain) for chain in rewriter.pairs.values()} == ({kinds} if kinds else set())
-    assert kinds != ("Conv", "Relu", "Conv") or set(rewriter.pairs) == {f"layer{i}.{j}.conv1.weight" for i in range(1, 5) for j in range(2)}
+    assert kinds != ("Conv", "Relu", "Conv") or set(rewriter.pairs) == {
+        f"layer{i}.{j}.conv1.weight" for i in range(1, 5) for j in range(2)
+    }
 
 
 def test_a_pair_is_taken_where_it_is_quicker_than_both_layers():
-    layers = {"a": {"ms": {"full": 3.0, "blocks": 2.0}, "pair_ms": 2.5, "reader": "b"}, "b": {"ms": {"full": 1.0, "gather": 0.4}}}
+    layers = {
+        "a": {"ms": {"full": 3.0, "blocks": 2.0}, "pair_ms": 2.5, "reader": "b"},
+        "b": {"ms": {"full": 1.0, "gather": 0.4}},
+    }
     assert [line["form"] for line in with_pairs(layers, FORMS).values()] == ["blocks", "gather"]
     assert [line["form"] for line in with_pairs(layers, ("full", "pair")).values()] == ["pair", "pair"]
     assert [line["form"] for line in with_pairs(layers, ("full", "gather")).values()] == ["full", "gather"]
@@ -69,7 +77,10 @@ def test_forms_are_chosen_among_those_that_were_timed(exported):
         choices = model.run(images[:2], model.threshold)[1]
     chosen = choose_forms(rewriter, choices, lambda *_: None)
     assert chosen.keys() <= model.sites.keys() and chosen
-    assert all(line["form"] in (min(line["ms"], key=line["ms"].get), "pair") and "full" in line["ms"] for line in chosen.values())
+    assert all(
+        line["form"] in (min(line["ms"], key=line["ms"].get), "pair") and "full" in line["ms"]
+        for line in chosen.values()
+    )
     assert {weight for weight, line in chosen.items() if "reader" in line} == rewriter.pairs.keys()
 
 
@@ -81,12 +92,20 @@ def executed(proto, feed, tmp_path):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix, options.log_severity_level = True, str(tmp_path / "profile"), 3
+    options.enable_profiling, options.profile_file_prefix, options.log_severity_level = (
+        True,
+        str(tmp_path / "profile"),
+        3,
+    )
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     session.run(None, feed)
     events = json.loads(open(session.end_profiling()).read())
-    return Counter(event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"))
+    return Counter(
+        event["args"]["op_name"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    )
 
 
 def test_closed_layers_are_not_executed(tmp_path):
@@ -98,7 +117,8 @@ def test_closed_layers_are_not_executed(tmp_path):
     for shift in (-1e4, 1e4):
         model.shift.fill_(shift)
         counts[shift] = executed(rewriter.rewrite({weight: "layer" for weight in model.sites}), feed, tmp_path)["Conv"]
-    assert counts[1e4] == 39 and counts[-1e4] == 3  # the first convolution and the two transitions, which carry everything
+    # the first convolution and the two transitions, which carry everything
+    assert counts[1e4] == 39 and counts[-1e4] == 3
 
 
 def test_closed_units_of_a_pair_are_not_executed(exported, tmp_path):
@@ -107,9 +127,14 @@ def test_closed_units_of_a_pair_are_not_executed(exported, tmp_path):
     try:
         for shift in (-1e4, 1e4):
             model.shift.fill_(shift)
-            counts[shift] = executed(rewriter.rewrite({weight: "pair" for weight in rewriter.pairs}), feed, tmp_path)["Conv"]
+            counts[shift] = executed(rewriter.rewrite({weight: "pair" for weight in rewriter.pairs}), feed, tmp_path)[
+                "Conv"
+            ]
     finally:
         model.shift.copy_(kept)
-    expected = sum(sum(node.op_type == "Conv" for node in chain) * (len(gate.sizes) - gate.cuts)
-                   for weight, chain in rewriter.pairs.items() for gate in model.sites[weight].decides)
+    expected = sum(
+        sum(node.op_type == "Conv" for node in chain) * (len(gate.sizes) - gate.cuts)
+        for weight, chain in rewriter.pairs.items()
+        for gate in model.sites[weight].decides
+    )
     assert counts[1e4] - counts[-1e4] == expected and (expected > 0) == bool(rewriter.pairs)

@@ -13,7 +13,8 @@ from tests.gates.test_gating import deciding
 
 
 def closing(name):
-    """A gated network of which about half of the units are closed for good, some images, and how many units are closed."""
+    """A gated network of which about half of the units are closed for good, some images, and how many units are
+    closed."""
     model, images = deciding(name)
     rng = torch.Generator().manual_seed(2)
     rates = {gate.group: (torch.rand(1, len(gate.sizes), generator=rng) < 0.5).float() for gate in model.gates}
@@ -30,9 +31,18 @@ def test_the_cut_network_opens_and_computes_the_same(name):
     (output, choices), (ours, left) = model.run(images, model.threshold), small.run(images, small.threshold)
     assert torch.equal(all_units(model, torch.cat(left.open, 1)), torch.cat(choices.open, 1))
     assert float((ours - output).abs().max()) < 1e-5 * float(output.abs().max())
-    paid, whole = small.executed_share(left) * small.dense_macs - small.gate_macs, model.executed_share(choices) * model.dense_macs - model.gate_macs
-    assert torch.allclose(paid, whole, rtol=1e-9) and small.gate_macs < model.gate_macs and small.dense_macs == model.dense_macs
-    assert torch.allclose(torch.cat([small(image) for image in images.split(1)]), output, atol=1e-5 * float(output.abs().max()))
+    paid, whole = (
+        small.executed_share(left) * small.dense_macs - small.gate_macs,
+        model.executed_share(choices) * model.dense_macs - model.gate_macs,
+    )
+    assert (
+        torch.allclose(paid, whole, rtol=1e-9)
+        and small.gate_macs < model.gate_macs
+        and small.dense_macs == model.dense_macs
+    )
+    assert torch.allclose(
+        torch.cat([small(image) for image in images.split(1)]), output, atol=1e-5 * float(output.abs().max())
+    )
 
 
 def test_only_what_is_rarely_open_is_closed_and_each_group_keeps_its_best_unit():
@@ -84,7 +94,9 @@ def test_the_cut_network_as_onnx_is_the_whole_one(tmp_path):
     model, images, _ = closing("densenet40")
     small = cut_closed(model, images[:1])
     write_onnx(Scores(small.network), images[:1], tmp_path / "cut.onnx", None, {})
-    session = open_session(Rewriter(onnx.load(tmp_path / "cut.onnx"), small, "model.").rewrite({}).SerializeToString(), 1)
+    session = open_session(
+        Rewriter(onnx.load(tmp_path / "cut.onnx"), small, "model.").rewrite({}).SerializeToString(), 1
+    )
     output, choices = model.run(images, model.threshold)
     for i, image in enumerate(images.split(1)):
         scores, opened = session.run(["logits", "gates"], {"input": image.numpy()})

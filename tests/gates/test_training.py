@@ -13,9 +13,22 @@ from dynprune.gates.file import load_gated
 from dynprune.gates.training import GateSession, gate
 from dynprune.runs.config import GateConfig, TrainConfig
 from dynprune.runs.directory import GateRun
-from tests.cli.test_commands import TINY, dynprune as command, refused
+from tests.cli.test_commands import TINY, refused
+from tests.cli.test_commands import dynprune as command
 
-CONFIG = GateConfig(model="tests.models:tiny", data="digits", image_size=8, batch_size=64, epochs=4, lr=0.05, target=0.7, block=4, estimator="reinforce", threads=1, precision="float32")
+CONFIG = GateConfig(
+    model="tests.models:tiny",
+    data="digits",
+    image_size=8,
+    batch_size=64,
+    epochs=4,
+    lr=0.05,
+    target=0.7,
+    block=4,
+    estimator="reinforce",
+    threads=1,
+    precision="float32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +44,11 @@ def finished(tmp_path_factory, data):
 
 def test_gates_meet_the_target_and_say_what_they_do(finished, data):
     run, result = finished
-    assert result.met and result.stats.share <= 1.02 * 0.7 and result.stats.share * result.dense_macs == pytest.approx(result.macs, abs=1)
+    assert (
+        result.met
+        and result.stats.share <= 1.02 * 0.7
+        and result.stats.share * result.dense_macs == pytest.approx(result.macs, abs=1)
+    )
     assert result.accuracy > 0.3 and 0 <= result.stats.varying_share <= 1
     assert result.stats.frozen_share >= result.stats.share - 1e-9
     assert set(result.stats.by_class) == set(data.classes) and len(result.stats.easiest) == 5
@@ -48,7 +65,9 @@ def test_the_file_gives_the_network_back(finished, data):
     with torch.no_grad():
         assert torch.allclose(torch.cat([model(image) for image in images.split(1)]), model(images), atol=1e-4)
     whole, facts, gates = load_gated(run.gated_file, trust=True)
-    assert sum(len(gate.sizes) for gate in model.gates) == result.units - result.closed_for_good and result.units == sum(len(gate.sizes) for gate in whole.gates)
+    assert sum(
+        len(gate.sizes) for gate in model.gates
+    ) == result.units - result.closed_for_good and result.units == sum(len(gate.sizes) for gate in whole.gates)
     assert torch.allclose(model(images), whole(images), atol=1e-4)
     assert gates.target == 0.7 and gates.share == result.stats.share and facts.classes == data.classes
 
@@ -62,7 +81,9 @@ def test_resumed_gates_equal_uninterrupted_ones(tmp_path, data, estimator):
         gate(config, run, session=session, stop=lambda: session.step == 16)
     again = gate(config, run, data=data, resume=True)
     assert again.stats == whole.stats and again.accuracy == whole.accuracy
-    ours, theirs = (load_gated(tmp_path / name / "gated.safetensors", trust=True)[0].state_dict() for name in ("whole", "stopped"))
+    ours, theirs = (
+        load_gated(tmp_path / name / "gated.safetensors", trust=True)[0].state_dict() for name in ("whole", "stopped")
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -119,7 +140,11 @@ def test_distilling_follows_the_network_without_gates(tmp_path, data):
     said, plain = torch.randn(64, 10), GateSession(CONFIG, data)
     soft = [torch.softmax(logits / 2, 1) for logits in (before, said)]
     apart = 4 * (soft[0] * (soft[0] / soft[1]).log()).sum(1)
-    assert torch.allclose(session.loss_of(said, labels, before), 0.75 * plain.loss_of(said, labels, plain.teach(images)) + 0.25 * apart, atol=1e-5)
+    assert torch.allclose(
+        session.loss_of(said, labels, before),
+        0.75 * plain.loss_of(said, labels, plain.teach(images)) + 0.25 * apart,
+        atol=1e-5,
+    )
     session.train_step(images, labels)
     assert torch.equal(session.teach(images), before)  # the teacher does not learn
     assert session.train_macs - plain.train_macs == 64 * session.steps * session.model.dense_macs
@@ -127,7 +152,10 @@ def test_distilling_follows_the_network_without_gates(tmp_path, data):
 
 
 def test_targets_out_of_reach_are_refused_before_training(data):
-    with pytest.raises(DynpruneError, match="--target 0.05 is below what gates can reach here: with as little open as possible an image costs 0."):
+    with pytest.raises(
+        DynpruneError,
+        match="--target 0.05 is below what gates can reach here: with as little open as possible an image costs 0.",
+    ):
         GateSession(dataclasses.replace(CONFIG, target=0.05), data)
 
 
@@ -135,23 +163,44 @@ def test_a_whole_journey_from_a_compact_run(tmp_path):
     """Train, compact, gate, export, bench; the two savings multiply."""
     command("train", *TINY, "--out", tmp_path / "run")
     compact = json.loads(command("compact", tmp_path / "run", "--json").stdout)
-    done = command("gate", tmp_path / "run", "--target", 0.8, "--block", 2, "--epochs", 2, "--out", tmp_path / "gated", "--json")
+    done = command(
+        "gate", tmp_path / "run", "--target", 0.8, "--block", 2, "--epochs", 2, "--out", tmp_path / "gated", "--json"
+    )
     result = json.loads(done.stdout)
-    assert result["dense_macs"] == compact["macs"] and result["base"] == str(tmp_path / "run") and "epoch 2/2" in done.stderr
+    assert (
+        result["dense_macs"] == compact["macs"]
+        and result["base"] == str(tmp_path / "run")
+        and "epoch 2/2" in done.stderr
+    )
     assert GateRun.open(tmp_path / "gated").config.data == TrainConfig.from_toml(tmp_path / "run" / "config.toml").data
     exported = json.loads(command("export", tmp_path / "gated", "--onnx", "--json").stdout)
-    assert exported["max_rel_diff"] < 1e-4 and exported["gates_agree"] > 0.9 and sum(exported["forms"].values()) == len(exported["layers"])
+    assert (
+        exported["max_rel_diff"] < 1e-4
+        and exported["gates_agree"] > 0.9
+        and sum(exported["forms"].values()) == len(exported["layers"])
+    )
     bench = json.loads(command("bench", tmp_path / "gated", "--json").stdout)
-    assert [row["network"] for row in bench["rows"]] == ["ungated", "gated", "static, same mean cost"] and bench["accuracy"] == result["accuracy"]
+    assert [row["network"] for row in bench["rows"]] == ["ungated", "gated", "static, same mean cost"] and bench[
+        "accuracy"
+    ] == result["accuracy"]
     assert "is a run of dynprune gate" in refused("compact", tmp_path / "gated")
     assert "is a run of dynprune gate" in refused("train", "--resume", "--out", tmp_path / "gated")
     assert "is a run of dynprune train" in refused("gate", "--resume", "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--target", "0"], "--target got 0"), (["--estimator", "guess"], "Choose one of: reinforce, gumbel, random"), (["--settle", "0.6", "--gates-first", "0.4"], "leave no steps"),
-    (["--precision", "float64"], "gate works in float32"), (["nowhere"], "is not a directory"), (["--resume"], "Pass --out"), (["--block", "-1"], "--block got -1"),
-    (["--distill", "1.5"], "--distill got 1.5")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--target", "0"], "--target got 0"),
+        (["--estimator", "guess"], "Choose one of: reinforce, gumbel, random"),
+        (["--settle", "0.6", "--gates-first", "0.4"], "leave no steps"),
+        (["--precision", "float64"], "gate works in float32"),
+        (["nowhere"], "is not a directory"),
+        (["--resume"], "Pass --out"),
+        (["--block", "-1"], "--block got -1"),
+        (["--distill", "1.5"], "--distill got 1.5"),
+    ],
+)
 def test_bad_options_give_one_line(tmp_path, options, message):
     assert message in refused("gate", *options, *([] if "--resume" in options else ["--out", tmp_path / "out"]))
 

@@ -1,10 +1,10 @@
-"""Damaged and hostile files against every command that reads one: `python -m tests.measure.fuzz [--count 2000] [--seed 0]`; and invented networks
-through all that we do: `python -m tests.measure.fuzz --networks 300`.
+"""Damaged and hostile files against every command that reads one: `python -m tests.measure.fuzz [--count 2000] [--seed
+0]`; and invented networks through all that we do: `python -m tests.measure.fuzz --networks 300`.
 
-Bit flips, truncations, swapped headers, huge declared shapes, wrong types, hostile JSON, deep nesting, compressed archives, image
-bombs, links, folders in place of files, other kinds of files. Each case is a command in a process of its own. It must end by itself
-with success or one clear line: no traceback, no signal, at most 10 s of processor time and 2 GiB of memory, nothing written
-outside the run, none of a stranger's code run. Linux only (it forks).
+Bit flips, truncations, swapped headers, huge declared shapes, wrong types, hostile JSON, deep nesting, compressed
+archives, image bombs, links, folders in place of files, other kinds of files. Each case is a command in a process of
+its own. It must end by itself with success or one clear line: no traceback, no signal, at most 10 s of processor time
+and 2 GiB of memory, nothing written outside the run, none of a stranger's code run. Linux only (it forks).
 """
 
 from __future__ import annotations
@@ -33,11 +33,40 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "tests.models:tiny", "--image-size", "8", "--batch-size", "16"]
 CPU_SECONDS, WALL_SECONDS, MEMORY_MIB = 10, 90, 2048
-HOSTILE = [None, True, -1, 0, 10**30, 2**63, 1e308, float("nan"), "", "x" * 5000, "/etc/passwd", "../../outside/secret", "evil:build", [], {}, [[]], {"a": {}},
-           [1.5], ["evil"], [-1], [2**40], 2**31, "torchvision:vit_h_14", "timm:resnet18", "\u0000", "1e400", [True], [None]]
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    2**63,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 5000,
+    "/etc/passwd",
+    "../../outside/secret",
+    "evil:build",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1.5],
+    ["evil"],
+    [-1],
+    [2**40],
+    2**31,
+    "torchvision:vit_h_14",
+    "timm:resnet18",
+    "\u0000",
+    "1e400",
+    [True],
+    [None],
+]
 
 
-# -- damage ---------------------------------------------------------------------------------------------------------------
+# -- damage
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def flip_bits(data: bytes, rng: random.Random) -> bytes:
@@ -72,7 +101,11 @@ def spoil(tree: object, rng: random.Random, depth: int = 0) -> object:
         return {**tree, key: spoil(tree[key], rng, depth + 1)}
     if isinstance(tree, list) and tree and rng.random() < 0.6:
         place = rng.randrange(len(tree))
-        return [*tree[:place], spoil(tree[place], rng, depth + 1), *tree[place + 1:]] if rng.random() < 0.7 else tree * rng.choice((0, 2, 1000))
+        return (
+            [*tree[:place], spoil(tree[place], rng, depth + 1), *tree[place + 1 :]]
+            if rng.random() < 0.7
+            else tree * rng.choice((0, 2, 1000))
+        )
     return rng.choice(HOSTILE)
 
 
@@ -85,7 +118,7 @@ def spoil_json(data: bytes, rng: random.Random) -> bytes:
 def spoil_safetensors(data: bytes, rng: random.Random) -> bytes:
     """Change what the header declares, or the JSON inside it, and write it back in due form."""
     length = struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__"]
     what = rng.random()
     if what < 0.5 and "__metadata__" in header:
@@ -117,14 +150,38 @@ def spoil_safetensors(data: bytes, rng: random.Random) -> bytes:
 def spoil_toml(data: bytes, rng: random.Random) -> bytes:
     lines = data.decode().splitlines()
     place = rng.randrange(len(lines))
-    value = rng.choice(["-1", "0", "1e999", "nan", "inf", '""', '"evil:build"', "[]", "[[1]]", "9" * 30, "true", '"/etc/passwd"', "{}", '"' + "x" * 9999 + '"', "2024-01-01",
-                        '["0.5"]', '["macs=1e-300"]', '"../../outside"', '"torchvision:vit_h_14"', "4096", "1000000000"])
+    value = rng.choice(
+        [
+            "-1",
+            "0",
+            "1e999",
+            "nan",
+            "inf",
+            '""',
+            '"evil:build"',
+            "[]",
+            "[[1]]",
+            "9" * 30,
+            "true",
+            '"/etc/passwd"',
+            "{}",
+            '"' + "x" * 9999 + '"',
+            "2024-01-01",
+            '["0.5"]',
+            '["macs=1e-300"]',
+            '"../../outside"',
+            '"torchvision:vit_h_14"',
+            "4096",
+            "1000000000",
+        ]
+    )
     lines[place] = lines[place].partition("=")[0] + "= " + value
     return "\n".join(lines).encode()
 
 
 def pickled(data: bytes, rng: random.Random) -> bytes:
     """What an unguarded reader would run."""
+
     class Evil:
         def __reduce__(self):
             return (os.system, ("touch ran",))
@@ -135,7 +192,10 @@ def pickled(data: bytes, rng: random.Random) -> bytes:
 def archive(data: bytes, rng: random.Random) -> bytes:
     """A torch.save file with other contents: an archive that unpacks to gigabytes, or one whose pickle is hostile."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as old,
+        zipfile.ZipFile(out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as new,
+    ):
         for name in old.namelist():
             content = old.read(name)
             if name.endswith("data.pkl") and rng.random() < 0.5:
@@ -155,13 +215,24 @@ def image_bomb(data: bytes, rng: random.Random) -> bytes:
 
     packer = zlib.compressobj(9)
     lines = b"".join(packer.compress(bytes(side + 1)) for _ in range(min(side, 2000))) if side < 10**5 else b""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)) + chunk(b"IDAT", lines + packer.flush()) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", lines + packer.flush())
+        + chunk(b"IEND", b"")
+    )
 
 
 GENERAL = [flip_bits, flip_bits, truncate, noise, append]
-DAMAGE: dict[str, list[Callable]] = {".safetensors": [*GENERAL, *[spoil_safetensors] * 8, pickled], ".json": [*GENERAL, *[spoil_json] * 4], ".jsonl": GENERAL,
-                                     ".toml": [*GENERAL, *[spoil_toml] * 5], ".onnx": [*GENERAL, *[flip_bits] * 4], ".pth": [*GENERAL, *[archive] * 3, pickled],
-                                     ".png": [*GENERAL, *[image_bomb] * 3]}
+DAMAGE: dict[str, list[Callable]] = {
+    ".safetensors": [*GENERAL, *[spoil_safetensors] * 8, pickled],
+    ".json": [*GENERAL, *[spoil_json] * 4],
+    ".jsonl": GENERAL,
+    ".toml": [*GENERAL, *[spoil_toml] * 5],
+    ".onnx": [*GENERAL, *[flip_bits] * 4],
+    ".pth": [*GENERAL, *[archive] * 3, pickled],
+    ".png": [*GENERAL, *[image_bomb] * 3],
+}
 
 
 def replace(file: Path, outside: Path, rng: random.Random) -> str:
@@ -184,7 +255,8 @@ def replace(file: Path, outside: Path, rng: random.Random) -> str:
     return what
 
 
-# -- one case -------------------------------------------------------------------------------------------------------------
+# -- one case
+# -------------------------------------------------------------------------------------------------------------
 
 
 CASES: list[tuple[str, list[str], int]] = [  # file to damage, command, weight
@@ -213,14 +285,25 @@ CASES: list[tuple[str, list[str], int]] = [  # file to damage, command, weight
     ("gates/checkpoint.safetensors", ["gate", "--resume", "--trust", "--out", "gates"], 5),
     ("gates/gated.onnx", ["bench", "gates", "--trust"], 4),
     ("gates/result.json", ["bench", "gates", "--trust"], 2),
-    ("run/compact.safetensors", ["gate", "run", *TINY[2:], "--trust", "--epochs", "1", "--target", "0.8", "--out", "new"], 3),
+    (
+        "run/compact.safetensors",
+        ["gate", "run", *TINY[2:], "--trust", "--epochs", "1", "--target", "0.8", "--out", "new"],
+        3,
+    ),
 ]
 
 
 def prepare(folder: Path) -> None:
     """Whole files of every kind, in `folder`."""
+
     def call(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "dynprune", *arguments], cwd=folder, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        subprocess.run(
+            [sys.executable, "-m", "dynprune", *arguments],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
 
     call("run", *TINY, "--epochs", "2", "--out", "run", "--batch", "1")
     call("train", "--model", "resnet20", "--image-size", "16", "--epochs", "1", "--batch-size", "256", "--out", "zoo")
@@ -243,18 +326,28 @@ def prepare(folder: Path) -> None:
             for number in range(20):
                 pixels = np.random.default_rng(number).integers(0, 255, (12, 12, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / "photos" / split / name / f"{number}.png")
-    (folder / "layers.json").write_text(json.dumps({"processor": "", "onnxruntime": "", "ms": {"conv2d": 1.0, "linear": 2.0}}))
+    (folder / "layers.json").write_text(
+        json.dumps({"processor": "", "onnxruntime": "", "ms": {"conv2d": 1.0, "linear": 2.0}})
+    )
 
 
 def run_command(command: list[str]) -> None:
     """In the child: as `dynprune` would, with short timings."""
-    from dynprune.deploy import bench
-    from dynprune.cli import program as cli
-    from dynprune.gates import bench as gated_bench, export as gated_export, file as gated_file, onnx as gated_onnx
     from dynprune.budgets import latency
+    from dynprune.cli import program as cli
+    from dynprune.deploy import bench
+    from dynprune.gates import bench as gated_bench
+    from dynprune.gates import export as gated_export
+    from dynprune.gates import file as gated_file
+    from dynprune.gates import onnx as gated_onnx
 
     bench.SECONDS_PER_BATCH_SIZE, bench.RUNS = 0.01, (2, 3)
-    gated_onnx.SITE_SECONDS, gated_onnx.SITE_RUNS, gated_export.TRIAL_SECONDS, gated_export.TRIAL_RUNS = 0.0, (1, 1), 0.0, (1, 1)
+    gated_onnx.SITE_SECONDS, gated_onnx.SITE_RUNS, gated_export.TRIAL_SECONDS, gated_export.TRIAL_RUNS = (
+        0.0,
+        (1, 1),
+        0.0,
+        (1, 1),
+    )
     gated_bench.IMAGES, gated_bench.REPEATS, gated_bench.TORCH_IMAGES = 3, 1, 2
     if command[0].startswith("load"):
         gated_file.load(command[1], trust=command[0] == "load")
@@ -278,6 +371,7 @@ def fork_and_wait(command: list[str], folder: Path, log: Path) -> tuple[int, flo
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             sys.path.insert(0, str(folder))
             from dynprune.errors import DynpruneError
+
             try:
                 run_command(command)
                 status = 0
@@ -288,6 +382,7 @@ def fork_and_wait(command: list[str], folder: Path, log: Path) -> tuple[int, flo
                 status = end.code if isinstance(end.code, int) else 0
         except BaseException:
             import traceback
+
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -304,11 +399,16 @@ def fork_and_wait(command: list[str], folder: Path, log: Path) -> tuple[int, flo
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def try_networks(count: int, seed: int) -> int:
-    """Invented networks: state untouched by trace; trained, compacted, exported; loaded in another process; all with equal outputs."""
+    """Invented networks: state untouched by trace; trained, compacted, exported; loaded in another process; all with
+    equal outputs."""
     import traceback
     import warnings
 
@@ -322,8 +422,15 @@ def try_networks(count: int, seed: int) -> int:
     torch.set_num_threads(1)
     ends, failures, went = Counter(), [], []
     with tempfile.TemporaryDirectory() as root:
+
         @hypothesis.seed(seed)
-        @hypothesis.settings(max_examples=count, deadline=None, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+        @hypothesis.settings(
+            max_examples=count,
+            deadline=None,
+            phases=[Phase.generate],
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
         @hypothesis.given(invent.networks())
         def one(recipe: dict) -> None:
             folder = Path(root) / str(sum(ends.values()))
@@ -332,7 +439,10 @@ def try_networks(count: int, seed: int) -> int:
             except Exception:
                 failures.append(json.dumps(recipe))
                 found = "failed"
-                print(f"{json.dumps(recipe)}\n    " + "\n    ".join(traceback.format_exc().strip().splitlines()[-3:]), flush=True)
+                print(
+                    f"{json.dumps(recipe)}\n    " + "\n    ".join(traceback.format_exc().strip().splitlines()[-3:]),
+                    flush=True,
+                )
             ends[found.partition(":")[0]] += 1
             if found.startswith("refused"):
                 print(f"{json.dumps(recipe)}: {found}", flush=True)
@@ -341,8 +451,11 @@ def try_networks(count: int, seed: int) -> int:
 
         one()
         largest = max(invent.loaded_elsewhere(went).values(), default=0.0)
-    print(f"{sum(ends.values())} networks: {ends['went through']} went through, {ends['refused']} refused before training, {len(failures)} failed; loaded in another process, "
-          f"they differ by at most {largest:.0e} of the largest output")
+    print(
+        f"{sum(ends.values())} networks: {ends['went through']} went through, {ends['refused']} refused before "
+        f"training, {len(failures)} failed; loaded in another process, they differ by at most {largest:.0e} of the "
+        f"largest output"
+    )
     return 1 if failures or largest > 1e-4 else 0
 
 
@@ -357,14 +470,9 @@ def main(argv: list[str] | None = None) -> int:
         return try_networks(options.networks, options.seed)
     cases = [case for case in CASES if options.file in case[0]]
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    from dynprune.files import artifact
-    from dynprune.deploy import bench, compact, export
-    from dynprune.cli import program as cli
-    from dynprune.gates import training as gate, bench as gated_bench, export as gated_export
-    from dynprune.budgets import latency
-    from dynprune.training import plan, train
-    from dynprune.report import tables as report  # noqa: F401 (before the forks, which then start at once)
     import torchvision.transforms.v2  # noqa: F401
+
+    from dynprune.report import tables as report  # noqa: F401 (before the forks, which then start at once)
 
     rng, failures, ends, peak, slowest = random.Random(options.seed), [], Counter(), 0.0, 0.0
     with tempfile.TemporaryDirectory() as root:
@@ -391,17 +499,35 @@ def main(argv: list[str] | None = None) -> int:
             status, seconds, mebibytes = fork_and_wait(command, work, log)
             text = log.read_text(errors="replace")
             peak, slowest = max(peak, mebibytes), max(slowest, seconds)
-            problem = (f"signal {-status}" if status < 0 else "a traceback" if "Traceback" in text or status == 70 else "more memory" if mebibytes > MEMORY_MIB else
-                       "no message" if status and "error" not in text.lower() else "wrote outside" if fingerprint(outside) != before else
-                       "ran a stranger's code" if (work / "ran").exists() else "")
+            problem = (
+                f"signal {-status}"
+                if status < 0
+                else "a traceback"
+                if "Traceback" in text or status == 70
+                else "more memory"
+                if mebibytes > MEMORY_MIB
+                else "no message"
+                if status and "error" not in text.lower()
+                else "wrote outside"
+                if fingerprint(outside) != before
+                else "ran a stranger's code"
+                if (work / "ran").exists()
+                else ""
+            )
             ends["refused" if status else "went through"] += 1
             if problem:
                 failures.append((number, problem))
-                print(f"case {number}: {problem}: {damage} of {name}, then {' '.join(command[:3])}\n    " + "\n    ".join(text.strip().splitlines()[-6:]), flush=True)
+                print(
+                    f"case {number}: {problem}: {damage} of {name}, then {' '.join(command[:3])}\n    "
+                    + "\n    ".join(text.strip().splitlines()[-6:]),
+                    flush=True,
+                )
                 (outside / "secret").write_text("secret")
                 (outside / "created").unlink(missing_ok=True)
-    print(f"{options.count} cases: {ends['refused']} refused with one line, {ends['went through']} went through, {len(failures)} failed; "
-          f"at most {slowest:.1f} s of processor time and {peak:.0f} MiB")
+    print(
+        f"{options.count} cases: {ends['refused']} refused with one line, {ends['went through']} went through, "
+        f"{len(failures)} failed; at most {slowest:.1f} s of processor time and {peak:.0f} MiB"
+    )
     return 1 if failures else 0
 
 

@@ -1,12 +1,13 @@
 """Gates beside each other: targets, ways to learn, and no gates at all, on the same network and steps.
 
-    python -m tests.measure.gates --out DIR --targets 0.25,0.33,0.5,0.66 --estimators gumbel,reinforce,random -- RUN --epochs 2
-    python -m tests.measure.gates table --out DIR
+    python -m tests.measure.gates --out DIR --targets 0.25,0.33,0.5,0.66 --estimators gumbel,reinforce,random -- RUN
+    --epochs 2 python -m tests.measure.gates table --out DIR
 
-What follows `--` is given to every `dynprune gate`: a finished run whose network gets the gates, or `--model` and `--data`, and a schedule. Every target is trained with the
-first estimator, the target 0.33 with all of them, and once with every gate open. A run in DIR that is finished is not repeated, one that was stopped goes on. The table says
-for each what it reached on the test images, how much its gates depend on the image, and what is left when they are frozen; `dense` is the network before `compact`, so
-that its column is what both methods save together.
+What follows `--` is given to every `dynprune gate`: a finished run whose network gets the gates, or `--model` and
+`--data`, and a schedule. Every target is trained with the first estimator, the target 0.33 with all of them, and once
+with every gate open. A run in DIR that is finished is not repeated, one that was stopped goes on. The table says for
+each what it reached on the test images, how much its gates depend on the image, and what is left when they are frozen;
+`dense` is the network before `compact`, so that its column is what both methods save together.
 """
 
 from __future__ import annotations
@@ -50,12 +51,24 @@ def line(path: Path) -> str:
     result = recorded(path, "gate")
     stats, before = result["stats"], dense_macs(result)
     layers = stats["layers"]
-    information = sum(layer["information_bits"] * layer["units"] for layer in layers) / sum(layer["units"] for layer in layers)
+    information = sum(layer["information_bits"] * layer["units"] for layer in layers) / sum(
+        layer["units"] for layer in layers
+    )
     entropy = sum(layer["entropy_bits"] * layer["units"] for layer in layers) / sum(layer["units"] for layer in layers)
     estimator = path.name.rpartition("-")[0]
-    seen = "- | - | - | -" if estimator == "ungated" else (f"{100 * stats['varying_share']:.0f} % | {entropy:.2f} | {information:.3f} | "
-                                                            f"{100 * stats['frozen_accuracy']:.2f} % at {100 * stats['frozen_share']:.1f} %")
-    return (f"| {estimator} | {result['target']:g} | {100 * stats['share']:.1f} % | {100 * result['macs'] / before:.1f} % | {100 * result['accuracy']:.2f} % | {seen} |")
+    seen = (
+        "- | - | - | -"
+        if estimator == "ungated"
+        else (
+            f"{100 * stats['varying_share']:.0f} % | {entropy:.2f} | "
+            f"{information:.3f} | {100 * stats['frozen_accuracy']:.2f} "
+            f"% at {100 * stats['frozen_share']:.1f} %"
+        )
+    )
+    return (
+        f"| {estimator} | {result['target']:g} | {100 * stats['share']:.1f} % | "
+        f"{100 * result['macs'] / before:.1f} % | {100 * result['accuracy']:.2f} % | {seen} |"
+    )
 
 
 def dense_macs(result: dict) -> int:
@@ -65,15 +78,24 @@ def dense_macs(result: dict) -> int:
 
 
 def table(out: Path) -> str:
-    found = sorted((path for path in out.iterdir() if recorded(path, "gate")), key=lambda path: (path.name.partition("-")[0], recorded(path, "gate")["target"]))
-    return "\n".join(["| gates | target | mean cost of the ungated | of the dense | accuracy | gates that vary | bits per gate | of them on the class | frozen |",
-                      "|---|---|---|---|---|---|---|---|---|", *map(line, found)])
+    found = sorted(
+        (path for path in out.iterdir() if recorded(path, "gate")),
+        key=lambda path: (path.name.partition("-")[0], recorded(path, "gate")["target"]),
+    )
+    return "\n".join(
+        [
+            "| gates | target | mean cost of the ungated | of the dense | accuracy | gates that vary | bits "
+            "per gate | of them on the class | frozen |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *map(line, found),
+        ]
+    )
 
 
 def main() -> None:
     own, options = sys.argv[1:], []
     if "--" in own:
-        own, options = own[:own.index("--")], own[own.index("--") + 1:]
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", default="train", choices=["train", "table"])
     parser.add_argument("--out", type=Path, required=True)
@@ -81,7 +103,9 @@ def main() -> None:
     parser.add_argument("--estimators", default="gumbel,reinforce,random")
     chosen = parser.parse_args(own)
     if chosen.task == "train":
-        for estimator, target in jobs([float(text) for text in chosen.targets.split(",")], chosen.estimators.split(",")):
+        for estimator, target in jobs(
+            [float(text) for text in chosen.targets.split(",")], chosen.estimators.split(",")
+        ):
             train(chosen.out, estimator, target, options)
     print(table(chosen.out))
 

@@ -35,7 +35,10 @@ def test_masked_original_and_compact_copy_agree(factory, seed):
     assert all(torch.equal(value, before[name]) for name, value in model.float().state_dict().items())
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, "torchvision:resnet18", "torchvision:vgg11_bn", "torchvision:densenet121", "torchvision:mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    [*zoo.ZOO, "torchvision:resnet18", "torchvision:vgg11_bn", "torchvision:densenet121", "torchvision:mobilenet_v2"],
+)
 def test_real_networks_are_exact_and_their_cost_is_counted(name):
     model = models.perturb(zoo.build(name, 10, seed=0))
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -112,7 +115,13 @@ def test_surgery_keeps_class_names_and_hooks():
     small(X)
     assert type(small) is models.Tiny and calls == [1]
     assert list(small.state_dict()) == list(model.state_dict())
-    assert small.depthwise.groups == small.depthwise.in_channels == small.conv1.out_channels == small.bn1.num_features == 12
+    assert (
+        small.depthwise.groups
+        == small.depthwise.in_channels
+        == small.conv1.out_channels
+        == small.bn1.num_features
+        == 12
+    )
 
 
 def test_shared_weights_stay_shared():

@@ -1,4 +1,5 @@
-"""Structure of networks as people write them: nothing of theirs is changed, constants and scales are followed, reasons are told."""
+"""Structure of networks as people write them: nothing of theirs is changed, constants and scales are followed, reasons
+are told."""
 
 import copy
 import random
@@ -23,9 +24,15 @@ def everything_of(model: nn.Module) -> dict:
     tensors = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     places = {name: value.data_ptr() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     modes = {name: module.training for name, module in model.named_modules()}
-    hooks = {name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in model.named_modules()}
-    plain = {f"{name}.{key}": copy.deepcopy(value) for name, module in model.named_modules() for key, value in vars(module).items()
-             if isinstance(value, (int, float, str, list, tuple)) and not key.startswith("_")}
+    hooks = {
+        name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in model.named_modules()
+    }
+    plain = {
+        f"{name}.{key}": copy.deepcopy(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str, list, tuple)) and not key.startswith("_")
+    }
     return {"tensors": tensors, "places": places, "modes": modes, "hooks": hooks, "plain": plain}
 
 
@@ -37,7 +44,19 @@ def assert_same(before: dict, after: dict) -> None:
     assert str(before["plain"]) == str(after["plain"])
 
 
-@pytest.mark.parametrize("make", [odd.Statistics, odd.rewrites, odd.Hooked, odd.InPlace, odd.NoiseInTraining, odd.Locked, odd.InContainers, odd.SideHead])
+@pytest.mark.parametrize(
+    "make",
+    [
+        odd.Statistics,
+        odd.rewrites,
+        odd.Hooked,
+        odd.InPlace,
+        odd.NoiseInTraining,
+        odd.Locked,
+        odd.InContainers,
+        odd.SideHead,
+    ],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_trace_and_check_leave_everything_as_it_was(make, training):
     model = make().train(training)
@@ -71,10 +90,25 @@ def test_nested_inputs_stay_as_they_are():
     assert check_exactness(Nested(), graph, (images, extra), 0.5, 0, 0.0).ok
 
 
-@pytest.mark.parametrize("make, groups", [
-    (odd.Encoded, [16, 24]), (odd.InPlace, [16, 24]), (odd.Asserts, [16, 24]), (odd.Locked, [16, 24]), (odd.odd_names, [16, 8, 8]), (odd.Alias, [16, 24]),
-    (odd.NoiseInTraining, [16, 24]), (odd.FixedNoiseInTraining, [16]), (odd.SideHead, [16, 24]), (odd.Statistics, [16]), (odd.NarrowedNonPersistent, [16, 24]),
-    (odd.HardAssert, [16]), (odd.InContainers, [16, 24]), (odd.Shared, [16])])
+@pytest.mark.parametrize(
+    "make, groups",
+    [
+        (odd.Encoded, [16, 24]),
+        (odd.InPlace, [16, 24]),
+        (odd.Asserts, [16, 24]),
+        (odd.Locked, [16, 24]),
+        (odd.odd_names, [16, 8, 8]),
+        (odd.Alias, [16, 24]),
+        (odd.NoiseInTraining, [16, 24]),
+        (odd.FixedNoiseInTraining, [16]),
+        (odd.SideHead, [16, 24]),
+        (odd.Statistics, [16]),
+        (odd.NarrowedNonPersistent, [16, 24]),
+        (odd.HardAssert, [16]),
+        (odd.InContainers, [16, 24]),
+        (odd.Shared, [16]),
+    ],
+)
 def test_what_can_be_removed(make, groups):
     torch.manual_seed(0)
     model = make()
@@ -105,13 +139,23 @@ def test_blocks_that_fold_themselves_still_can_after_compaction():
         before = small(X)
         for block in small:
             if isinstance(block, odd.Foldable):
-                assert (block.in_channels, block.out_channels) == (block.branches[0].in_channels, block.branches[0].out_channels)
+                assert (block.in_channels, block.out_channels) == (
+                    block.branches[0].in_channels,
+                    block.branches[0].out_channels,
+                )
                 block.switch_to_deploy()
         assert torch.allclose(small(X), before, atol=1e-6)
     assert model[1].in_channels == 16 and type(model[1].in_channels) is int
 
 
-@pytest.mark.parametrize("make, words", [(odd.all_zero, "changes nothing"), (odd.all_mixed, "is mixed by group_norm"), (odd.rewrites, "no channel of this network")])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (odd.all_zero, "changes nothing"),
+        (odd.all_mixed, "is mixed by group_norm"),
+        (odd.rewrites, "no channel of this network"),
+    ],
+)
 def test_a_check_that_shows_nothing_says_so(make, words):
     model = make()
     check = check_exactness(model, trace(model, X), (X,), 0.5, 0, 0.0)
@@ -128,7 +172,8 @@ def test_weights_that_grow_back_are_pinned_with_the_reason():
     assert any("rewrites 0.eval_conv.weight" in pin.op for pin in trace(odd.rewrites(), X).pinned)
 
 
-# -- layers that had no rule --------------------------------------------------------------------------------------------
+# -- layers that had no rule
+# --------------------------------------------------------------------------------------------
 
 
 class Recurrent(nn.Module):
@@ -163,7 +208,15 @@ class Columns(nn.Module):
 
 
 def spectral(norm):
-    return nn.Sequential(norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), norm(nn.Conv2d(16, 8, 3)), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    return nn.Sequential(
+        norm(nn.Conv2d(3, 16, 3)),
+        nn.ReLU(),
+        norm(nn.Conv2d(16, 8, 3)),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 2, 1),
+    )
 
 
 class FakeQuantised(nn.Module):
@@ -175,18 +228,60 @@ class FakeQuantised(nn.Module):
 
     def forward(self, x):
         y = torch.fake_quantize_per_tensor_affine(self.a(x).relu(), 0.01, 0, 0, 255)
-        return self.c(F.conv2d(y, torch.fake_quantize_per_channel_affine(self.b.weight, self.scale, self.zero, 0, -128, 127), self.b.bias))
+        return self.c(
+            F.conv2d(
+                y,
+                torch.fake_quantize_per_channel_affine(self.b.weight, self.scale, self.zero, 0, -128, 127),
+                self.b.bias,
+            )
+        )
 
 
-@pytest.mark.parametrize("make, groups", [
-    (lambda: Recurrent(nn.LSTM), [12, 10]), (lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2), [12, 10]), (lambda: Recurrent(nn.GRU), [12, 10]),
-    (lambda: Recurrent(nn.RNN, bias=False), [12, 10]), (lambda: Recurrent(nn.GRU, num_layers=2), [12, 10]), (lambda: Cells(nn.GRUCell), [12, 10]),
-    (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.PixelUnshuffle(2), nn.Conv2d(24, 5, 1)), [4, 6]),
-    (Columns, [8, 3]), (FakeQuantised, [8, 12]),
-    (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.LocalResponseNorm(3), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)), [16, 8]),
-    (lambda: spectral(nn.utils.spectral_norm), [16, 8, 6]), (lambda: spectral(nn.utils.parametrizations.spectral_norm), [16, 8, 6]),
-    (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, affine=False), nn.InstanceNorm2d(16), nn.Conv2d(16, 12, 1), nn.GroupNorm(3, 12, affine=False),
-                           nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), [16, 4, 8])])
+@pytest.mark.parametrize(
+    "make, groups",
+    [
+        (lambda: Recurrent(nn.LSTM), [12, 10]),
+        (lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2), [12, 10]),
+        (lambda: Recurrent(nn.GRU), [12, 10]),
+        (lambda: Recurrent(nn.RNN, bias=False), [12, 10]),
+        (lambda: Recurrent(nn.GRU, num_layers=2), [12, 10]),
+        (lambda: Cells(nn.GRUCell), [12, 10]),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 16, 3),
+                nn.PixelShuffle(2),
+                nn.ReLU(),
+                nn.Conv2d(4, 6, 3),
+                nn.PixelUnshuffle(2),
+                nn.Conv2d(24, 5, 1),
+            ),
+            [4, 6],
+        ),
+        (Columns, [8, 3]),
+        (FakeQuantised, [8, 12]),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 16, 3), nn.LocalResponseNorm(3), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)
+            ),
+            [16, 8],
+        ),
+        (lambda: spectral(nn.utils.spectral_norm), [16, 8, 6]),
+        (lambda: spectral(nn.utils.parametrizations.spectral_norm), [16, 8, 6]),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 16, 3),
+                nn.BatchNorm2d(16, affine=False),
+                nn.InstanceNorm2d(16),
+                nn.Conv2d(16, 12, 1),
+                nn.GroupNorm(3, 12, affine=False),
+                nn.Conv2d(12, 8, 1),
+                nn.ReLU(),
+                nn.Conv2d(8, 4, 1),
+            ),
+            [16, 4, 8],
+        ),
+    ],
+)
 def test_layers_that_had_no_rule(make, groups):
     torch.manual_seed(0)
     model = make().eval()
@@ -199,7 +294,12 @@ def test_layers_that_had_no_rule(make, groups):
 
 
 def test_what_layers_without_weights_remember_is_repaired():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, affine=False, track_running_stats=False), nn.GroupNorm(1, 16, affine=False), nn.Conv2d(16, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.BatchNorm2d(16, affine=False, track_running_stats=False),
+        nn.GroupNorm(1, 16, affine=False),
+        nn.Conv2d(16, 4, 1),
+    )
     graph = trace(model, X)
     small = slim(model, graph.kept(random_selection(graph, 0.5, 0)))
     assert small[1].num_features == small[2].num_channels == small[0].out_channels == 8
@@ -216,4 +316,6 @@ def test_values_that_leave_torch_keep_their_channels():
             return torch.from_numpy(y.mean((2, 3)).detach().numpy() * 2)
 
     graph = trace(Leaves(), X)
-    assert [group.name for group in graph] == ["a"] and ("numpy", "(model)") in {(pin.op, pin.layer) for pin in graph.pinned}
+    assert [group.name for group in graph] == ["a"] and ("numpy", "(model)") in {
+        (pin.op, pin.layer) for pin in graph.pinned
+    }

@@ -89,8 +89,16 @@ def apply(kind, part, x):
     return part[1](part[0](F.relu(part[0](x))))
 
 
-blocks = st.lists(st.tuples(st.sampled_from(["conv", "residual", "concat", "split", "partial", "shuffle", "depthwise", "grouped", "excite", "shared"]),
-                            st.integers(1, 4)), min_size=1, max_size=5)
+blocks = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["conv", "residual", "concat", "split", "partial", "shuffle", "depthwise", "grouped", "excite", "shared"]
+        ),
+        st.integers(1, 4),
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

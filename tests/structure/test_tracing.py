@@ -32,14 +32,29 @@ def check_exact(model, *inputs, fraction=0.5):
 @pytest.mark.parametrize("dims", [1, 3])
 def test_one_and_three_dimensional_convolutions(dims):
     conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
-    model = nn.Sequential(conv(3, 8, 3), norm(8), nn.ReLU(), conv(8, 12, 3, groups=2), nn.PReLU(12), conv(12, 4, 1), nn.Flatten(), nn.Linear(4 * 4 ** dims, 3))
+    model = nn.Sequential(
+        conv(3, 8, 3),
+        norm(8),
+        nn.ReLU(),
+        conv(8, 12, 3, groups=2),
+        nn.PReLU(12),
+        conv(12, 4, 1),
+        nn.Flatten(),
+        nn.Linear(4 * 4**dims, 3),
+    )
     graph, _ = check_exact(model, torch.randn(2, 3, *[8] * dims))
     assert len(graph) >= 2
 
 
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_transposed_convolutions(groups):
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, stride=2, groups=groups), nn.ReLU(), nn.Conv2d(12, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 12, 2, stride=2, groups=groups),
+        nn.ReLU(),
+        nn.Conv2d(12, 4, 1),
+    )
     graph, small = check_exact(model, X)
     assert small[2].in_channels == 6 and small[2].out_channels == 6
     assert graph.arms >= 6
@@ -97,14 +112,16 @@ class Remembers(nn.Module):
         x = torch.cat([conv(piece) for conv, piece in zip(self.convs, pieces)], 1)
         x = F.relu(x).view(len(x), 3, self.width, 8, 8).sum(1)
         x = torch.cat([x, self.mix(x)], 1)
-        return self.head(torch.cat([x[:, :self.width], x[:, self.width:]], 1).mean((2, 3)))
+        return self.head(torch.cat([x[:, : self.width], x[:, self.width :]], 1).mean((2, 3)))
 
 
 def test_remembered_sizes_are_repaired():
     model = Remembers()
     graph, small = check_exact(model, X)
     assert model.parts == [12, 8, 4] and type(model.parts[0]) is int and type(model.width) is int
-    assert [conv.in_channels for conv in small.convs] == small.parts and sum(small.parts) == small.stem.out_channels < 24
+    assert [conv.in_channels for conv in small.convs] == small.parts and sum(
+        small.parts
+    ) == small.stem.out_channels < 24
     assert small.width == small.convs[0].out_channels == 5
     check_exact(small, X)  # it can be traced and compacted again
 
@@ -112,7 +129,12 @@ def test_remembered_sizes_are_repaired():
 class HardCoded(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.left, self.right, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 2, 1)
+        self.stem, self.left, self.right, self.head = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(8, 12, 1),
+            nn.Conv2d(8, 12, 1),
+            nn.Conv2d(12, 2, 1),
+        )
 
     def forward(self, x):
         x = self.stem(x)
@@ -143,13 +165,18 @@ def test_functions_out_of_sight_pin_everything_before_them():
 
 
 def test_layer_norm_channels_are_free_but_marked():
-    graph, small = check_exact(nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 2)), torch.randn(2, 6))
+    graph, small = check_exact(
+        nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 2)),
+        torch.randn(2, 6),
+    )
     assert {group.name: group.mixed_by for group in graph} == {"0": ("layer_norm",), "3": ()}
     assert small[1].normalized_shape == (8,) and small(torch.randn(2, 6)).shape == (2, 2)
 
 
 def test_group_norm_loses_the_same_of_each_group():
-    graph, small = check_exact(nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 2, 1)), X)
+    graph, small = check_exact(
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 2, 1)), X
+    )
     assert [(group.arms, group.mixed_by) for group in graph] == [(4, ("group_norm",))]
     assert small[1].num_channels == 8 and small[1].num_groups == 4
 
@@ -157,7 +184,12 @@ def test_group_norm_loses_the_same_of_each_group():
 class Auxiliary(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.norm, self.head, self.extra = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+        self.stem, self.norm, self.head, self.extra = (
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 2, 1),
+            nn.Conv2d(8, 2, 1),
+        )
 
     def forward(self, x):
         x = self.norm(self.stem(x))
@@ -183,7 +215,9 @@ def test_channels_last_models_stay_so():
 def test_inspection_adds_up():
     found = inspect("resnet20", check=True)
     assert found.check.ok and found.check.max_rel_diff < 1e-4 and found.groups == len(found.lines)
-    assert found.prunable_params_share == pytest.approx(1 - 10 / found.params)  # all but the classifier's bias: its rows read arms
+    assert found.prunable_params_share == pytest.approx(
+        1 - 10 / found.params
+    )  # all but the classifier's bias: its rows read arms
     assert found.pinned[0].op == "output" and 0.2 < found.check.params_kept_share < 0.35
 
 
@@ -249,7 +283,7 @@ def picked(self, x):
 def halved(self, x):
     y = self.a(x)
     c = y.shape[1]
-    return self.head(torch.cat([y[:, c // 2:].tanh(), y[:, :c // 2]], 1))
+    return self.head(torch.cat([y[:, c // 2 :].tanh(), y[:, : c // 2]], 1))
 
 
 @pytest.mark.parametrize("forward", [rolled, strided, picked, halved])
@@ -280,7 +314,9 @@ class Outputs:
 
 
 def test_outputs_in_plain_objects_are_pinned():
-    graph = trace(net(lambda self, x: Outputs(self.head(torch.relu(self.a(x)))), a=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 4, 1)), X)
+    graph = trace(
+        net(lambda self, x: Outputs(self.head(torch.relu(self.a(x)))), a=nn.Conv2d(3, 8, 1), head=nn.Conv2d(8, 4, 1)), X
+    )
     assert [group.arms for group in graph] == [8]
 
 
@@ -291,6 +327,7 @@ def windows(self, x):
 
 def test_positions_count_everything_but_the_batch():
     from torch.utils.flop_counter import FlopCounterMode
+
     model = net(windows, a=nn.Conv2d(3, 8, 1), up=nn.Linear(8, 12), down=nn.Linear(12, 2))
     for x in (X, X[:1]):
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,5 @@
-"""Several processes on this machine against one: the same arms, the same weights, and less to send than a dense model has."""
+"""Several processes on this machine against one: the same arms, the same weights, and less to send than a dense model
+has."""
 
 import json
 import os
@@ -20,7 +21,17 @@ OPTIONS = [*TINY, "--epochs", "10", "--precision", "float64", "--threads", "1", 
 
 
 def torchrun(count, *options):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "dynprune", "train", *map(str, options)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "-m",
+        "dynprune",
+        "train",
+        *map(str, options),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +43,16 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_like_one(alone, tmp_path, count):
     path, result = alone
-    done = subprocess.run(torchrun(count, *OPTIONS, "--out", tmp_path / "run"), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        torchrun(count, *OPTIONS, "--out", tmp_path / "run"), cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout)  # one object: only the first process prints
-    assert ours["processes"] == count and ours["steps"] == result["steps"] == 210 and ours["accuracy"] == result["accuracy"]
+    assert (
+        ours["processes"] == count
+        and ours["steps"] == result["steps"] == 210
+        and ours["accuracy"] == result["accuracy"]
+    )
     one, several = (load_file(where / "checkpoint.safetensors") for where in (path, tmp_path / "run"))
     for name, value in one.items():
         if value.is_floating_point():
@@ -44,20 +61,35 @@ def test_several_processes_train_like_one(alone, tmp_path, count):
             assert torch.equal(several[name], value), name
     picked = [json.loads((where / "selections.json").read_text()) for where in (path, tmp_path / "run")]
     assert picked[0] == picked[1]
-    sent, active = ours["gradient_bytes"] / ours["dense_gradient_bytes"], sum(v.numel() for k, v in several.items() if k.startswith("optimizer.")) * 8
-    assert ours["gradient_bytes"] == active + 16 and sent < 0.4  # the narrow model's gradients, the loss and the wish to stop
+    sent, active = (
+        ours["gradient_bytes"] / ours["dense_gradient_bytes"],
+        sum(v.numel() for k, v in several.items() if k.startswith("optimizer.")) * 8,
+    )
+    assert (
+        ours["gradient_bytes"] == active + 16 and sent < 0.4
+    )  # the narrow model's gradients, the loss and the wish to stop
 
 
 def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
     path = tmp_path / "run"
-    process = subprocess.Popen(torchrun(2, *TINY, "--epochs", 500, "--checkpoint-every", 20, "--threads", 1, "--out", path), cwd=ROOT, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        torchrun(2, *TINY, "--epochs", 500, "--checkpoint-every", 20, "--threads", 1, "--out", path),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
         for line in process.stderr:
             if line.startswith("epoch 3"):
                 break
-        children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.splitlines()
-        workers = [int(line.split()[0]) for line in children if "dynprune" in line and "torch.distributed.run" not in line]
+        children = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.splitlines()
+        workers = [
+            int(line.split()[0]) for line in children if "dynprune" in line and "torch.distributed.run" not in line
+        ]
         os.kill(max(workers), signal.SIGKILL)
         errors = process.communicate(timeout=120)[1]
     finally:
@@ -67,9 +99,18 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
     assert "Lost contact with another process" in errors or "The state is saved" in errors, errors
     step = json.loads((path / "selections.json").read_text())["steps"]
     assert step >= 60
-    resumed = subprocess.Popen(torchrun(2, "--resume", "--trust", "--out", path), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    resumed = subprocess.Popen(
+        torchrun(2, "--resume", "--trust", "--out", path),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        assert any(line.startswith("epoch ") and int(line.split()[1].partition("/")[0]) * 21 > step for line in resumed.stderr)
+        assert any(
+            line.startswith("epoch ") and int(line.split()[1].partition("/")[0]) * 21 > step for line in resumed.stderr
+        )
     finally:
         os.killpg(resumed.pid, signal.SIGKILL)
         resumed.wait()
@@ -78,5 +119,7 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     assert [Ranks(rank, 4).part(64) for rank in range(4)] == [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 64)]
-    with pytest.raises(DynpruneError, match="--batch-size 66 cannot be shared equally by 4 processes. Choose a multiple of 4"):
+    with pytest.raises(
+        DynpruneError, match="--batch-size 66 cannot be shared equally by 4 processes. Choose a multiple of 4"
+    ):
         Ranks(0, 4).part(66)

@@ -33,9 +33,34 @@ from tests import odd
 from tests.cli.test_commands import write_folder
 
 ROOT = Path(__file__).parents[2]
-KEPT = ("NonPersistent", "NarrowedNonPersistent", "PlainTensor", "InContainers", "HiddenLayer", "ExtraState", "OddExtraState", "Alias", "Shared", "odd_names", "Locked", "lazy",
-        "half", "bfloat16", "NoiseInTraining", "FixedNoiseInTraining", "SideHead", "Complex", "grey", "Encoded", "Asserts", "InPlace", "foldable",
-        "SteadyAtTop", "NotesDown", "Counts")
+KEPT = (
+    "NonPersistent",
+    "NarrowedNonPersistent",
+    "PlainTensor",
+    "InContainers",
+    "HiddenLayer",
+    "ExtraState",
+    "OddExtraState",
+    "Alias",
+    "Shared",
+    "odd_names",
+    "Locked",
+    "lazy",
+    "half",
+    "bfloat16",
+    "NoiseInTraining",
+    "FixedNoiseInTraining",
+    "SideHead",
+    "Complex",
+    "grey",
+    "Encoded",
+    "Asserts",
+    "InPlace",
+    "foldable",
+    "SteadyAtTop",
+    "NotesDown",
+    "Counts",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +69,22 @@ def folder(tmp_path_factory):
 
 
 def config_for(folder, name: str, **changes) -> TrainConfig:
-    return TrainConfig(model=f"tests.odd:{name}", data=str(folder), image_size=16, batch_size=8, epochs=1, budget=("0.5",), align="4", **changes)
+    return TrainConfig(
+        model=f"tests.odd:{name}",
+        data=str(folder),
+        image_size=16,
+        batch_size=8,
+        epochs=1,
+        budget=("0.5",),
+        align="4",
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """Every network of KEPT, rehearsed, trained and compacted; and what files that are loaded in another process compute."""
+    """Every network of KEPT, rehearsed, trained and compacted; and what files that are loaded in another process
+    compute."""
     root, x = tmp_path_factory.mktemp("runs"), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     results, said = {}, {}
     for name in KEPT:
@@ -60,12 +95,17 @@ def finished(folder, tmp_path_factory):
         trained = train(config, run := Run.create(root / name, session.config, False), session=session)
         results[name] = (trained, compact(run, data=data), session)
     save_file({"x": x}, root / "x.safetensors")
-    code = ("import sys, torch, random, numpy, dynprune; from safetensors.torch import load_file, save_file; from pathlib import Path; from dynprune.data.scores import logits;"
-            "root = Path(sys.argv[1]); x = load_file(root / 'x.safetensors')['x']; torch.manual_seed(77); random.seed(5); out = {}\n"
-            "for name in sys.argv[2:]:\n    with torch.no_grad(): out[name] = logits(dynprune.load(root / name / 'compact.safetensors', trust=True)(x[:, :1] if name == 'grey' else x.clone()))\n"
-            "save_file(out, root / 'out.safetensors')")
+    code = (
+        "import sys, torch, random, numpy, dynprune; from safetensors.torch import load_file, save_file; from "
+        "pathlib import Path; from dynprune.data.scores import logits;root = Path(sys.argv[1]); x = "
+        "load_file(root / 'x.safetensors')['x']; torch.manual_seed(77); random.seed(5); out = {}\nfor name in "
+        "sys.argv[2:]:\n    with torch.no_grad(): out[name] = logits(dynprune.load(root / name / "
+        "'compact.safetensors', trust=True)(x[:, :1] if name == 'grey' else x.clone()))\nsave_file(out, root / "
+        "'out.safetensors')"
+    )
     subprocess.run([sys.executable, "-c", code, str(root), *KEPT], cwd=ROOT, check=True, capture_output=True, text=True)
     from safetensors.torch import load_file
+
     return root, x, results, load_file(root / "out.safetensors"), said
 
 
@@ -76,12 +116,16 @@ def test_what_was_trained_comes_back_in_another_process(finished, name):
     assert compacted.accuracy == trained.accuracy and compacted.max_rel_diff < 1e-5
     with torch.no_grad():
         from dynprune.data.scores import logits
+
         executed = logits(session.model.cpu().eval()(x[:, :1] if name == "grey" else x.clone()))
     torch.testing.assert_close(loaded[name], executed, rtol=1e-4, atol=1e-5)
 
 
 def test_extra_state_that_is_left_out_is_said(finished):
-    assert any("extra state" in line and "left out" in line for line in finished[4]["OddExtraState"]) and not finished[4]["ExtraState"]
+    assert (
+        any("extra state" in line and "left out" in line for line in finished[4]["OddExtraState"])
+        and not finished[4]["ExtraState"]
+    )
 
 
 def test_a_resumed_run_has_what_the_first_one_had(folder, tmp_path):
@@ -92,21 +136,41 @@ def test_a_resumed_run_has_what_the_first_one_had(folder, tmp_path):
     train(config, Run.create(tmp_path / "whole", config, False), session=whole)
     stopped, steps = Session(config, data), []
     with pytest.raises(DynpruneError, match="Stopped"):
-        train(config, run := Run.create(tmp_path / "run", config, False), session=stopped, stop=lambda: steps.append(1) or len(steps) > 3)
+        train(
+            config,
+            run := Run.create(tmp_path / "run", config, False),
+            session=stopped,
+            stop=lambda: steps.append(1) or len(steps) > 3,
+        )
     torch.manual_seed(1234), random.seed(99), np.random.seed(3)
     again = Session(config, data)
     again.reservoir.active.scales[0].fill_(7.0)
     train(config, run, session=again, resume=True)
-    ours, theirs = (read_tensors(tmp_path / name / "checkpoint.safetensors", "checkpoint")[0] for name in ("whole", "run"))
+    ours, theirs = (
+        read_tensors(tmp_path / name / "checkpoint.safetensors", "checkpoint")[0] for name in ("whole", "run")
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("InClosure", "depends on values that are in no parameter, buffer or attribute"), ("RandomAtTop", "such as random numbers in a function or at the top of a file"),
-    ("MakesStatistics", 'depends on what a training step leaves in "mean", which was not there before'), ("ReturnsDict", "at the chosen widths: The model returns dict"), ("Noisy", "another output each time"),
-    ("DependsOnData", r"cannot be exported: .*odd.py:\d+, `if y.mean\(\) > 10:`"), ("five_channels", "to have 5 channels, but got 3"),
-    ("raises", "cannot be built: KeyError in odd.py"), ("needs_depth", r"missing 1 required positional argument: 'depth'.*needs_depth\?depth=18"),
-    ("ignores_classes", "output of shape 1x100 .* Expected one score per class: 1x4")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("InClosure", "depends on values that are in no parameter, buffer or attribute"),
+        ("RandomAtTop", "such as random numbers in a function or at the top of a file"),
+        ("MakesStatistics", 'depends on what a training step leaves in "mean", which was not there before'),
+        ("ReturnsDict", "at the chosen widths: The model returns dict"),
+        ("Noisy", "another output each time"),
+        ("DependsOnData", r"cannot be exported: .*odd.py:\d+, `if y.mean\(\) > 10:`"),
+        ("five_channels", "to have 5 channels, but got 3"),
+        ("raises", "cannot be built: KeyError in odd.py"),
+        (
+            "needs_depth",
+            r"missing 1 required positional argument: "
+            r"'depth'.*needs_depth\?depth=18",
+        ),
+        ("ignores_classes", "output of shape 1x100 .* Expected one score per class: 1x4"),
+    ],
+)
 def test_what_cannot_be_brought_back_is_refused_before_training(folder, name, words):
     config = config_for(folder, name)
     with pytest.raises(DynpruneError, match=words) as refusal:
@@ -130,7 +194,11 @@ def test_what_bfloat16_cannot_do_is_done_in_float32(folder):
     session = Session(config, load_data(config.source))
     session.bfloat16 = True  # as on a processor that is fast at it
     rehearse(session, say=said.append)
-    assert not session.bfloat16 and step_problem(session) is None and "training in float32: bfloat16 does not work here" in said[0]
+    assert (
+        not session.bfloat16
+        and step_problem(session) is None
+        and "training in float32: bfloat16 does not work here" in said[0]
+    )
     chosen = Session(dataclasses.replace(config, precision="bfloat16"), load_data(config.source))
     with pytest.raises(DynpruneError, match="Nothing was trained. Try --precision float32"):
         rehearse(chosen)
@@ -143,11 +211,14 @@ def test_rehearsing_changes_nothing(folder):
     rehearse(session)
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python and session.step == 0
     ours, theirs = state_of(session.reservoir.active)[0], state_of(other.reservoir.active)[0]
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not any(p.grad is not None for p in session.parameters.values())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and not any(
+        p.grad is not None for p in session.parameters.values()
+    )
 
 
 def test_importing_a_module_anew_leaves_the_first_one(folder):
     import tests
+
     with zoo.imported_anew("tests.odd:Base"):
         other = zoo.build("tests.odd:Base", 4)
         assert type(other) is not odd.Base and type(other).__module__ == "tests.odd"
@@ -167,9 +238,19 @@ def test_a_network_that_changed_after_training_is_refused_by_compact(folder, tmp
         compact(run, data=data)
 
 
-@pytest.mark.parametrize("entry, value, words", [
-    ("classes", 7, "lacks a header entry"), ("scores", ["x"], "garbles a header entry"), ("scores", 3, "garbles a header entry"),
-    ("fit", {"widths": {"a": 2**31}, "latency": None, "candidates": 0}, "widths of other groups, or of more arms than there are")])
+@pytest.mark.parametrize(
+    "entry, value, words",
+    [
+        ("classes", 7, "lacks a header entry"),
+        ("scores", ["x"], "garbles a header entry"),
+        ("scores", 3, "garbles a header entry"),
+        (
+            "fit",
+            {"widths": {"a": 2**31}, "latency": None, "candidates": 0},
+            "widths of other groups, or of more arms than there are",
+        ),
+    ],
+)
 def test_a_garbled_checkpoint_is_refused_in_one_line(folder, tmp_path, entry, value, words):
     config = config_for(folder, "Base", no_onnx=True)
     data = load_data(config.source)
@@ -180,7 +261,10 @@ def test_a_garbled_checkpoint_is_refused_in_one_line(folder, tmp_path, entry, va
         Session(config, data).restore(run) if entry == "fit" else compact(run, data=data)
 
 
-@pytest.mark.parametrize("name, words", [("Base", ""), ("NotesDown", ""), ("RandomAtTop", "at the top of a file"), ("Noisy", "another output each time")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("Base", ""), ("NotesDown", ""), ("RandomAtTop", "at the top of a file"), ("Noisy", "another output each time")],
+)
 def test_gates_are_rehearsed_too(folder, name, words):
     config = GateConfig(model=f"tests.odd:{name}", data=str(folder), image_size=16, batch_size=8, epochs=1, block=4)
     session = GateSession(config, load_data(config.source))
@@ -194,7 +278,10 @@ def test_what_a_gated_network_notes_down_does_not_keep_its_file_from_loading(fol
     config = GateConfig(model="tests.odd:NotesDown", data=str(folder), image_size=16, batch_size=8, epochs=1, block=4)
     session = GateSession(config, load_data(config.source))
     result = gate(config, GateRun.create(tmp_path / "gate", session.config, False), session=session)
-    assert result.file_max_diff < 1e-4 and dynprune.load(result.path, trust=True)(torch.randn(1, 3, 16, 16)).shape == (1, 4)
+    assert result.file_max_diff < 1e-4 and dynprune.load(result.path, trust=True)(torch.randn(1, 3, 16, 16)).shape == (
+        1,
+        4,
+    )
 
 
 def test_an_opset_that_is_not_written_is_refused_before_training(folder):
@@ -203,10 +290,13 @@ def test_an_opset_that_is_not_written_is_refused_before_training(folder):
         rehearse(Session(config, load_data(config.source)), opset=11)
 
 
-# -- state ------------------------------------------------------------------------------------------------------------------
+# -- state
+# ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [odd.InContainers, odd.HiddenLayer, odd.ExtraState, odd.Alias, odd.odd_names, odd.NarrowedNonPersistent])
+@pytest.mark.parametrize(
+    "make", [odd.InContainers, odd.HiddenLayer, odd.ExtraState, odd.Alias, odd.odd_names, odd.NarrowedNonPersistent]
+)
 def test_state_goes_into_another_instance(make):
     torch.manual_seed(0), random.seed(0)
     one, x = make().eval(), torch.randn(2, 3, 16, 16)
@@ -218,9 +308,16 @@ def test_state_goes_into_another_instance(make):
         assert torch.equal(one(x), other(x))
 
 
-@pytest.mark.parametrize("change", [
-    lambda facts: facts["loose"].update({"a.weight": ["", "a"]}), lambda facts: facts["loose"].clear(), lambda facts: facts["plain"].append([["", "deep", 1], "text"]),
-    lambda facts: facts["loose"].update({"loose.0": ["", "nowhere"]}), lambda facts: facts["loose"].update({"loose.0": ["a", "weight"]})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts["loose"].update({"a.weight": ["", "a"]}),
+        lambda facts: facts["loose"].clear(),
+        lambda facts: facts["plain"].append([["", "deep", 1], "text"]),
+        lambda facts: facts["loose"].update({"loose.0": ["", "nowhere"]}),
+        lambda facts: facts["loose"].update({"loose.0": ["a", "weight"]}),
+    ],
+)
 def test_a_file_cannot_put_values_where_there_are_none(change):
     model = odd.InContainers()
     tensors, facts = state_of(model)
@@ -252,7 +349,13 @@ def test_files_of_the_version_before_still_open(tmp_path, folder):
         kept["#" + ":".join(map(str, json.loads(name[1:]))) + ":0" if dim == "-1" else key] = positions
     assert any(key.startswith("#:dim:") for key in kept)
     old = {**header, "schema": 1, "kept": kept, "side": header["input_size"][1]}
-    save_file(tensors, tmp_path / "old.safetensors", metadata={"dynprune": json.dumps({key: value for key, value in old.items() if key not in ("state", "input_size")})})
+    save_file(
+        tensors,
+        tmp_path / "old.safetensors",
+        metadata={
+            "dynprune": json.dumps({key: value for key, value in old.items() if key not in ("state", "input_size")})
+        },
+    )
     one, other = (dynprune.load(path, trust=True) for path in (run.compact_file, tmp_path / "old.safetensors"))
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(one(x), other(x)) and other.dim == one.dim < 16

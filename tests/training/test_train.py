@@ -21,7 +21,17 @@ from dynprune.training.session import History, Session, learning_rate, make_opti
 from dynprune.training.train import Due, train
 from tests.execution.test_reservoir import gather_back
 
-CONFIG = TrainConfig(model="tests.models:tiny", image_size=8, batch_size=64, epochs=3, explore=0.5, hold=2, budget=("0.3",), precision="float32", bonus=0.3)
+CONFIG = TrainConfig(
+    model="tests.models:tiny",
+    image_size=8,
+    batch_size=64,
+    epochs=3,
+    explore=0.5,
+    hold=2,
+    budget=("0.3",),
+    precision="float32",
+    bonus=0.3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,11 @@ def data():
 def run(session, steps):
     """Selections after every step."""
     chosen = []
-    batches = [batch for epoch in range(CONFIG.epochs) for batch in session.data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    batches = [
+        batch
+        for epoch in range(CONFIG.epochs)
+        for batch in session.data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)
+    ]
     session.model.train()
     for images, labels in batches[:steps]:
         session.train_step(images, labels)
@@ -41,7 +55,8 @@ def run(session, steps):
 
 
 class Plain:
-    """The same training with everything gathered anew at every change: new narrow model, new optimizer, momenta carried over."""
+    """The same training with everything gathered anew at every change: new narrow model, new optimizer, momenta carried
+    over."""
 
     def __init__(self, session):
         self.session, self.full = session, copy.deepcopy(session.reservoir.full)
@@ -59,8 +74,15 @@ class Plain:
                 self.optimizer.state[parameter]["momentum_buffer"] = self.momenta[name]
 
     def change(self, selection):
-        gather_back(self.full, self.model, self.session.graph, dataclasses.make_dataclass("R", ["slots", "template"])(self.slots, self.session.reservoir.template))
-        self.momenta = {name: self.optimizer.state[p]["momentum_buffer"].clone() for name, p in self.model.named_parameters()}
+        gather_back(
+            self.full,
+            self.model,
+            self.session.graph,
+            dataclasses.make_dataclass("R", ["slots", "template"])(self.slots, self.session.reservoir.template),
+        )
+        self.momenta = {
+            name: self.optimizer.state[p]["momentum_buffer"].clone() for name, p in self.model.named_parameters()
+        }
         for name, arms in selection.items():
             leaving = np.flatnonzero(~np.isin(self.slots[name], arms))
             self.slots[name][leaving] = np.setdiff1d(arms, self.slots[name])
@@ -114,7 +136,7 @@ def test_every_arm_is_executed_before_exploration_ends(data):
 def test_the_selection_stays_once_settled(data):
     session = Session(CONFIG, data)
     chosen = run(session, session.steps)
-    settled = chosen[session.explorer.steps:]
+    settled = chosen[session.explorer.steps :]
     assert len(settled) > 10 and all((settled[0][name] == later[name]).all() for later in settled for name in later)
 
 
@@ -139,7 +161,7 @@ def test_with_trained_weights_the_largest_arms_come_first(data, tmp_path):
             for (tensor, dim), positions in group.members.items():
                 own = dict(full.named_parameters()).get(tensor)
                 if own is not None:
-                    index = torch.from_numpy(positions[group.arms // 2:].reshape(-1))
+                    index = torch.from_numpy(positions[group.arms // 2 :].reshape(-1))
                     own.index_copy_(dim, index, own.index_select(dim, index) * 4)
     torch.save(full.state_dict(), tmp_path / "trained.pt")
     for policy in ("static", "cucb"):
@@ -212,9 +234,11 @@ def test_learned_widths_change_once_and_a_checkpoint_remembers_them(data, tmp_pa
     later = Session(config, data, fit=interrupted.first_fit)
     later.restore(folder)
     assert later.widths == interrupted.widths != later.first_fit.widths
-    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    batches = [
+        batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)
+    ]
     later.model.train()
-    for images, labels in batches[at + 3:]:
+    for images, labels in batches[at + 3 :]:
         later.train_step(images, labels)
     for (name, value), other in zip(session.model.state_dict().items(), later.model.state_dict().values()):
         assert torch.equal(value, other), name
@@ -224,7 +248,13 @@ def test_what_the_weights_say_is_not_mistaken_for_measured_saliency(data):
     """Magnitudes count as one round's reward; the mean saliency is that of the rounds that were played."""
     graph = Session(CONFIG, data).graph
     widths = {group.name: group.arms // 2 for group in graph}
-    explorer = Explorer(CONFIG.exploration, graph, widths, 60, {group.name: torch.ones(group.arms, dtype=torch.float64) for group in graph})
+    explorer = Explorer(
+        CONFIG.exploration,
+        graph,
+        widths,
+        60,
+        {group.name: torch.ones(group.arms, dtype=torch.float64) for group in graph},
+    )
     slots = explorer.first()
     for reward, saliency in ((0.2, 6.0), (0.4, 2.0)):
         explorer.sums[0], explorer.sums[1] = reward * explorer.hold, saliency * explorer.hold
@@ -234,14 +264,21 @@ def test_what_the_weights_say_is_not_mistaken_for_measured_saliency(data):
         means, played = explorer.bandits[name].means, torch.zeros(graph.groups[name].arms, dtype=torch.bool)
         played[arms] = True
         assert torch.allclose(means[played], torch.tensor((0.2 + 0.2 + 0.4) / 3, dtype=torch.float64))
-        assert torch.allclose(means[~played], torch.tensor(0.2, dtype=torch.float64))  # on the scale of the first round's rewards
+        assert torch.allclose(
+            means[~played], torch.tensor(0.2, dtype=torch.float64)
+        )  # on the scale of the first round's rewards
 
 
 @pytest.mark.parametrize("policy", ["cucb", "random", "static"])
 def test_layers_grow_once_and_lose_nothing(data, policy):
-    """Half of the multiplications until the growth step, then all; the arms that ran stay, and the network computes what it did."""
-    session = Session(dataclasses.replace(CONFIG, policy=policy, grow=0.6, explore=0.3, align="1", precision="float64"), data)
-    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    """Half of the multiplications until the growth step, then all; the arms that ran stay, and the network computes
+    what it did."""
+    session = Session(
+        dataclasses.replace(CONFIG, policy=policy, grow=0.6, explore=0.3, align="1", precision="float64"), data
+    )
+    batches = [
+        batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)
+    ]
     session.model.train()
     at, goal = session.growth_step, session.graph.macs(session.fit.widths)
     assert at == 38 and 0.4 * goal < session.macs <= 0.5 * goal
@@ -253,7 +290,9 @@ def test_layers_grow_once_and_lose_nothing(data, policy):
     images = batches[0][0].double()
     expected = before(images)
     session.grow()
-    assert session.macs == goal <= 0.3 * session.graph.macs({}) and all(arms <= set(session.reservoir.slots[name]) for name, arms in slots.items())
+    assert session.macs == goal <= 0.3 * session.graph.macs({}) and all(
+        arms <= set(session.reservoir.slots[name]) for name, arms in slots.items()
+    )
     assert torch.allclose(session.model.eval()(images), expected, rtol=1e-9, atol=1e-9)
     session.model.train()
     for images, labels in batches[at:]:
@@ -262,8 +301,13 @@ def test_layers_grow_once_and_lose_nothing(data, policy):
     newcomers = [(name, sorted(set(session.reservoir.slots[name]) - arms)) for name, arms in slots.items()]
     session.reservoir.write_back()
     newcomers = [(name, own) for name, own in newcomers if own]
-    read = [dict(session.reservoir.full.named_parameters())[tensor].index_select(dim, torch.from_numpy(session.graph.groups[name].members[tensor, dim][own].reshape(-1)))
-            for name, own in newcomers for tensor, dim in session.graph.groups[name].reads]
+    read = [
+        dict(session.reservoir.full.named_parameters())[tensor].index_select(
+            dim, torch.from_numpy(session.graph.groups[name].members[tensor, dim][own].reshape(-1))
+        )
+        for name, own in newcomers
+        for tensor, dim in session.graph.groups[name].reads
+    ]
     assert read and all(weights.abs().max() > 0 for weights in read)  # they have begun to be read
 
 
@@ -277,7 +321,9 @@ def test_a_run_that_grows_goes_on_from_any_step(data, tmp_path, stopped_at):
     interrupted.save(folder, History())
     later = Session(config, data, fit=interrupted.first_fit)
     later.restore(folder)
-    batches = [batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)]
+    batches = [
+        batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)
+    ]
     later.model.train()
     for images, labels in batches[stopped_at:]:
         later.train_step(images, labels)
@@ -290,21 +336,34 @@ class Breaking(Session):
 
     def train_step(self, images, labels):
         if self.step == 25:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 9 bytes"
+            )
         return super().train_step(images, labels)
 
 
 def test_without_memory_the_message_names_the_batch_size_and_what_is_kept(data, tmp_path):
     folder = Run.create(tmp_path / "run", CONFIG, False)
-    with pytest.raises(DynpruneError, match=r"Out of memory at step 25 of 63 with --batch-size 64. The last checkpoint is in .*run. Try a smaller --batch-size"):
+    with pytest.raises(
+        DynpruneError,
+        match=r"Out of memory at step 25 of 63 with --batch-size 64. The last "
+        r"checkpoint is in .*run. Try a smaller --batch-size",
+    ):
         train(CONFIG, folder, session=Breaking(CONFIG, data))
     assert train(CONFIG, folder, session=Session(CONFIG, data), resume=True).steps == 63
 
 
-@pytest.mark.parametrize("error, message", [(DynpruneError("Cannot read the image a.jpg (FileNotFoundError)."), "Cannot read the image a.jpg"),
-                                            (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "A process that decodes photos died")])
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (DynpruneError("Cannot read the image a.jpg (FileNotFoundError)."), "Cannot read the image a.jpg"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "A process that decodes photos died"),
+    ],
+)
 def test_when_data_vanishes_the_last_step_is_kept(data, tmp_path, error, message):
     """A run that went on after that ends like one that was never disturbed."""
+
     def failing(*args):
         for number, batch in enumerate(data.train_batches(*args)):
             if number == 7:
@@ -319,7 +378,9 @@ def test_when_data_vanishes_the_last_step_is_kept(data, tmp_path, error, message
         train(CONFIG, folder, session=session)
     resumed = Session(CONFIG, data)
     train(CONFIG, folder, session=resumed, resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values())
+    )
 
 
 def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch):
