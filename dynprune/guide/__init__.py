@@ -1,0 +1,37 @@
+"""The guide: one page per topic, as `dynprune guide TOPIC` shows it.
+
+In: a topic. Out: its page as Markdown. The pages lie here, beside this file, and their code and commands are run or
+parsed by the tests.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from dynprune.errors import DynpruneError
+
+# in the order in which they are best read
+TOPICS = {
+    "start": "from photos to a fast file, step by step",
+    "budgets": "what may be spent, and how widths follow from it",
+    "structure": "which channels belong together, and how removal is proven",
+    "training": "what runs in a step, what it costs, data and weights",
+    "gates": "channels that each image decides on",
+    "runs": "run directories, files, resuming, several processes",
+    "python": "everything without the command line",
+    "evidence": "what was measured, and what did not help",
+    "troubleshooting": "messages and symptoms, their causes, what to do",
+    "words": "every term in one sentence",
+    "contributing": "how to add a rule, an option, a command",
+}
+
+
+def page(topic: str) -> str:
+    """The Markdown of a topic. Raises DynpruneError for one that there is not."""
+    if topic not in TOPICS:
+        close = difflib.get_close_matches(topic, TOPICS, 1)
+        raise DynpruneError(
+            f'No topic "{topic}". {f"Did you mean {close[0]}? " if close else ""}Topics: {", ".join(TOPICS)}.'
+        )
+    return (Path(__file__).parent / f"{topic}.md").read_text(encoding="utf-8")

@@ -1,0 +1,71 @@
+"""What the guide and the README say can be typed: commands parse, code runs, pages stay short."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from dynprune.cli import app
+from dynprune.errors import DynpruneError
+from dynprune.guide import TOPICS, page
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"README": (ROOT / "README.md").read_text(encoding="utf-8"), **{topic: page(topic) for topic in TOPICS}}
+COMMANDS = typer.main.get_command(app).commands
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return [
+        body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if kind == language
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line in the pages that begins with dynprune or runs it, with its page."""
+    found = []
+    for name, text in PAGES.items():
+        for line in "\n".join(blocks(text, "")).splitlines():
+            if match := re.search(r"(?:^\$ |^|&& |-m )(dynprune [^#]*)", line):
+                found.append((name, match[1].strip()))
+    return found
+
+
+@pytest.mark.parametrize("name, line", commands())
+def test_every_command_that_is_shown_exists_with_its_options(name, line):
+    _, verb, *rest = shlex.split(line)
+    if verb in ("COMMAND", "--help", "--version"):
+        return
+    known = {
+        option for parameter in COMMANDS[verb].params for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help", "-h"}
+    unknown = [word for word in rest if word.startswith("-") and word.partition("=")[0] not in known]
+    assert not unknown, f"{name}: {line}"
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) > 20
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_short(name):
+    lines = PAGES[name].splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 160 and not line.startswith("|")]
+
+
+def test_the_code_of_the_python_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(page("python"), "python")
+    names: dict = {}
+    for block in code:
+        exec(compile(block, "guide/python.md", "exec"), names)  # noqa: S102 (our own pages)
+    printed = capsys.readouterr().out
+    assert len(code) >= 7 and "True" in printed and float(printed.split()[-1]) < 1e-4
+
+
+def test_unknown_topics_are_refused():
+    with pytest.raises(DynpruneError, match='No topic "budget". Did you mean budgets'):
+        page("budget")
