@@ -15,8 +15,9 @@ from dynprune.listener import SILENT, Listener
 from dynprune.runs.config import ENOUGH, Recipe, TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.training import distributed
+from dynprune.training.checkpoint import fit_in
 from dynprune.training.rehearsal import rehearse
-from dynprune.training.session import Session, fit_in
+from dynprune.training.session import Session
 from dynprune.training.train import TrainResult
 from dynprune.training.train import train as run_training
 

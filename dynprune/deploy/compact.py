@@ -30,7 +30,8 @@ from dynprune.state.tensors import named_tensors, paths_of
 from dynprune.structure.channels import Selection
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked, trace
-from dynprune.training.session import Session, fit_in, part, slots_in
+from dynprune.training.checkpoint import fit_in, part, slots_in
+from dynprune.training.session import Session
 from dynprune.training.train import Progress, train
 
 TOLERANCE = 1e-5  # largest difference over largest output; in float64 only a real disagreement reaches it

@@ -38,7 +38,8 @@ from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.state.copies import copied
 from dynprune.structure.tracing import trace
-from dynprune.training.session import PASSES, Session, fill_full, fit_in
+from dynprune.training.checkpoint import fill_full, fit_in
+from dynprune.training.session import PASSES, Session
 from dynprune.training.train import Progress, train
 from dynprune.zoo.weights import load_weights
 

@@ -23,7 +23,7 @@ from dynprune.runs.config import TrainConfig
 from dynprune.state.tensors import state_of
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import first_line, trace
-from dynprune.training.session import part
+from dynprune.training.checkpoint import part
 from dynprune.zoo import runs_code
 
 

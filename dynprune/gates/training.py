@@ -45,18 +45,10 @@ from dynprune.state.copies import copied
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, paths_of
 from dynprune.structure.tracing import first_line, trace
+from dynprune.training.checkpoint import History, lost, part
 from dynprune.training.distributed import ALONE
-from dynprune.training.session import (
-    PASSES,
-    History,
-    choose_device,
-    learning_rate,
-    lost,
-    make_optimizer,
-    part,
-    set_learning_rate,
-    use_bfloat16,
-)
+from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
+from dynprune.training.session import PASSES
 from dynprune.training.train import Progress, train
 from dynprune.zoo.weights import load_weights
 

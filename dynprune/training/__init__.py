@@ -1,5 +1,6 @@
 """From settings and data to a trained run.
 
 In: a `TrainConfig` and `Data`. Out: a run directory with a checkpoint. `train.py` is the loop, `session.py` one step of
-it and all that it holds, `rehearsal.py` what is tried before. Read `train.py` first.
+it and all that it holds, `checkpoint.py` that written down, `recipe.py` what settings mean for torch, `rehearsal.py`
+what is tried before. Read `train.py` first.
 """

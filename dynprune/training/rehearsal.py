@@ -30,7 +30,9 @@ from dynprune.state.copies import copied, same_randomness
 from dynprune.state.tensors import fill, in_precision, loose_tensors, plain_values, state_of
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import cause
-from dynprune.training.session import Session, make_optimizer, up_to_date
+from dynprune.training.checkpoint import up_to_date
+from dynprune.training.recipe import make_optimizer
+from dynprune.training.session import Session
 
 TRIAL_IMAGES = 4
 SAME = 1e-5  # of the largest output, in float64: the file must bring back what was saved

@@ -22,9 +22,11 @@ from dynprune.errors import DynpruneError, Stopped
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.tracing import first_line
+from dynprune.training.checkpoint import History, lost
 from dynprune.training.distributed import lost_contact
+from dynprune.training.recipe import learning_rate
 from dynprune.training.rehearsal import rehearse_step
-from dynprune.training.session import History, Session, learning_rate, lost
+from dynprune.training.session import Session
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
 

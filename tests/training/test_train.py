@@ -17,7 +17,9 @@ from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import trace
-from dynprune.training.session import History, Session, learning_rate, make_optimizer, set_learning_rate
+from dynprune.training.checkpoint import History
+from dynprune.training.recipe import learning_rate, make_optimizer, set_learning_rate
+from dynprune.training.session import Session
 from dynprune.training.train import Due, train
 from tests.execution.test_reservoir import gather_back
 
