@@ -253,8 +253,7 @@ class Invented(nn.Module):
         return (scores, scores.new_ones(3), self.head.bias) if "more outputs" in self.extras else scores
 
 
-# -- trying one out
-# -------------------------------------------------------------------------------------------------------
+# -- trying one out ----------------------------------------------------------------------------------------------------
 
 
 def images():

@@ -31,8 +31,7 @@ class Base(nn.Module):
         return self.head(self.features(x))
 
 
-# -- values that no state dict holds
-# ------------------------------------------------------------------------------------
+# -- values that no state dict holds -----------------------------------------------------------------------------------
 
 
 class NonPersistent(Base):
@@ -202,8 +201,7 @@ class OddExtraState(Base):
         raise AssertionError("never called with what was left out")
 
 
-# -- names, aliases, attributes
-# -----------------------------------------------------------------------------------------
+# -- names, aliases, attributes ----------------------------------------------------------------------------------------
 
 
 class Alias(Base):
@@ -303,8 +301,7 @@ class InPlace(Base):
         return super().forward(x.sub_(0.5).div_(0.25))
 
 
-# -- training and evaluation
-# --------------------------------------------------------------------------------------------
+# -- training and evaluation -------------------------------------------------------------------------------------------
 
 
 class NoiseInTraining(Base):
@@ -360,8 +357,7 @@ class Statistics(nn.Module):
         return self.head(self.norm(self.conv(x)).mean((2, 3)))
 
 
-# -- constants, scales, layers
-# ------------------------------------------------------------------------------------------
+# -- constants, scales, layers -----------------------------------------------------------------------------------------
 
 
 class Encoded(Base):

@@ -250,8 +250,7 @@ def loader(dataset: PhotoDataset, batch_size: int, workers: int) -> Iterator:
         raise DynpruneError(str(error).strip().splitlines()[-1].partition("DynpruneError: ")[2] or str(error)) from None
 
 
-# -- sources
-# ------------------------------------------------------------------------------------------------------------
+# -- sources -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

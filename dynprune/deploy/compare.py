@@ -4,13 +4,15 @@ Takes the training settings, the policies and the number of seeds; trains every 
 skips what is finished and goes on with what was stopped. Returns every run's accuracy, size and cost, and what they say
 about ours.
 
-    cucb         dynamic channel execution: the bandit chooses the channels cucb-paper   the same as published, with a
-    new selection at every step random       the same schedule, channels chosen by chance static       a thin network of
-    the widths that --allocation gives: from scratch or, where --weights gives a trained network, its largest channels
-    static-ours  a thin network of the widths that cucb ended with, from scratch dense        the whole network
+    cucb         dynamic channel execution: the bandit chooses the channels
+    cucb-paper   the same as published, with a new selection at every step
+    random       the same schedule, channels chosen by chance
+    static       a thin network of the widths that --allocation gives: from scratch or, where --weights gives a trained
+                 network, its largest channels
+    static-ours  a thin network of the widths that cucb ended with, from scratch
+    dense        the whole network
     dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the
-    rest; where --weights gives a
-                 trained network, cut at once
+                 rest; where --weights gives a trained network, cut at once
 
 A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a
 setting's worth is shown.

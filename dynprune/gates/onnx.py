@@ -3,13 +3,14 @@
 Takes a GatedNetwork and the ONNX graph of its network without gates; puts the predictors in and gives every gated layer
 one of these forms:
 
-    full    everything is computed, closed inputs multiplied by 0: for layers too small to gain layer   an `If` around
-    the layer: nothing is computed when all of its outputs, or all of its inputs, are closed blocks  an `If` with
-    constant weights per unit of outputs: keeps onnxruntime's blocked layout, does not profit from closed inputs pair
-    two layers at once, one that makes a group and the only one that reads it: an `If` per unit around its part of both,
-    and the
-            sum of the parts; keeps the blocked layout and profits from closed units twice gather  only open rows and
-    columns of the weight are gathered and convolved: profits from both, but leaves the blocked layout
+    full    everything is computed, closed inputs multiplied by 0: for layers too small to gain
+    layer   an `If` around the layer: nothing is computed when all of its outputs, or all of its inputs, are closed
+    blocks  an `If` with constant weights per unit of outputs: keeps onnxruntime's blocked layout, does not profit from
+            closed inputs
+    pair    two layers at once, one that makes a group and the only one that reads it: an `If` per unit around its part
+            of both, and the sum of the parts; keeps the blocked layout and profits from closed units twice
+    gather  only open rows and columns of the weight are gathered and convolved: profits from both, but leaves the
+            blocked layout
 
 Which form a layer gets is measured, with the gates of real images. The graph takes one image; its second output is what
 was open.
@@ -327,8 +328,7 @@ def add_pair(builder: Builder, x: str, pair: Pair, values: Mapping[str, onnx.Ten
 ADD = {"full": add_full, "layer": add_layer, "blocks": add_blocks, "gather": add_gather}
 
 
-# -- the whole graph
-# ----------------------------------------------------------------------------------------------------
+# -- the whole graph ---------------------------------------------------------------------------------------------------
 
 
 class Rewriter:
@@ -566,8 +566,7 @@ def one_image(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-# -- which form wins
-# ----------------------------------------------------------------------------------------------------
+# -- which form wins ---------------------------------------------------------------------------------------------------
 
 
 def choose_forms(rewriter: Rewriter, choices: Choices, report: Callable[[str, int, int], None]) -> dict[str, dict]:

@@ -4,10 +4,10 @@ Takes a GateConfig, data, and a network (new, or that of a finished run); trains
 by the chosen estimator, on a price per multiply-accumulate that steers the mean cost of an image to the target. The
 steps fall into phases:
 
-    warming   with `gates_first`: the weights rest while the gates learn gating    both learn; the target falls from 1
-    to the one asked for in the first half settled   the gates are set to the threshold that meets the target, and stay
-    but for that threshold and the statistics that normalise what they see;
-              the weights learn to live with them
+    warming   with `gates_first`: the weights rest while the gates learn
+    gating    both learn; the target falls from 1 to the one asked for in the first half
+    settled   the gates are set to the threshold that meets the target, and stay but for that threshold and the
+              statistics that normalise what they see; the weights learn to live with them
 
 After the last step, units that hardly any training image opens are closed for good, and the threshold is set once more.
 
@@ -180,7 +180,7 @@ class GateSession:
         """Gates that do not look: each open with the one probability that meets the target."""
         return (torch.rand(scores.shape, device=scores.device) < torch.sigmoid(self.model.shift)).to(scores.dtype)
 
-    # -- one step ---------------------------------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: decide, forward, loss of weights and gates, backward, step. Returns the loss of the classes."""
@@ -272,7 +272,7 @@ class GateSession:
             baseline = self.loss_of(self.network(images), labels, taught)
         return cost + estimators.reinforce(cooled, choices.open, estimators.advantage_over(each, baseline))
 
-    # -- the threshold ----------------------------------------------------------------------------------------------
+    # -- the threshold -------------------------------------------------------------------------------------------------
 
     def close_for_good(self) -> None:
         """Close what hardly any image opens: it can be cut then."""
@@ -331,7 +331,7 @@ class GateSession:
                 shares.append(self.model.executed_share(self.model.run(batch, self.model.threshold)[1]))
         return float(torch.cat(shares).mean())
 
-    # -- checkpoint -------------------------------------------------------------------------------------------------
+    # -- checkpoint ----------------------------------------------------------------------------------------------------
 
     def save(self, run: Run, history: History) -> None:
         """Write everything that is needed to go on. Weights that are not finite are refused."""
@@ -410,8 +410,7 @@ class GateSession:
         return history
 
 
-# -- the command
-# --------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

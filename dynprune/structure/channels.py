@@ -138,7 +138,7 @@ class ChannelGraph:
             raise DynpruneError(f'No group "{name}". Groups: {", ".join(self.groups)}.')
         return self.groups[name]
 
-    # -- sizes and costs of any widths --------------------------------------------------------------------------
+    # -- sizes and costs of any widths ---------------------------------------------------------------------------------
 
     def axis_size(self, key: AxisKey, widths: Mapping[str, int]) -> int:
         """Entries left along an axis at the given widths (groups that are absent stay full)."""
@@ -178,7 +178,7 @@ class ChannelGraph:
     def params(self, widths: Mapping[str, int]) -> int:
         return sum(self.tensor_size(name, widths) for name in self.parameters)
 
-    # -- indices of a selection ----------------------------------------------------------------------------------
+    # -- indices of a selection ----------------------------------------------------------------------------------------
 
     def kept(self, selection: Selection, template: Selection | None = None) -> dict[AxisKey, np.ndarray]:
         """Positions to keep along every axis that the selection narrows, in the order of the narrow tensor.

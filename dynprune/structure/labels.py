@@ -168,7 +168,7 @@ class LabelTracer(TorchFunctionMode):
         self.modules = dict(model.named_modules())
         self.module_names = {id(module): name for name, module in self.modules.items()}
 
-    # -- context ------------------------------------------------------------------------------------------------
+    # -- context -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[LabelTracer]:
@@ -219,7 +219,7 @@ class LabelTracer(TorchFunctionMode):
     def layer(self) -> str:
         return (self.stack[-1] if self.stack else "") or "(model)"
 
-    # -- labels ---------------------------------------------------------------------------------------------------
+    # -- labels --------------------------------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Tensor:
         start, self.next_label = self.next_label, self.next_label + count
@@ -425,7 +425,7 @@ class LabelTracer(TorchFunctionMode):
             if bank is not None and output not in self.origin:
                 self.origin[output] = bank
 
-    # -- dispatch -------------------------------------------------------------------------------------------------
+    # -- dispatch ------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}

@@ -850,8 +850,7 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     return output
 
 
-# -- recurrent layers
-# ---------------------------------------------------------------------------------------------------
+# -- recurrent layers --------------------------------------------------------------------------------------------------
 
 
 GATES = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}

@@ -234,8 +234,7 @@ def breakdown(session: Session, batches, hold: int) -> dict[str, float]:
     return {key: value / hold for key, value in spent.items()}
 
 
-# -- memory
-# -------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def peak_mib(config: TrainConfig, name: str, report: Callable[[str], None]) -> float | None:

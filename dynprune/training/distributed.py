@@ -94,8 +94,7 @@ def agree(numbers: list[int], ranks: Ranks, device: torch.device) -> list[int]:
     return values.tolist()
 
 
-# -- BatchNorm over the whole batch
-# -------------------------------------------------------------------------------------
+# -- BatchNorm over the whole batch ------------------------------------------------------------------------------------
 
 
 class NormOverRanks(torch.autograd.Function):

@@ -67,8 +67,7 @@ def rehearse_step(session: Session, say: Callable[[str], None] = lambda _: None)
         try_step(session, say)
 
 
-# -- one training step
-# ------------------------------------------------------------------------------------------------------
+# -- one training step -------------------------------------------------------------------------------------------------
 
 
 def try_step(session: Session, say: Callable[[str], None]) -> None:
@@ -126,8 +125,7 @@ def trial_batch(session: Session) -> tuple[Tensor, Tensor]:
     return images, (torch.arange(TRIAL_IMAGES) % len(session.data.classes)).to(session.device)
 
 
-# -- checkpoint and compact file
-# --------------------------------------------------------------------------------------------
+# -- checkpoint and compact file ---------------------------------------------------------------------------------------
 
 
 def try_checkpoint(session: Session) -> nn.Module:
@@ -255,8 +253,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     )
 
 
-# -- the ONNX file
-# ----------------------------------------------------------------------------------------------------------
+# -- the ONNX file -----------------------------------------------------------------------------------------------------
 
 
 def try_onnx(name: str, data: Data, loaded: nn.Module, opset: int | None = None) -> None:

@@ -135,7 +135,7 @@ class Session:
     def macs(self) -> int:
         return self.graph.macs(self.widths)
 
-    # -- one step ---------------------------------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------------------------------
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
@@ -232,7 +232,7 @@ class Session:
         self.forward = forward or self.forward
         return facts
 
-    # -- checkpoint -------------------------------------------------------------------------------------------------
+    # -- checkpoint ----------------------------------------------------------------------------------------------------
 
     def save(self, run: Run, history: History) -> None:
         """Write everything that is needed to go on, and how often each arm was picked; see `checkpoint.save`."""

@@ -184,8 +184,7 @@ def test_names_of_files_need_not_be_utf8_nor_the_terminal(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# -- ONNX files that are not ours
-# --------------------------------------------------------------------------------------------
+# -- ONNX files that are not ours --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +219,7 @@ def test_unlike_inputs_are_not_called_the_same_work(files, monkeypatch):
     assert "they are not the same work: large.onnx takes images of 3x16x16, small.onnx of 3x8x8" in other.verdict
 
 
-# -- invented networks
-# ---------------------------------------------------------------------------------------------------------
+# -- invented networks -------------------------------------------------------------------------------------------------
 
 
 RECIPES = [

@@ -184,8 +184,7 @@ def test_a_network_without_gateable_channels_is_refused():
         GatedNetwork(network, dynprune.trace(network, torch.randn(1, 3, 8, 8)), torch.randn(1, 3, 8, 8))
 
 
-# -- estimators
-# ---------------------------------------------------------------------------------------------------------
+# -- estimators --------------------------------------------------------------------------------------------------------
 
 
 def test_reinforce_raises_what_was_better_than_expected():
@@ -224,8 +223,7 @@ def test_gumbel_gates_are_open_or_closed_and_pass_a_gradient():
     assert float(estimators.entropy([torch.zeros(2, 3)])) == pytest.approx(np.log(2))
 
 
-# -- statistics
-# ---------------------------------------------------------------------------------------------------------
+# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 def test_information_of_gates_by_hand():

@@ -1,7 +1,8 @@
-"""Gates beside each other: targets, ways to learn, and no gates at all, on the same network and steps.
+r"""Gates beside each other: targets, ways to learn, and no gates at all, on the same network and steps.
 
-    python -m tests.measure.gates --out DIR --targets 0.25,0.33,0.5,0.66 --estimators gumbel,reinforce,random -- RUN
-    --epochs 2 python -m tests.measure.gates table --out DIR
+    python -m tests.measure.gates --out DIR --targets 0.25,0.33,0.5,0.66 --estimators gumbel,reinforce,random -- \
+        RUN --epochs 2
+    python -m tests.measure.gates table --out DIR
 
 What follows `--` is given to every `dynprune gate`: a finished run whose network gets the gates, or `--model` and
 `--data`, and a schedule. Every target is trained with the first estimator, the target 0.33 with all of them, and once

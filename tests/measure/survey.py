@@ -1,12 +1,13 @@
-"""Networks of other packages: traced, proven exact or "not shown", their state untouched. `python -m
-tests.measure.survey [--out FILE]`.
+r"""Networks of other packages: traced, proven exact or "not shown", their state untouched.
+
+`python -m tests.measure.survey [--out FILE]` measures them.
 
 The packages are installed for this only:
 
-    pip install transformers segmentation-models-pytorch monai pytorchcv kornia speechbrain torchaudio
-    efficientnet-pytorch vit-pytorch diffusers \
-        braindecode dynamic-network-architectures torchxrayvision pretrainedmodels super-image open_clip_torch
-    opencv-python-headless pip install --no-deps ultralytics facenet-pytorch
+    pip install transformers segmentation-models-pytorch monai pytorchcv kornia speechbrain torchaudio \
+        efficientnet-pytorch vit-pytorch diffusers braindecode dynamic-network-architectures torchxrayvision \
+        pretrainedmodels super-image open_clip_torch opencv-python-headless
+    pip install --no-deps ultralytics facenet-pytorch
 
 All weights are random; nothing is downloaded. `python -m tests.measure.survey table --out FILE` makes a Markdown table
 of what was found.

@@ -172,8 +172,7 @@ def test_weights_that_grow_back_are_pinned_with_the_reason():
     assert any("rewrites 0.eval_conv.weight" in pin.op for pin in trace(odd.rewrites(), X).pinned)
 
 
-# -- layers that had no rule
-# --------------------------------------------------------------------------------------------
+# -- layers that had no rule -------------------------------------------------------------------------------------------
 
 
 class Recurrent(nn.Module):

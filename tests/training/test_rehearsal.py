@@ -290,8 +290,7 @@ def test_an_opset_that_is_not_written_is_refused_before_training(folder):
         rehearse(Session(config, load_data(config.source)), opset=11)
 
 
-# -- state
-# ------------------------------------------------------------------------------------------------------------------
+# -- state -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

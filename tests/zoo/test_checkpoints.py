@@ -177,8 +177,7 @@ def test_a_scripted_archive_is_refused_with_advice(tmp_path):
         load_weights(odd.Base(4), tmp_path / "w.pt")
 
 
-# -- nothing but tensors and plain values
-# ---------------------------------------------------------------------------------
+# -- nothing but tensors and plain values ------------------------------------------------------------------------------
 
 
 class Runs:
