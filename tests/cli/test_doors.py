@@ -248,3 +248,13 @@ def test_invented_networks_go_through_everything(tmp_path):
     folders = [tmp_path / str(number) for number in range(len(RECIPES))]
     assert [invent.tried(recipe, folder) for recipe, folder in zip(RECIPES, folders)] == ["went through"] * 2
     assert max(invent.loaded_elsewhere(folders).values()) < 1e-4
+
+
+def test_the_shell_can_complete_commands():
+    done = call(
+        _DYNPRUNE_COMPLETE="complete_bash",
+        COMP_WORDS="dynprune co",
+        COMP_CWORD="1",
+        _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1",
+    )
+    assert {"compact", "compare"} <= set(done.stdout.split())
