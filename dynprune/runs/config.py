@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import tomli_w
 
@@ -34,10 +34,10 @@ def setting(
     meaning: str,
     *,
     choices: tuple[str, ...] = (),
-    check: Callable[[object], bool] | None = None,
+    check: Callable[[Any], bool] | None = None,
     expected: str = "",
     auto: object = None,
-) -> object:
+) -> Any:
     """A field with its meaning and the values it accepts: one of `choices`, or whatever passes `check` (`expected` in
     words). auto: the number that stands for "auto" on the command line, to be chosen once the data are known
     (`resolved`)."""
@@ -47,11 +47,11 @@ def setting(
     )
 
 
-def positive(value: object) -> bool:
+def positive(value: float) -> bool:
     return value > 0
 
 
-def fraction(value: object) -> bool:
+def fraction(value: float) -> bool:
     return 0 <= value < 1
 
 

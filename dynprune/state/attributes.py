@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,21 +79,21 @@ def walk(
             yield from walk(entry, (*path, attribute), registered, held, seen)
 
 
-def value_at(model: nn.Module, path: Path) -> object:
+def value_at(model: nn.Module, path: Path) -> Any:
     """The value that a path leads to. Raises LookupError or AttributeError where it leads nowhere."""
-    value: object = model.get_submodule(path[0])
+    value: Any = model.get_submodule(path[0])
     for key in path[1:]:
         value = step(value, key)
     return value
 
 
-def step(value: object, key: object) -> object:
+def step(value: Any, key: Any) -> Any:
     if isinstance(value, (list, tuple, dict)):
         return value[key]
     return vars(value)[key]
 
 
-def set_value(model: nn.Module, path: Path, new: object) -> None:
+def set_value(model: nn.Module, path: Path, new: Any) -> None:
     """Put a value where a path leads. Tensors and arrays are filled in place; a tuple on the way is replaced by a new
     one."""
     before = value_at(model, path)
@@ -111,7 +112,7 @@ def set_value(model: nn.Module, path: Path, new: object) -> None:
 def replace(model: nn.Module, path: Path, new: object) -> None:
     if len(path) < 2:
         raise DynpruneError(f"{path} leads to a module, not to a value.")
-    parent = model.get_submodule(path[0]) if len(path) == 2 else value_at(model, path[:-1])
+    parent: Any = model.get_submodule(path[0]) if len(path) == 2 else value_at(model, path[:-1])
     if isinstance(parent, tuple):
         entries = [new if index == path[-1] else entry for index, entry in enumerate(parent)]
         replace(model, path[:-1], type(parent)(*entries) if hasattr(parent, "_fields") else type(parent)(entries))

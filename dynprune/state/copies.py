@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def refused(value: object, known: dict[int, object], seen: set[int]) -> Iterator
         yield value
 
 
-def cloned(tree: object) -> object:
+def cloned(tree: Any) -> Any:
     """Inputs of their own: every tensor in nested lists, tuples, dicts and plain objects is cloned, the containers are
     new."""
     if isinstance(tree, Tensor):

@@ -249,7 +249,7 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
             pinned[component[tracer.elements[name].numpy()]] = True
     for (source, formula), labels in tracer.numbers.items():
         axes[number_name(source, formula), -1] = component[labels.numpy()]
-    shapes = {name: (len(roots),) for (name, dim), roots in axes.items() if dim < 0}
+    shapes: dict[str, tuple[int, ...]] = {name: (len(roots),) for (name, dim), roots in axes.items() if dim < 0}
     shapes |= {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
     parameters = frozenset(name for name, _ in model.named_parameters())
     groups = group_arms(axes, pinned, parameters, tracer.reads)

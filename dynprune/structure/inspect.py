@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,7 +108,7 @@ def build_for_inspection(name: str, classes: int, shape: str) -> tuple[nn.Module
     if shape:
         return model, parse_input(shape)
     if name.startswith("timm:"):
-        return model, tuple(model.default_cfg.get("input_size", (3, 224, 224)))
+        return model, tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))
     return model, (3, 224, 224) if name.startswith("torchvision:") else (3, 32, 32)
 
 
@@ -181,7 +182,7 @@ def prunable_share(graph: ChannelGraph) -> float:
     return 1 - held / max(1, total)
 
 
-def in_float64(tree: object) -> object:
+def in_float64(tree: Any) -> Any:
     if isinstance(tree, torch.Tensor):
         return tree.double() if tree.is_floating_point() else tree
     return type(tree)(in_float64(value) for value in tree) if type(tree) in (tuple, list) else tree
@@ -197,7 +198,7 @@ def check_exactness(
     """Remove a random `fraction` of every group's arms, and compare untouched, masked and compact outputs."""
     selection = random_selection(graph, fraction, seed)
     mixed = [group.name for group in graph if group.mixed_by]
-    known = {"trace_seconds": seconds, "fraction": fraction, "seed": seed, "mixed": mixed}
+    known: dict[str, Any] = {"trace_seconds": seconds, "fraction": fraction, "seed": seed, "mixed": mixed}
     if failure := run_compact(model, graph, selection, inputs):
         return Check(
             False, math.inf, math.nan, 1.0, **known, failure=f"{failure.layer or '(model)'}: {failure.message}"
@@ -224,7 +225,7 @@ def check_exactness(
     return judged(found, kept, known)
 
 
-def judged(found: Comparison, kept: float, known: dict) -> Check:
+def judged(found: Comparison, kept: float, known: dict[str, Any]) -> Check:
     """The verdict of a comparison. A difference means something only beside what removal changed: far less than that,
     or a mistake."""
     why = (

@@ -12,22 +12,22 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
 class Source(NamedTuple):
-    """An integer attribute of a module, or an entry of a list or tuple there. index -1: the attribute itself."""
+    """An integer attribute of a module, or an entry of a list or tuple there. entry -1: the attribute itself."""
 
     module: str
     attribute: str
-    index: int
+    entry: int
 
     @property
     def path(self) -> tuple:
         """As `state.attributes` names it."""
-        return (self.module, self.attribute, self.index) if self.index >= 0 else (self.module, self.attribute)
+        return (self.module, self.attribute, self.entry) if self.entry >= 0 else (self.module, self.attribute)
 
 
 class Number(int):
@@ -114,7 +114,7 @@ class Number(int):
 
 
 def number_name(source: Source, formula: tuple[int, int, int]) -> str:
-    """How a remembered number is named among the tensors: '#["module", "attribute", index, multiplier, divisor,
+    """How a remembered number is named among the tensors: '#["module", "attribute", entry, multiplier, divisor,
     offset]'."""
     return "#" + json.dumps([*source, *formula])
 
@@ -124,15 +124,15 @@ def is_number(name: str) -> bool:
 
 
 def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
-    module, attribute, index, *formula = json.loads(name[1:])
+    module, attribute, entry, *formula = json.loads(name[1:])
     if not (
         isinstance(module, str)
         and isinstance(attribute, str)
         and len(formula) == 3
-        and all(type(part) is int for part in (index, *formula))
+        and all(type(part) is int for part in (entry, *formula))
     ):
         raise ValueError(f"{name[:80]} names no number")
-    return Source(module, attribute, index), (formula[0], formula[1], formula[2])
+    return Source(module, attribute, entry), (formula[0], formula[1], formula[2])
 
 
 def named_as_before(name: str) -> str:
@@ -173,7 +173,7 @@ def remembered(model: nn.Module, compared: Callable[[Number], None] | None = Non
             module.__dict__[attribute] = value
 
 
-def as_numbers(value: object, path: str, attribute: str, compared: Callable[[Number], None] | None = None) -> object:
+def as_numbers(value: Any, path: str, attribute: str, compared: Callable[[Number], None] | None = None) -> Any:
     if attribute.startswith("_"):
         return value
     if type(value) is int and value > 1:
@@ -190,11 +190,11 @@ def set_number(model: nn.Module, source: Source, value: int) -> None:
     already."""
     module = model.get_submodule(source.module)
     before = getattr(module, source.attribute)
-    if not isinstance(before if source.index < 0 else before[source.index], int):
+    if not isinstance(before if source.entry < 0 else before[source.entry], int):
         raise AttributeError(f"{source.attribute} is not a whole number")
-    if source.index < 0:
+    if source.entry < 0:
         setattr(module, source.attribute, value)
         return
     entries = list(getattr(module, source.attribute))
-    entries[source.index] = value
+    entries[source.entry] = value
     setattr(module, source.attribute, type(getattr(module, source.attribute))(entries))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ def named(names: str, owners: Iterable[object] = (torch, Tensor, F, torch.specia
                     yield func
 
 
+def getter(name: str) -> Callable:
+    """The function that torch calls for an attribute of a tensor."""
+    return getattr(Tensor, name).__get__
+
+
 def rule_for(*functions: Callable) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         for func in functions:
@@ -40,7 +46,7 @@ def rule_for(*functions: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
-def argument(args: tuple, kwargs: dict, position: int, name: str, default: object = None) -> object:
+def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
@@ -53,7 +59,7 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default: objec
     detach cpu cuda type_as requires_grad_ positive logical_not isnan isinf isfinite bernoulli rrelu zeros_like
     ones_like empty_like rand_like randn_like full_like fake_quantize_per_tensor_affine
     """),
-    Tensor.data.__get__,
+    getter("data"),
 )
 def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """One tensor in, the same shape out, every element on its own."""
@@ -108,7 +114,7 @@ def observe_and_fake_quantize(tracer: LabelTracer, func: Callable, args: tuple, 
     return output
 
 
-@rule_for(Tensor.shape.__get__, *named("size"))
+@rule_for(getter("shape"), *named("size"))
 def shape_of(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Asking for a shape may be the first half of comparing it with a remembered size."""
     if (labels := tracer.labels.get(args[0])) is not None:
@@ -128,7 +134,7 @@ def leave_torch(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
 def factory(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """A new constant. Where one of its sizes is a remembered one, that dimension shrinks with what the size counts."""
     output = func(*args, **kwargs)
-    sizes = args[1:] if args and isinstance(args[0], Tensor) else args or (kwargs.get("size", ()),)
+    sizes: tuple | list = args[1:] if args and isinstance(args[0], Tensor) else args or (kwargs.get("size", ()),)
     sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
     numbers = [d for d, size in enumerate(sizes) if isinstance(size, Number)]
     if (
@@ -174,7 +180,8 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
         if labels is not None
     ]
     moving = {d for d in range(len(shape)) if any(varies(labels, d) for _, labels in wide)}
-    whole, stretched = [], []
+    whole: list[Tensor] = []
+    stretched: list[Tensor] = []
     for _, labels in wide:
         short = any(labels.size(d) == 1 and shape[d] > 1 for d in moving)
         (stretched if short else whole).append(labels)
@@ -189,8 +196,8 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
         if any(varies(labels, d) for d in moving):  # one part lines up, another is stretched: too entangled
             tracer.pin(result, op)
         tracer.pin(labels, op)
-    for value, labels in operands:
-        if labels is None and value.numel() > 1:  # a constant with one entry per channel cannot be narrowed with them
+    for value, found in operands:
+        if found is None and value.numel() > 1:  # a constant with one entry per channel cannot be narrowed with them
             offset = len(shape) - value.ndim
             if any(d >= offset and value.size(d - offset) > 1 for d in moving):
                 tracer.pin(result, f"{op} with a constant")
@@ -208,7 +215,7 @@ MOVES: dict[Callable, Callable] = {
 MOVES[Tensor.unfold] = Tensor.unfold
 MOVES |= {func: Tensor.reshape for func in named("view reshape")}
 MOVES |= {func: func for func in named("flatten unflatten")}
-MOVES |= {prop.__get__: (lambda x, _p=prop: _p.__get__(x)) for prop in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)}
+MOVES |= {func: func for func in map(getter, ("T", "mT", "H", "mH"))}
 MOVES |= {func: (lambda x, y: x.reshape(y.shape)) for func in named("view_as reshape_as")}
 
 
@@ -217,14 +224,14 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
     """Data movement: the same function runs on the labels."""
     source = args[0]
     parts = list(source) if isinstance(source, (list, tuple)) else [source]
-    labels = [tracer.of(part) for part in parts]
-    if all(found is None for found in labels):
+    found = [tracer.of(part) for part in parts]
+    if all(own is None for own in found):
         return func(*args, **kwargs)
     if any(other in tracer.labels for other in tensors_in([args[1:], kwargs])) and func not in SHAPED:
         output = func(*args, **kwargs)
         tracer.default(func, output, args, kwargs)  # the choice of elements depends on the data
         return output
-    labels = [tracer.pinned_like(part) if found is None else found for part, found in zip(parts, labels)]
+    labels = [tracer.pinned_like(part) if own is None else own for part, own in zip(parts, found)]
     moved = MOVES[func](labels if isinstance(source, (list, tuple)) else labels[0], *on_cpu(args[1:]), **on_cpu(kwargs))
     output = func(*args, **kwargs)
     outputs = [output] if isinstance(output, Tensor) else list(output)
@@ -238,7 +245,7 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
     return output
 
 
-def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: object) -> bool:
+def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: Any) -> bool:
     """True when every bound that cuts a channel dimension is a remembered size: it then shrinks with what it counts."""
     entries = list(index) if isinstance(index, tuple) else [index]
     if any(not isinstance(entry, slice) for entry in entries if entry is not Ellipsis):
@@ -263,7 +270,7 @@ RESHAPES = set(named("view reshape unflatten view_as reshape_as"))
 SLICES = set(named("getitem narrow select unbind index_select roll take_along_dim"))
 
 
-def on_cpu(tree: object) -> object:
+def on_cpu(tree: Any) -> Any:
     """The same arguments with every tensor on the CPU, where labels live."""
     if isinstance(tree, Tensor):
         return tree.cpu()
@@ -579,7 +586,7 @@ def along_one_dimension(tracer: LabelTracer, func: Callable, args: tuple, kwargs
 def matrix_times_vector(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """A filter bank, as a matrix, times one of the network's own vectors: half of the spectral norm. Other products are
     not followed."""
-    matrix, vector = args[0], args[1] if len(args) > 1 else kwargs.get("vec", kwargs.get("other"))
+    matrix, vector = args[0], argument(args, kwargs, 1, "vec", kwargs.get("other"))
     bank = tracer.bank_of(matrix)
     output = func(*args, **kwargs)
     entries = tracer.of(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else None
@@ -600,11 +607,12 @@ def matrix_times_vector(tracer: LabelTracer, func: Callable, args: tuple, kwargs
 @rule_for(*named("dot vdot"))
 def inner_product(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """One number of two vectors, whose entries belong together."""
-    labels = [tracer.of(value) for value in args[:2]]
+    a, b = args[0], argument(args, kwargs, 1, "tensor", kwargs.get("other"))
+    first, second = tracer.of(a), tracer.of(b)
     output = func(*args, **kwargs)
-    if all(found is not None for found in labels):
-        tracer.tie(*labels)
-        tracer.mix(labels[0], "spectral_norm" if any(tracer.is_own(value) for value in args[:2]) else "dot")
+    if first is not None and second is not None:
+        tracer.tie(first, second)
+        tracer.mix(first, "spectral_norm" if tracer.is_own(a) or tracer.is_own(b) else "dot")
         tracer.set(output, tracer.pinned_like(output))
     else:
         tracer.default(func, output, args, kwargs)
@@ -647,9 +655,9 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     if channels is None:
         tracer.default(func, output, args, kwargs)
         return output
-    entries, first = ("running_mean", "running_var", "weight", "bias"), 1
-    if func in GROUP_NORMS:
-        entries, first = ("weight", "bias"), 2
+    grouped = func in GROUP_NORMS
+    entries, first = (("weight", "bias"), 2) if grouped else (("running_mean", "running_var", "weight", "bias"), 1)
+    if grouped:
         groups = argument(args, kwargs, 1, "num_groups")
         if groups > 1:
             tracer.tie_along(channels.view(groups, -1), 0)
@@ -658,7 +666,7 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     for tensor in own:
         tracer.axis(tensor, 0, channels)
     if all(tensor is None for tensor in own):
-        tracer.note_size("num_channels" if func in GROUP_NORMS else "num_features", channels)
+        tracer.note_size("num_channels" if grouped else "num_features", channels)
     tracer.set(output, labels)
     return output
 
@@ -673,7 +681,7 @@ def weight_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
     output = func(*args, **kwargs)
     labels = tracer.of(direction)
     if argument(args, kwargs, 2, "dim", 0) == 0 and labels is not None and length.shape[0] == direction.shape[0]:
-        tracer.axis(length, 0, labels[(slice(None), *[0] * (labels.ndim - 1))])
+        tracer.axis(length, 0, labels.reshape(len(labels), -1)[:, 0])
         tracer.set(output, labels)
     else:
         tracer.default(func, output, args, kwargs)
@@ -687,11 +695,11 @@ def prelu(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     output = func(*args, **kwargs)
     if labels is None:
         return output
-    channels = tracer.vector(labels, 1)
-    if weight.numel() > 1 and channels is None:
-        tracer.default(func, output, args, kwargs)
-        return output
     if weight.numel() > 1:
+        channels = tracer.vector(labels, 1)
+        if channels is None:
+            tracer.default(func, output, args, kwargs)
+            return output
         tracer.axis(weight, 0, channels)
     tracer.set(output, labels)
     return output
@@ -743,7 +751,7 @@ def read_computed_weight(tracer: LabelTracer, bank: str, weight: Tensor, channel
         tracer.mix(channels, "spectral_norm" if vectors else "weight standardisation")
 
 
-def per_dimension(value: object, count: int) -> tuple[int, ...]:
+def per_dimension(value: int | tuple | list, count: int) -> tuple[int, ...]:
     values = tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),)
     return values * count if len(values) == 1 else values
 
@@ -853,8 +861,8 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
 # -- recurrent layers --------------------------------------------------------------------------------------------------
 
 
-GATES = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
-CELL_GATES = {torch.lstm_cell: 4, torch.gru_cell: 3, torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1}
+GATES: dict[Callable, int] = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
+CELL_GATES: dict[Callable, int] = {torch.lstm_cell: 4, torch.gru_cell: 3, torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1}
 
 
 @rule_for(*GATES)

@@ -8,6 +8,7 @@ stay, the input is untouched, and the copy can be traced again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,12 +69,12 @@ def own_weight(module: nn.Module) -> Tensor | None:
     return max(found, key=Tensor.numel, default=None)
 
 
-def repair_numbers(original: nn.Module, module: nn.Module) -> None:
-    """Make the sizes that a layer remembers agree with its narrowed tensors."""
+def repair_numbers(original: Any, module: nn.Module) -> None:
+    """Make the sizes that a layer remembers agree with its narrowed tensors. original: the layer it was copied from."""
     if isinstance(module, nn.RNNBase):
         module.input_size, module.hidden_size = (
-            module.weight_ih_l0.shape[1],
-            module.weight_hh_l0.shape[0] // (original.weight_hh_l0.shape[0] // original.hidden_size),
+            get_tensor(module, "weight_ih_l0").shape[1],
+            get_tensor(module, "weight_hh_l0").shape[0] // (original.weight_hh_l0.shape[0] // original.hidden_size),
         )
         return
     if isinstance(module, nn.RNNCellBase):
