@@ -30,7 +30,10 @@ from dynprune.structure.numbers import is_number
 
 
 class Milliseconds(Protocol):
-    """What predicts latency: `total` takes the size of every axis and returns milliseconds."""
+    """What predicts latency: `total` takes the size of every axis and returns milliseconds, `correction` times what the
+    layers took by themselves."""
+
+    correction: float
 
     def total(self, sizes: np.ndarray) -> float: ...
 
@@ -99,6 +102,7 @@ class CostModel:
 
     def cost(self, quantity: str, widths: np.ndarray) -> float:
         if quantity == "latency":
+            assert self.latency is not None, "nothing was measured that tells milliseconds"
             return self.latency.total(self.axis_sizes(widths))
         return int((self.sizes(widths).prod(1) * self.fixed) @ self.weights[quantity])
 

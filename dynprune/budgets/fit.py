@@ -101,6 +101,7 @@ class Fitter:
                 break
             self.report("timing candidate networks", number, CANDIDATES)
             tried[key] = timed = self.time(widths)
+            assert self.cost.latency is not None
             self.cost.latency.correction *= timed.measured_ms / timed.predicted_ms
             use = self.use(timed)
             if CLOSE <= use <= 1 or use > 1 and list(widths.values()) == self.allowed.smallest.tolist():
@@ -125,7 +126,8 @@ class Fitter:
         return dict(zip(self.graph.groups, self.allowed.smallest.tolist()))
 
     def time(self, widths: Mapping[str, int], model: nn.Module | None = None) -> Latency:
-        """Time these widths, or `model`, which has them."""
+        """Time these widths, or `model`, which has them; `time_dense` comes first."""
+        assert self.stopwatch is not None
         dense_ms, measured_ms = self.stopwatch.measure(model or self.stopwatch.candidate(widths))
         return Latency(dense_ms, self.predict(widths), measured_ms)
 

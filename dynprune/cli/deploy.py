@@ -105,8 +105,14 @@ def export(
         result = verb.export(
             run, out=out, opset=opset, fold_normalization=fold_normalization, data=data, listener=listener
         )
-    table = export_table if isinstance(result, ExportResult) else gated_export_table
-    finish(json_output, dataclasses.asdict(result), lambda: [table(result), f"next: dynprune bench {run}"])
+    finish(
+        json_output,
+        dataclasses.asdict(result),
+        lambda: [
+            export_table(result) if isinstance(result, ExportResult) else gated_export_table(result),
+            f"next: dynprune bench {run}",
+        ],
+    )
 
 
 @with_settings

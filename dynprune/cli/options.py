@@ -111,12 +111,12 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
 
 def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspect.Parameter:
     """The option of a setting: its meaning, with the default as one would write it."""
-    several, auto = isinstance(field.default, tuple), field.metadata["auto"]
+    auto = field.metadata["auto"]
     default = (
         "auto"
         if auto is not None and field.default == auto
         else " ".join(field.default)
-        if several
+        if isinstance(field.default, tuple)
         else str(field.default)
     )
     text = field.metadata["help"] + (
@@ -124,7 +124,7 @@ def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspec
     )
     names = ["--" + field.name.replace("_", "-"), *([FIRST[field.name]] if field.name in FIRST else [])]
     option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
-    value = list[str] if several else str if auto is not None else type(field.default)
+    value = list[str] if isinstance(field.default, tuple) else str if auto is not None else type(field.default)
     return python_inspect.Parameter(
         field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, option]
     )

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -99,12 +99,19 @@ def interrupt(number: int, _frame: object) -> None:
     raise Interrupted(number)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Our own warnings as one line; others as Python shows them."""
     if issubclass(category, DynpruneWarning):
         print(f"warning: {message}", file=sys.stderr)
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))  # type: ignore[arg-type]
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def fail(message: str, code: int, told: bool = False) -> NoReturn:
@@ -140,7 +147,7 @@ def run_app(app: typer.Typer) -> None:
     except typer.Abort:
         fail("interrupted", 128 + signal.SIGINT)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # Typer's own: options that make no sense
+        if not (hasattr(error, "format_message") and hasattr(error, "show")):  # Typer's own: options that make no sense
             raise
         if "--json" in sys.argv:
             fail(error.format_message(), 2)

@@ -105,19 +105,19 @@ def gate(
 
     Example: `dynprune gate runs/mine --target 0.33 --epochs 10`
     """
-    config = None if resume or base else GateConfig(**given).validate()
+    if not (resume or base):
+        GateConfig(**given).validate()
     from dynprune.commands import gate as verb
     from dynprune.report.tables import gate_tables
 
     if resume and (out is None or base is not None):
         raise DynpruneError("--resume goes on with the run in --out, with its settings. Pass --out, and no other run.")
     with stoppable() as listener:
-        if resume:
+        if resume and out is not None:
             result = verb.resume(out, given, model=given.get("model", ""), trust=trust, listener=listener)
         else:
-            result = verb.gate(
-                config or verb.based_on(base, given, trust=trust), out, overwrite=overwrite, listener=listener
-            )
+            config = verb.based_on(base, given, trust=trust) if base else GateConfig(**given)
+            result = verb.gate(config, out, overwrite=overwrite, listener=listener)
     finish(
         json_output,
         dataclasses.asdict(result),
@@ -150,7 +150,9 @@ def run(
     from dynprune.commands import compact as compact_verb
     from dynprune.commands import export as export_verb
     from dynprune.commands import train as train_verb
+    from dynprune.deploy.bench import BenchResult
     from dynprune.deploy.compact import check_options
+    from dynprune.deploy.export import ExportResult
     from dynprune.report import tables
 
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
@@ -171,6 +173,7 @@ def run(
             trained.run, opset=opset, fold_normalization=fold_normalization, listener=listener
         )
         measured = bench_verb.bench(trained.run, batches=batches, threads=bench_threads, listener=listener)
+    assert isinstance(exported, ExportResult) and isinstance(measured, BenchResult)  # those of a run without gates
     results = {
         "train": dataclasses.asdict(trained),
         "compact": dataclasses.asdict(compacted),

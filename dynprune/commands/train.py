@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+from dynprune.budgets.fit import Fit
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
@@ -94,7 +95,7 @@ def resume(
         distributed.leave()
 
 
-def begin(config: TrainConfig, listener: Listener, ranks: distributed.Ranks, fit: object = None) -> Session:
+def begin(config: TrainConfig, listener: Listener, ranks: distributed.Ranks, fit: Fit | None = None) -> Session:
     """A session on the data that the settings name, with what there is to say of both."""
     listener.note(f"reading {config.data}")
     data = load_data(config.source)

@@ -425,7 +425,8 @@ def load_folder(source: Source, path: Path) -> Data:
 
     With only one held-out folder, that one is reported and validation comes out of train/.
     """
-    chooses, skipped = f"{percent(source.val_fraction)} of train/", Counter()
+    chooses = f"{percent(source.val_fraction)} of train/"
+    skipped: Counter[str] = Counter()
     folders = {entry.name.lower(): entry for entry in entries_of(path)}
     if "train" in folders:
         train, classes = scan(folders["train"], None, skipped)
@@ -459,12 +460,24 @@ def load_folder(source: Source, path: Path) -> Data:
     remarks = [f"images deeper than 8 bits hold {depth}"] if depth.white else []
     remarks += [in_words(skipped)] if skipped else []
     size = image_size(source, guess_side(train))
-    if max(size) <= IN_MEMORY_SIDE:
-        train, test = decode(train, *size), decode(test, *size)
-        val = decode(val, *size) if val is not None else None
-    else:
+    if max(size) > IN_MEMORY_SIDE:
         check_readable([name for part in splits for name in part.paths])
-    return finish(source, path.name, classes, size, train, val, test, chooses, reports, tuple(remarks))
+
+    def images(files: ImageFiles) -> Images:
+        return decode(files, *size) if max(size) <= IN_MEMORY_SIDE else files
+
+    return finish(
+        source,
+        path.name,
+        classes,
+        size,
+        images(train),
+        None if val is None else images(val),
+        images(test),
+        chooses,
+        reports,
+        tuple(remarks),
+    )
 
 
 def entries_of(folder: Path) -> list[Path]:
@@ -486,8 +499,7 @@ def scan(folder: Path, classes: list[str] | None, skipped: Counter[str] | None =
         raise DynpruneError(f"{folder} has no class folders. Expected one folder of images per class inside it.")
     if classes is None and len(found) < 2:
         raise DynpruneError(f'{folder} has a single class, "{found[0]}". Expected at least two class folders.')
-    unknown = [name for name in found if classes is not None and name not in classes]
-    if unknown:
+    if classes is not None and (unknown := [name for name in found if name not in classes]):
         raise DynpruneError(
             f'{folder} has a class "{unknown[0]}" that train/ lacks. Classes in train/: {", ".join(classes[:10])}.'
         )

@@ -113,7 +113,7 @@ def bench_run(
         check_comparable(run, against)
     with tempfile.TemporaryDirectory(prefix="dynprune-") as elsewhere:
         dense_file = dense_twin(run, facts, data, report, Path(elsewhere)) if against is None else against.onnx_file
-        if not dense_file.is_file():
+        if against is not None and not dense_file.is_file():
             raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
         rows = measure(dense_file, run.onnx_file, batches, threads, report)
         report("accuracy of the ONNX file on the test data")
@@ -250,8 +250,8 @@ def summarise(
     compact: Path,
     rows: list[BenchRow],
     threads: int,
-    macs: tuple,
-    params: tuple,
+    macs: tuple[int | None, int | None],
+    params: tuple[int | None, int | None],
     accuracy: float | None,
     dense_accuracy: float | None,
     test_data: str | None,
@@ -364,7 +364,7 @@ def measure(
         report(f"timing batch {batch}")
         feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
         samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
-        latencies = [
+        first, second = (
             Latency(
                 float(np.percentile(kept, 50)),
                 float(np.percentile(kept, 95)),
@@ -372,8 +372,8 @@ def measure(
                 kept,
             )
             for kept in samples
-        ]
-        rows.append(BenchRow(batch, *latencies, latencies[0].p50_ms / latencies[1].p50_ms))
+        )
+        rows.append(BenchRow(batch, first, second, first.p50_ms / second.p50_ms))
     return rows
 
 

@@ -26,10 +26,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dynprune import zoo
+from dynprune.budgets.fit import Fit
 from dynprune.budgets.limits import parse_limit
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import fitting
@@ -134,8 +136,8 @@ def compare(
         data = fitting(zoo.build(own.model, len(data.classes), size=data.size), data)
         reference: ComparedRun | None = None
         for policy in policies:
-            epochs = config.epochs if equal == "images" or reference is None else None
-            one = Trial(own, policy, out, data, report, stop).run(epochs, reference)
+            length = config.epochs if equal == "images" or reference is None else reference
+            one = Trial(own, policy, out, data, report, stop).run(length)
             reference = reference or one
             found.append(one)
             say(
@@ -193,11 +195,11 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
     """The settings that a policy such as cucb:explore=0.03:hold=40 trains with."""
     name, *changes = policy.split(":")
     fields = {
-        field.name: type(field.default)
+        field.name: kind
         for field in dataclasses.fields(TrainConfig)
-        if field.name not in COMMON and type(field.default) in (int, float, str)
+        if field.name not in COMMON and (kind := type(getattr(TrainConfig, field.name))) in (int, float, str)
     }
-    changed = {}
+    changed: dict[str, Any] = {}
     for change in changes:
         key, _, value = change.partition("=")
         key = key.replace("-", "_")
@@ -231,26 +233,28 @@ class Trial:
         self.config, self.policy, self.out, self.data, self.report, self.stop = config, policy, out, data, report, stop
         self.path = out / f"{policy.replace(':', ',')}-{config.seed}"
 
-    def run(self, epochs: int | None, reference: ComparedRun | None) -> ComparedRun:
-        """Train for so many epochs or, with None, as long as costs what `reference` cost."""
+    def run(self, length: int | ComparedRun) -> ComparedRun:
+        """Train for so many epochs, or as long as costs what another run cost."""
         settings = variant(self.config, self.policy)
         if self.policy.startswith("dense+prune"):
-            return self.prune_and_train_on(settings, epochs, reference)
+            return self.prune_and_train_on(settings, length)
         fit = (
             fit_in(Run(self.out / f"cucb-{self.config.seed}").read_checkpoint()[1], "fit")
             if self.policy.startswith("static-ours")
             else None
         )
-        if epochs is None:
-            epochs = affordable(
-                reference.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs
+        if isinstance(length, ComparedRun):
+            length = affordable(
+                length.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs
             )
-        return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), fit=fit)
+        return self.finish(self.path, dataclasses.replace(settings, epochs=length), fit=fit)
 
     def per_epoch(self, macs: int) -> int:
         return PASSES * macs * self.data.steps_per_epoch(self.config.batch_size) * self.config.batch_size
 
-    def finish(self, path: Path, settings: TrainConfig, *, fit=None, full: nn.Module | None = None) -> ComparedRun:
+    def finish(
+        self, path: Path, settings: TrainConfig, *, fit: Fit | None = None, full: nn.Module | None = None
+    ) -> ComparedRun:
         """Train in `path`, go on there, or read what is finished."""
         run = Run(path)
         known = run.config_file.is_file() and without_machine(run.config) == without_machine(settings)
@@ -276,28 +280,25 @@ class Trial:
             settings.epochs,
         )
 
-    def prune_and_train_on(
-        self, settings: TrainConfig, epochs: int | None, reference: ComparedRun | None
-    ) -> ComparedRun:
+    def prune_and_train_on(self, settings: TrainConfig, length: int | ComparedRun) -> ComparedRun:
         """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its
         learning rate; a tenth was two points worse (`tests/ablations.md`). Where --weights gives a trained network, it
         is cut at once and trained on like its rivals."""
         graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
         if settings.weights:
             small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
-            epochs = epochs or affordable(
-                reference.train_macs, self.per_epoch(trace(small, self.data.example).macs({}))
-            )
-            return self.finish(self.path, dataclasses.replace(settings, epochs=epochs), full=small)
+            if isinstance(length, ComparedRun):
+                length = affordable(length.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
+            return self.finish(self.path, dataclasses.replace(settings, epochs=length), full=small)
         dense_epoch = self.per_epoch(graph.macs({}))
-        before = max(1, epochs // 2) if epochs else affordable(reference.train_macs / 2, dense_epoch)
+        before = max(1, length // 2) if isinstance(length, int) else affordable(length.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
         small = prune(self.dense_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
         macs = trace(small, self.data.example).macs({})
         after = (
-            max(1, epochs - before)
-            if epochs
-            else affordable(reference.train_macs - first.train_macs, self.per_epoch(macs))
+            max(1, length - before)
+            if isinstance(length, int)
+            else affordable(length.train_macs - first.train_macs, self.per_epoch(macs))
         )
         second = self.finish(
             self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small

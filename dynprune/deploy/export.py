@@ -68,6 +68,9 @@ def check_classes(path: Path, facts: artifact.Facts, classes: list[str]) -> None
 class Normalised(nn.Module):
     """Takes pixels in 0..1 and normalises them inside the graph."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
         self.model = model

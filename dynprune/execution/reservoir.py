@@ -267,8 +267,8 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     changed."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf].data = value.data
+    if (parameter := module._parameters.get(leaf)) is not None:
+        parameter.data = value.data
     else:
         module._buffers[leaf] = value.data
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +206,8 @@ def with_memory(model: nn.Module) -> nn.Module:
     shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for name, value in store.items():
                 if value is not None and id(value) not in made:
                     new = torch.empty_like(value, device="cpu")

@@ -39,6 +39,7 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None,
                 external_data=False,
                 verbose=False,
             )
+        assert program is not None  # as with every export by dynamo
         proto = program.model_proto
     except Exception as error:
         raise DynpruneError(
@@ -60,7 +61,8 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None,
 
 def why(error: BaseException) -> str:
     """The exporter's first words that say something, and the line of the network's code that it stopped at."""
-    place, inner = "", error
+    place = ""
+    inner: BaseException | None = error
     while inner is not None:
         frames = [
             frame

@@ -114,7 +114,8 @@ def bench_gated(
     sessions = [open_session(path, threads) for path in (run.ungated_onnx_file, run.onnx_file, run.static_onnx_file)]
     folded = run.results.get("export", {}).get("fold_normalization") is True
     mean, std = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in (facts.mean, facts.std))
-    right, samples = 0, [[], [], []]
+    right = 0
+    samples: list[list[float]] = [[], [], []]
     for number, (image, label) in enumerate(images):
         work("timing real images in onnxruntime", number, len(images))
         plain = image.numpy()

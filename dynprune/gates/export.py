@@ -25,6 +25,7 @@ from dynprune.data.loading import Data, load_data, some
 from dynprune.data.scores import Scores, logits
 from dynprune.deploy.export import TOLERANCE, Normalised, check_classes, metadata
 from dynprune.errors import DynpruneError
+from dynprune.files.artifact import Facts
 from dynprune.files.disk import write_bytes
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
 from dynprune.gates.file import GateFacts, load_gated
@@ -62,7 +63,7 @@ class GatedExportResult:
     layers: dict[str, dict]
 
 
-def load_run(run: GateRun) -> tuple[GatedNetwork, object, GateFacts]:
+def load_run(run: GateRun) -> tuple[GatedNetwork, Facts, GateFacts]:
     """The run's gated network. A file of another model than the run's own settings name is refused."""
     if not run.gated_file.is_file():
         raise DynpruneError(f"{run.path} has no gated network yet. Finish it: dynprune gate --resume --out {run.path}")
@@ -155,7 +156,7 @@ def export_gated(
 def quickest(rewriter: Rewriter, layers: dict[str, dict], images: Tensor) -> tuple[onnx.ModelProto, dict[str, dict]]:
     """The forms that won layer by layer, or, where that is quicker as a whole, only forms that keep the blocked layout,
     or none."""
-    trials = []
+    trials: list[tuple[dict[str, str], onnx.ModelProto]] = []
     for allowed in (
         FORMS,
         ("full", "layer", "blocks", "pair"),
@@ -179,7 +180,7 @@ def quickest(rewriter: Rewriter, layers: dict[str, dict], images: Tensor) -> tup
 
 
 @torch.no_grad()
-def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool) -> dict:
+def parity(model: GatedNetwork, content: bytes, data: Data, facts: Facts, folded: bool) -> dict:
     """Largest difference and largest output with onnxruntime's gates replayed in torch, equal classes, equal gates,
     images."""
     session = open_session(content)
@@ -189,8 +190,8 @@ def parity(model: GatedNetwork, content: bytes, data: Data, facts, folded: bool)
     sizes = [len(gate.sizes) for gate in model.gates]
     for batch, _ in data.eval_batches(some(data.val, PARITY_IMAGES)):
         for image in batch.split(1):
-            theirs, opened = run_both(session, (image * std + mean if folded else image).numpy())
-            opened = all_units(model, torch.from_numpy(opened))
+            theirs, left = run_both(session, (image * std + mean if folded else image).numpy())
+            opened = all_units(model, torch.from_numpy(left))
             again = fixed({gate.group: part for gate, part in zip(model.gates, opened.split(sizes, 1))})
             ours = logits(model.run(image, again)[0]).numpy()
             own = torch.cat(model.run(image, model.threshold)[1].open, 1)

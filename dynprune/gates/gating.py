@@ -176,15 +176,22 @@ class Predictor(nn.Module):
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the two linear layers with the normalisations inside, as in eval mode."""
-        before, after = (1 / torch.sqrt(norm.running_var + norm.eps) for norm in (self.norm, self.spread))
+        (mean_before, before), (mean_after, after) = statistics(self.norm), statistics(self.spread)
+        before, after = 1 / before, 1 / after
         first = self.hidden.weight * before
         second = self.out.weight * (after * self.spread.weight)[:, None]
         return (
             first,
-            self.hidden.bias - first @ self.norm.running_mean,
+            self.hidden.bias - first @ mean_before,
             second,
-            self.spread.bias - self.spread.running_mean * after * self.spread.weight,
+            self.spread.bias - mean_after * after * self.spread.weight,
         )
+
+
+def statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that a norm uses in eval mode."""
+    assert norm.running_mean is not None and norm.running_var is not None, "the norms of gates keep statistics"
+    return norm.running_mean, torch.sqrt(norm.running_var + norm.eps)
 
 
 # logits of all units that a site decides, (batch, units), to what is opened, 0 or 1
@@ -198,6 +205,8 @@ class GatedNetwork(nn.Module):
     shift: added to every logit at inference, so that the mean cost meets the target. dense_macs: of the ungated
     network, per image.
     """
+
+    shift: Tensor
 
     def __init__(
         self,
@@ -232,7 +241,7 @@ class GatedNetwork(nn.Module):
         )
         self.register_buffer("shift", torch.zeros(()))
         cost = CostModel(graph)
-        self.cost, self.dense_macs = Cost(cost), cost.cost("macs", cost.arms)
+        self.cost, self.dense_macs = Cost(cost), int(cost.cost("macs", cost.arms))
         self.gate_macs = sum(gate_cost(graph, site, hidden) for site in self.sites.values() if site.decides)
 
     def place(self, gated: dict[str, str], gates: dict[str, Gate], hidden: int, seed: int) -> None:
@@ -258,8 +267,13 @@ class GatedNetwork(nn.Module):
                 torch.stack([part.mean() for part in magnitudes[gate.group].split(gate.sizes)]) for gate in site.decides
             ]
             scores = torch.cat([(own - own.mean()) / own.std(correction=0).clamp(min=1e-12) for own in means])
-            bias = self.predictors[self.predictor_of[site.op.weight]].spread.bias
-            bias.copy_(OPEN + SIZED * scores)
+            self.predictor(site).spread.bias.copy_(OPEN + SIZED * scores)
+
+    def predictor(self, site: Site) -> Predictor:
+        """The one that stands before a site's layer."""
+        found = self.predictors[self.predictor_of[site.op.weight]]
+        assert isinstance(found, Predictor)
+        return found
 
     @property
     def gates(self) -> list[Gate]:
@@ -415,7 +429,7 @@ class Gating(TorchFunctionMode):
         if seen is not None:
             pooled = pooled * seen
         with torch.autocast(x.device.type, enabled=False):
-            scores = self.gated.predictors[self.gated.predictor_of[site.op.weight]](pooled)
+            scores = self.gated.predictor(site)(pooled)
         opened = self.choose(scores, site)
         start = 0
         for gate in site.decides:
@@ -432,7 +446,7 @@ class Gating(TorchFunctionMode):
     def only_open(self, site: Site, func: Callable, x: Tensor, channel: int, args: tuple, kwargs: dict) -> Tensor:
         """The layer on its open channels alone, put back in their places; zeros elsewhere, which nobody reads."""
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
-        weight, rest, groups = get_tensor(self.gated.network, site.op.weight), args[2:], site.op.groups
+        weight, rest, groups = get_tensor(self.gated.network, site.op.weight), list(args[2:]), site.op.groups
         bias = argument(args, kwargs, 2, "bias")
         depthwise = is_depthwise(self.gated.graph, site.op)
         made = open_positions(self.mask(site.outputs))
@@ -451,8 +465,8 @@ class Gating(TorchFunctionMode):
             weight = weight.index_select(0, made)
             bias = bias if bias is None else bias.index_select(0, made)
         if read is not None and not depthwise:
-            weight = weight.index_select(1, read)
-            read = torch.cat([read + i * site.inputs.index.numel() for i in range(groups)])
+            columns, read = read, torch.cat([read + i * weight.shape[1] for i in range(groups)])
+            weight = weight.index_select(1, columns)
         if read is not None:
             x = x.index_select(channel, read)
         out_channel = whole.ndim - 1 if func in LINEAR else 1
@@ -464,7 +478,7 @@ class Gating(TorchFunctionMode):
             rest = [bias, *rest[1:]] if rest else []
             if "bias" in kwargs:
                 kwargs["bias"] = bias
-            if depthwise:
+            if depthwise and read is not None:
                 rest, kwargs = with_groups(rest, kwargs, len(read))
             part = func(x, weight, *rest, **kwargs)
         return part if made is None else whole.index_copy_(out_channel, made, part.to(whole.dtype))

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
@@ -71,7 +73,7 @@ class Builder:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def node(self, kind: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+    def node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         output = output or self.name()
         self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
@@ -124,8 +126,7 @@ class Layer:
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms that this layer can take."""
-        everything_read = self.site.inputs is not None and bool((self.site.inputs.index > 0).all())
-        everything_made = self.site.outputs is not None and bool((self.site.outputs.index > 0).all())
+        everything_read, everything_made = all_gated(self.site.inputs), all_gated(self.site.outputs)
         forms = ["full"]
         if self.plain and (everything_read or everything_made):
             forms.append("layer")
@@ -153,6 +154,11 @@ class Pair:
     maker: Layer
     between: tuple[tuple[onnx.NodeProto, Layer | None], ...]
     reader: Layer
+
+
+def all_gated(channels: Channels | None) -> bool:
+    """Whether there are gated channels, and no others beside them."""
+    return channels is not None and bool((channels.index > 0).all())
 
 
 def masked_input(builder: Builder, x: str, layer: Layer) -> str:
@@ -197,23 +203,25 @@ def add_layer(builder: Builder, x: str, layer: Layer, output: str) -> None:
     def inside(inner: Builder, name: str | None = None) -> str:
         return conv(inner, masked_input(inner, x, layer), layer, output=name)
 
-    whole_read = layer.seen is not None and bool((layer.site.inputs.index > 0).all())
-    whole_made = layer.made is not None and bool((layer.site.outputs.index > 0).all())
+    # the masks that say of everything whether it is open
+    seen = layer.seen if all_gated(layer.site.inputs) else None
+    made = layer.made if all_gated(layer.site.outputs) else None
 
     def reading(outer: Builder, name: str | None = None) -> str:
-        if not whole_read:
+        if seen is None:
             return inside(outer, name)
-        return outer.when(any_open(outer, layer.seen), inside, lambda inner: bias_alone(inner, layer), output=name)
+        return outer.when(any_open(outer, seen), inside, lambda inner: bias_alone(inner, layer), output=name)
 
-    if whole_made:
+    if made is not None:
         builder.when(
-            any_open(builder, layer.made), reading, lambda inner: nothing(inner, layer.shape[1], layer), output=output
+            any_open(builder, made), reading, lambda inner: nothing(inner, layer.shape[1], layer), output=output
         )
     else:
         reading(builder, output)
 
 
 def add_blocks(builder: Builder, x: str, layer: Layer, output: str) -> None:
+    assert layer.made is not None, "units without a mask"
     x = masked_input(builder, x, layer)
     parts = []
     for rows in layer.units:
@@ -229,9 +237,7 @@ def add_blocks(builder: Builder, x: str, layer: Layer, output: str) -> None:
         )
         parts.append(
             builder.when(
-                is_open,
-                lambda inner, rows=rows: conv(inner, x, layer, rows),
-                lambda inner, rows=rows: nothing(inner, len(rows), layer),
+                is_open, partial(conv, x=x, layer=layer, rows=rows), partial(nothing, channels=len(rows), layer=layer)
             )
         )
     order = np.concatenate(layer.units)
@@ -249,8 +255,8 @@ def add_gather(builder: Builder, x: str, layer: Layer, output: str) -> None:
         return inner.node("Reshape", inner.node("NonZero", flat), inner.ints(-1))
 
     def inside(inner: Builder) -> str:
-        weight, bias, data = inner.constant(layer.weight), layer.bias, x
-        bias = None if bias is None else inner.constant(bias)
+        weight, data = inner.constant(layer.weight), x
+        bias = None if layer.bias is None else inner.constant(layer.bias)
         if layer.made is not None:
             rows = positions(inner, layer.made)
             weight = inner.node("Gather", weight, rows, axis=0)
@@ -273,21 +279,24 @@ def add_gather(builder: Builder, x: str, layer: Layer, output: str) -> None:
             return inside(inner)
         return inner.when(any_open(inner, layer.seen), inside, lambda other: bias_alone(other, layer))
 
-    if layer.made is None:
-        builder.when(any_open(builder, layer.seen), inside, lambda inner: bias_alone(inner, layer), output=output)
-    else:
+    if layer.made is not None:
         builder.when(
             any_open(builder, layer.made), reading, lambda inner: nothing(inner, layer.shape[1], layer), output=output
         )
+    else:
+        assert layer.seen is not None, "no mask to gather by"
+        builder.when(any_open(builder, layer.seen), inside, lambda inner: bias_alone(inner, layer), output=output)
 
 
-def arms_along(channels: Channels) -> np.ndarray:
+def arms_along(channels: Channels | None) -> np.ndarray:
     """Where the arms of the only group along an axis lie, in order."""
+    assert channels is not None, "no group along this axis"
     return np.argsort(channels.index.numpy(), kind="stable")
 
 
 def add_pair(builder: Builder, x: str, pair: Pair, values: Mapping[str, onnx.TensorProto], output: str) -> None:
     maker, reader = pair.maker, pair.reader
+    assert maker.made is not None, "a pair without a mask"
     x = masked_input(builder, x, maker)
     flat = builder.node("Reshape", maker.made, builder.ints(-1))
     parts, start, columns = [bias_alone(builder, reader)], 0, arms_along(reader.site.inputs)
@@ -370,7 +379,7 @@ class Rewriter:
                     break
                 chain.append(following)
             if self.are_pair(first, chain[-1]):
-                found[self.site_of(first).op.weight] = chain
+                found[self.known_site(first).op.weight] = chain
         return found
 
     def works_on_each_channel(self, node: onnx.NodeProto) -> bool:
@@ -401,8 +410,8 @@ class Rewriter:
             len(groups) == 1
             and maker.outputs.groups == reader.inputs.groups == groups
             and maker.op.groups == reader.op.groups == 1
-            and bool((maker.outputs.index > 0).all())
-            and bool((reader.inputs.index > 0).all())
+            and all_gated(maker.outputs)
+            and all_gated(reader.inputs)
             and reader.outputs is None
             and not reader.decides
             and len(maker.decides[0].sizes) <= MOST_BLOCKS
@@ -411,16 +420,22 @@ class Rewriter:
     def site_of(self, node: onnx.NodeProto) -> Site | None:
         return next((self.sites[name] for name in node.input if name in self.sites), None)
 
-    def pair(self, chain: list[onnx.NodeProto], seen: str | None, made: str) -> Pair:
+    def known_site(self, node: onnx.NodeProto) -> Site:
+        """The site of a layer that has one."""
+        site = self.site_of(node)
+        assert site is not None
+        return site
+
+    def pair(self, chain: list[onnx.NodeProto], seen: str | None, made: str | None) -> Pair:
         """seen, made: names of the masks of the first layer's inputs and of the group."""
         first, *between, last = chain
         layers = [
             None if (site := self.site_of(node)) is None else self.layer(node, site, None, None) for node in between
         ]
         return Pair(
-            self.layer(first, self.site_of(first), seen, made),
+            self.layer(first, self.known_site(first), seen, made),
             tuple(zip(between, layers)),
-            self.layer(last, self.site_of(last), made, None),
+            self.layer(last, self.known_site(last), made, None),
         )
 
     def rewrite(self, forms: dict[str, str]) -> onnx.ModelProto:
@@ -440,7 +455,7 @@ class Rewriter:
                     self.decided(builder, node, site)
             elif node.output[0] in ends:
                 chain = ends[node.output[0]]
-                first = self.site_of(chain[0])
+                first = self.known_site(chain[0])
                 pair = self.pair(chain, self.mask(builder, first.inputs), self.mask(builder, first.outputs))
                 add_pair(builder, chain[0].input[0], pair, self.values, node.output[0])
             elif site is None:
@@ -518,9 +533,7 @@ class Rewriter:
 
     def decide(self, builder: Builder, x: str, site: Site, seen: str | None) -> None:
         gated = self.gated
-        weight, bias, second, second_bias = (
-            value.numpy() for value in gated.predictors[gated.predictor_of[site.op.weight]].folded()
-        )
+        weight, bias, second, second_bias = (value.numpy() for value in gated.predictor(site).folded())
         pooled = x
         if len(self.shapes[x]) > 2:
             pooled = builder.node("Flatten", builder.node("GlobalAveragePool", x), axis=1)
@@ -605,7 +618,7 @@ def choose_forms(rewriter: Rewriter, choices: Choices, report: Callable[[str, in
         for name in node.input
         if name in rewriter.sites and node.op_type == "Conv"
     }
-    chosen = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for number, (name, node) in enumerate(nodes.items()):
         site = rewriter.sites[name]
         report("timing forms of gated layers", number, len(nodes))
@@ -616,24 +629,22 @@ def choose_forms(rewriter: Rewriter, choices: Choices, report: Callable[[str, in
         layer = rewriter.layer(node, site, None if seen is None else "seen", None if made is None else "made")
         shape = rewriter.shapes[node.input[0]]
         took = {
-            form: time(
-                lambda builder, form=form, layer=layer: ADD[form](builder, "x", layer, "y"), layer, shape, seen, made
-            )
+            form: time(partial(ADD[form], x="x", layer=layer, output="y"), layer, shape, seen, made)
             for form in layer.forms
         }
-        chosen[site.op.weight] = {"form": min(took, key=took.get), "ms": took}
+        chosen[site.op.weight] = {"form": min(took, key=took.__getitem__), "ms": took}
     for weight, chain in rewriter.pairs.items():
-        first, last = rewriter.site_of(chain[0]), rewriter.site_of(chain[-1])
+        first, last = rewriter.known_site(chain[0]), rewriter.known_site(chain[-1])
         seen, made = mask_of(masks, first.inputs), mask_of(masks, first.outputs)
         pair = rewriter.pair(chain, None if seen is None else "seen", "made")
-        took = time(
-            lambda builder, pair=pair: add_pair(builder, "x", pair, rewriter.values, "y"),
+        both_ms = time(
+            partial(add_pair, x="x", pair=pair, values=rewriter.values, output="y"),
             pair.maker,
             rewriter.shapes[chain[0].input[0]],
             seen,
             made,
         )
-        chosen[weight] |= {"pair_ms": took, "reader": last.op.weight}
+        chosen[weight] |= {"pair_ms": both_ms, "reader": last.op.weight}
     return with_pairs(chosen, FORMS)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynprune.gates.gating import GatedNetwork, Predictor, Site
+from dynprune.gates.gating import GatedNetwork, Predictor, Site, statistics
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import trace
 
@@ -91,11 +91,12 @@ def inputs_kept(model: GatedNetwork, site: Site, kept: Mapping) -> Tensor:
 def narrow_predictor(predictor: Predictor, small: Predictor, inputs: Tensor, units: Tensor) -> None:
     """Fill `small` with these inputs and units of `predictor`. An input that is gone was 0; what a 0 gave goes into the
     bias."""
-    norm, gone = predictor.norm, torch.ones(len(predictor.norm.running_mean), dtype=torch.bool)
+    mean, deviation = statistics(predictor.norm)
+    gone = torch.ones(len(mean), dtype=torch.bool)
     gone[inputs] = False
-    zero = -norm.running_mean / torch.sqrt(norm.running_var + norm.eps)
-    small.norm.running_mean.copy_(norm.running_mean[inputs])
-    small.norm.running_var.copy_(norm.running_var[inputs])
+    zero = -mean / deviation
+    for name in ("running_mean", "running_var"):
+        getattr(small.norm, name).copy_(getattr(predictor.norm, name)[inputs])
     small.hidden.weight.copy_(predictor.hidden.weight[:, inputs])
     small.hidden.bias.copy_(predictor.hidden.bias + predictor.hidden.weight[:, gone] @ zero[gone])
     small.out.weight.copy_(predictor.out.weight[units])
@@ -105,9 +106,7 @@ def narrow_predictor(predictor: Predictor, small: Predictor, inputs: Tensor, uni
 
 def deciding(model: GatedNetwork) -> Iterable[tuple[Site, Predictor]]:
     """The sites that decide, each with its predictor."""
-    return [
-        (site, model.predictors[model.predictor_of[site.op.weight]]) for site in model.sites.values() if site.decides
-    ]
+    return [(site, model.predictor(site)) for site in model.sites.values() if site.decides]
 
 
 def all_units(model: GatedNetwork, opened: Tensor) -> Tensor:

@@ -33,18 +33,23 @@ from dynprune.zoo import runs_code
 
 
 @dataclass
-class Run:
-    """Paths of one run directory."""
+class RunDirectory:
+    """Paths of one run directory, whichever command wrote it."""
 
     path: Path
-    command: ClassVar[str] = "train"
+    command: ClassVar[str]
 
-    config_file = property(lambda self: self.path / "config.toml")
+    @property
+    def config_file(self) -> Path:
+        raise NotImplementedError
+
+    @property
+    def config(self) -> Recipe:
+        """The settings that it was started with."""
+        raise NotImplementedError
+
     checkpoint_file = property(lambda self: self.path / "checkpoint.safetensors")
     previous_checkpoint_file = property(lambda self: self.path / "checkpoint.previous.safetensors")
-    compact_file = property(lambda self: self.path / "compact.safetensors")
-    onnx_file = property(lambda self: self.path / "compact.onnx")
-    dense_onnx_file = property(lambda self: self.path / "dense.onnx")
 
     @classmethod
     def refuse_existing(cls, path: Path, overwrite: bool) -> None:
@@ -94,10 +99,6 @@ class Run:
 
     def write_config(self, config: Recipe) -> None:
         write_text(self.config_file, config.to_toml())
-
-    @property
-    def config(self) -> TrainConfig:
-        return TrainConfig.from_toml(self.config_file)
 
     def images(self, moved: str | Data = "") -> Data:
         """The run's data, or those that are given; a text says where they lie now."""
@@ -205,9 +206,23 @@ class Run:
             warnings.warn(f"{error} The result is shown, but not recorded.", DynpruneWarning, stacklevel=2)
 
 
-class GateRun(Run):
-    """Paths of a run directory of `dynprune gate`: gate.toml in place of config.toml, gated.safetensors and its ONNX
-    files."""
+class Run(RunDirectory):
+    """Paths of a run directory of `dynprune train`: config.toml, compact.safetensors and its ONNX files."""
+
+    command: ClassVar[str] = "train"
+
+    config_file = property(lambda self: self.path / "config.toml")
+    compact_file = property(lambda self: self.path / "compact.safetensors")
+    onnx_file = property(lambda self: self.path / "compact.onnx")
+    dense_onnx_file = property(lambda self: self.path / "dense.onnx")
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig.from_toml(self.config_file)
+
+
+class GateRun(RunDirectory):
+    """Paths of a run directory of `dynprune gate`: gate.toml, gated.safetensors and its ONNX files."""
 
     command: ClassVar[str] = "gate"
 
@@ -222,7 +237,7 @@ class GateRun(Run):
         return GateConfig.from_toml(self.config_file)
 
 
-def open_any(path: Path) -> Run:
+def open_any(path: Path) -> Run | GateRun:
     """The run in `path`, of whichever command."""
     return GateRun.open(path) if GateRun(path).config_file.is_file() else Run.open(path)
 

@@ -115,7 +115,7 @@ def replace(model: nn.Module, path: Path, new: object) -> None:
     parent: Any = model.get_submodule(path[0]) if len(path) == 2 else value_at(model, path[:-1])
     if isinstance(parent, tuple):
         entries = [new if index == path[-1] else entry for index, entry in enumerate(parent)]
-        replace(model, path[:-1], type(parent)(*entries) if hasattr(parent, "_fields") else type(parent)(entries))
+        replace(model, path[:-1], parent._make(entries) if hasattr(parent, "_make") else type(parent)(entries))
     elif isinstance(parent, (list, dict)):
         parent[path[-1]] = new
     else:

@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dynprune.state.attributes import OPAQUE, OWN, attribute_values, replace
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+
+def copied(model: Module, memo: dict[int, object] | None = None) -> Module:
     """A deep copy. memo: copies to use for some objects, by their id, as in copy.deepcopy."""
     memo = dict(memo or {})
     for _, value in attribute_values(model):  # old-style weight_norm leaves computed tensors, for example
@@ -34,7 +36,7 @@ def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module
         return copy.deepcopy(model, memo)
 
 
-def doubled(model: nn.Module) -> nn.Module:
+def doubled(model: Module) -> Module:
     """A copy on the CPU whose real numbers are in float64, those in its attributes too."""
     twin = copied(model).cpu().double()
     for path, value in list(attribute_values(twin)):

@@ -136,7 +136,7 @@ def parse_number(name: str) -> tuple[Source, tuple[int, int, int]]:
 
 
 def named_as_before(name: str) -> str:
-    """The name of a number in files of schema 1, "#module:attribute:index:multiplier:divisor:offset", as it is now."""
+    """The name of a number in files of schema 1, "#module:attribute:entry:multiplier:divisor:offset", as it is now."""
     found = re.fullmatch(r"#([^:]*):([^:]+):(-?\d+):(\d+):(\d+):(-?\d+)", name)
     return (
         number_name(Source(found[1], found[2], int(found[3])), (int(found[4]), int(found[5]), int(found[6])))

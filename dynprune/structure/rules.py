@@ -862,7 +862,12 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
 
 
 GATES: dict[Callable, int] = {torch.lstm: 4, torch.gru: 3, torch.rnn_tanh: 1, torch.rnn_relu: 1}
-CELL_GATES: dict[Callable, int] = {torch.lstm_cell: 4, torch.gru_cell: 3, torch.rnn_tanh_cell: 1, torch.rnn_relu_cell: 1}
+CELL_GATES: dict[Callable, int] = {
+    torch.lstm_cell: 4,
+    torch.gru_cell: 3,
+    torch.rnn_tanh_cell: 1,
+    torch.rnn_relu_cell: 1,
+}
 
 
 @rule_for(*GATES)

@@ -2,5 +2,5 @@
 
 In: a `TrainConfig` and `Data`. Out: a run directory with a checkpoint. `train.py` is the loop, `session.py` one step of
 it and all that it holds, `checkpoint.py` that written down, `recipe.py` what settings mean for torch, `rehearsal.py`
-what is tried before. Read `train.py` first.
+what is tried before, `trainee.py` what all of them need of what is trained. Read `train.py` first.
 """

@@ -171,7 +171,7 @@ def force_swaps(session: Session, share: float) -> None:
     rng = np.random.default_rng(0)
     owed = dict.fromkeys(session.widths, 0.0)  # small groups exchange an arm every few steps
 
-    def select(_step: int) -> dict[str, np.ndarray]:
+    def select(step: int) -> dict[str, np.ndarray]:
         selection = {}
         for name, slots in session.reservoir.slots.items():
             others = np.setdiff1d(np.arange(session.graph.groups[name].arms), slots)
@@ -182,7 +182,7 @@ def force_swaps(session: Session, share: float) -> None:
             selection[name] = np.sort(np.concatenate([kept, rng.permutation(others)[:count]]))
         return selection
 
-    session.explorer.select, session.explorer.hold = select, 1
+    vars(session.explorer).update(select=select, hold=1)
 
 
 def endless(data: Data, config: TrainConfig):
@@ -226,9 +226,8 @@ def breakdown(session: Session, batches, hold: int) -> dict[str, float]:
 
         return wrapper
 
-    session.explorer.select = timed("select_ms", session.explorer.select)
-    session.reservoir.swap = timed("swap_ms", session.reservoir.swap)
-    session.explorer.reward = timed("reward_ms", session.explorer.reward)
+    for part, name in ((session.explorer, "select"), (session.reservoir, "swap"), (session.explorer, "reward")):
+        setattr(part, name, timed(f"{name}_ms", getattr(part, name)))
     for batch in islice(batches, hold):
         session.train_step(*batch)
     return {key: value / hold for key, value in spent.items()}
@@ -265,7 +264,8 @@ def memory_probe(settings: dict, name: str, result) -> None:
     session = prepare_session(config, data, POLICIES[name])
     session.explorer.hold = 2  # so that a swap is among the steps
     if name != "dynamic":
-        session.reservoir.full, session.reservoir.spans, session.reservoir.buffers = None, {}, {}
+        del session.reservoir.full
+        session.reservoir.spans, session.reservoir.buffers = {}, {}
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(session.device)
     else:

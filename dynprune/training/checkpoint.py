@@ -21,7 +21,7 @@ from dynprune.data.scores import exact_scores
 from dynprune.errors import DynpruneError
 from dynprune.execution.reservoir import Reservoir
 from dynprune.files.disk import write_text
-from dynprune.runs.directory import Run
+from dynprune.runs.directory import RunDirectory
 from dynprune.state.tensors import carry_over, fill, state_of
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.structure.channels import ChannelGraph, Selection
@@ -30,6 +30,7 @@ from dynprune.structure.tracing import first_line
 
 if TYPE_CHECKING:
     from dynprune.training.session import Session
+    from dynprune.training.trainee import Trainee
 
 
 @dataclass
@@ -46,7 +47,7 @@ class History:
         self.loss_sum, self.loss_steps = 0.0, 0
 
 
-def save(session: Session, run: Run, history: History) -> None:
+def save(session: Session, run: RunDirectory, history: History) -> None:
     """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are
     refused, so that they never replace a good checkpoint."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in session.parameters.values()):
@@ -91,7 +92,7 @@ def save(session: Session, run: Run, history: History) -> None:
 
 
 def restore(
-    session: Session, run: Run, *, override: bool = False, note: Callable[[str], None] = lambda _: None
+    session: Session, run: RunDirectory, *, override: bool = False, note: Callable[[str], None] = lambda _: None
 ) -> History:
     """Go on where the run's newest whole checkpoint was. override: its number of steps may differ from what the
     settings give now."""
@@ -220,7 +221,7 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def lost(session: Session, run: Run, step: int, loss: float) -> DynpruneError:
+def lost(session: Trainee, run: RunDirectory, step: int, loss: float) -> DynpruneError:
     kept = (
         f"The last good checkpoint is in {run.path}"
         if run.checkpoint_file.exists()

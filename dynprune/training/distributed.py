@@ -158,6 +158,7 @@ def norm_over_ranks(norm: nn.modules.batchnorm._BatchNorm, count: int, x: Tensor
         return type(norm).forward(norm, x)
     y, mean, variance = NormOverRanks.apply(x, norm.weight, norm.bias, norm.eps, count)
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        assert norm.running_var is not None and norm.num_batches_tracked is not None  # all three, or none
         with torch.no_grad():
             norm.num_batches_tracked += 1
             share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
@@ -171,7 +172,7 @@ def share_norms(model: nn.Module, ranks: Ranks) -> None:
     """Let the model's BatchNorms take their statistics over all processes, in place."""
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.forward = functools.partial(norm_over_ranks, norm, ranks.count)
+            vars(norm)["forward"] = functools.partial(norm_over_ranks, norm, ranks.count)
 
 
 def lost_contact(error: BaseException) -> bool:

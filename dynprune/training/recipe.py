@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dynprune.errors import DynpruneError
-from dynprune.runs.config import TrainConfig
+from dynprune.runs.config import Recipe
 from dynprune.structure.tracing import first_line
 
 
@@ -36,7 +36,7 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     )
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: Recipe, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the recipe, in its fused form: one kernel for all parameters."""
     fused = device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in model.parameters())
     if config.optimizer == "adamw":
@@ -51,7 +51,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) 
     )
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+def learning_rate(config: Recipe, step: int, steps: int) -> float:
     """Linear warm-up to the peak, then the schedule down to zero at the last step."""
     warmup = round(config.warmup * steps)
     if step < warmup:

@@ -33,6 +33,7 @@ from dynprune.structure.tracing import cause
 from dynprune.training.checkpoint import up_to_date
 from dynprune.training.recipe import make_optimizer
 from dynprune.training.session import Session
+from dynprune.training.trainee import Trainee
 
 TRIAL_IMAGES = 4
 SAME = 1e-5  # of the largest output, in float64: the file must bring back what was saved
@@ -61,7 +62,7 @@ def rehearse(
             try_onnx(session.config.model, session.data, loaded, opset)
 
 
-def rehearse_step(session: Session, say: Callable[[str], None] = lambda _: None) -> None:
+def rehearse_step(session: Trainee, say: Callable[[str], None] = lambda _: None) -> None:
     """The training step alone. It settles the precision, so every training begins with it."""
     with same_randomness(0):
         try_step(session, say)
@@ -70,7 +71,7 @@ def rehearse_step(session: Session, say: Callable[[str], None] = lambda _: None)
 # -- one training step -------------------------------------------------------------------------------------------------
 
 
-def try_step(session: Session, say: Callable[[str], None]) -> None:
+def try_step(session: Trainee, say: Callable[[str], None]) -> None:
     """A step of a copy, in the session's precision or, if the settings leave it open, in float32."""
     problem = step_problem(session)
     if problem is not None and session.bfloat16 and session.config.precision == "auto":
@@ -86,7 +87,7 @@ def try_step(session: Session, say: Callable[[str], None]) -> None:
         )
 
 
-def step_problem(session: Session) -> str | None:
+def step_problem(session: Trainee) -> str | None:
     """What goes wrong in one step of a copy, in the words of what failed; None if nothing does."""
     model = copied(session.model)
     try:
@@ -101,7 +102,7 @@ def step_problem(session: Session) -> str | None:
     return f"the gradient of {strange[0]} is of another type" if strange else None
 
 
-def take_step(session: Session, model: nn.Module) -> None:
+def take_step(session: Trainee, model: nn.Module) -> None:
     """One training step of `model`, which is at the session's widths."""
     images, labels = trial_batch(session)
     model.train()
@@ -117,7 +118,7 @@ def take_step(session: Session, model: nn.Module) -> None:
     make_optimizer(session.config, model, session.device).step()
 
 
-def trial_batch(session: Session) -> tuple[Tensor, Tensor]:
+def trial_batch(session: Trainee) -> tuple[Tensor, Tensor]:
     """A few images of noise, with labels, on the session's device."""
     images = torch.randn(TRIAL_IMAGES, *session.data.size).to(
         session.device, session.dtype, memory_format=torch.channels_last

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.execution.saliency import magnitude, prepare
 from dynprune.runs.config import TrainConfig
-from dynprune.runs.directory import Run
+from dynprune.runs.directory import RunDirectory
 from dynprune.state.tensors import in_precision
 from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.tracing import trace
@@ -70,9 +71,9 @@ class Session:
         self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         given, self.weights_from = full is not None, ""
-        full = in_precision(
-            full if given else zoo.build(config.model, len(data.classes), config.seed, size=data.size), self.dtype
-        )
+        if full is None:
+            full = zoo.build(config.model, len(data.classes), config.seed, size=data.size)
+        full = in_precision(full, self.dtype)
         self.data = data = fitting(full, data)
         if config.weights and not given:
             self.weights_from = load_weights(full, Path(config.weights))
@@ -117,7 +118,8 @@ class Session:
 
     def install(self, reservoir: Reservoir) -> None:
         self.reservoir, self.widths = reservoir, reservoir.widths
-        self.model = self.forward = reservoir.active
+        self.model = reservoir.active
+        self.forward: Callable[..., Any] = self.model
         if self.ranks.several:
             share_norms(self.model, self.ranks)
         self.parameters = dict(self.model.named_parameters())
@@ -234,11 +236,13 @@ class Session:
 
     # -- checkpoint ----------------------------------------------------------------------------------------------------
 
-    def save(self, run: Run, history: History) -> None:
+    def save(self, run: RunDirectory, history: History) -> None:
         """Write everything that is needed to go on, and how often each arm was picked; see `checkpoint.save`."""
         checkpoint.save(self, run, history)
 
-    def restore(self, run: Run, *, override: bool = False, note: Callable[[str], None] = lambda _: None) -> History:
+    def restore(
+        self, run: RunDirectory, *, override: bool = False, note: Callable[[str], None] = lambda _: None
+    ) -> History:
         """Go on where the run's newest whole checkpoint was; see `checkpoint.restore`."""
         return checkpoint.restore(self, run, override=override, note=note)
 

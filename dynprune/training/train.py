@@ -19,14 +19,15 @@ from torch import Tensor
 from dynprune.data.loading import load_data
 from dynprune.data.scores import evaluate
 from dynprune.errors import DynpruneError, Stopped
-from dynprune.runs.config import TrainConfig
-from dynprune.runs.directory import Run
+from dynprune.runs.config import Recipe, TrainConfig
+from dynprune.runs.directory import RunDirectory
 from dynprune.structure.tracing import first_line
 from dynprune.training.checkpoint import History, lost
 from dynprune.training.distributed import lost_contact
 from dynprune.training.recipe import learning_rate
 from dynprune.training.rehearsal import rehearse_step
 from dynprune.training.session import Session
+from dynprune.training.trainee import Trainee
 
 LOSS_CHECK_STEPS = 10  # how often the loss is looked at: reading it every step would make a GPU wait
 
@@ -76,15 +77,15 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
-    run: Run,
+    config: Recipe,
+    run: RunDirectory,
     *,
     resume: bool = False,
     override: bool = False,
     report: Callable[[Progress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-    session: Session | None = None,
+    session: Trainee | None = None,
 ) -> TrainResult:
     """Train from the start, or on from the checkpoint with `resume`. `stop` is asked after every step; when it says so,
     the state is saved and DynpruneError tells how to go on. override: the settings may differ from those of the
@@ -92,7 +93,9 @@ def train(
 
     With several processes (`session.ranks`) each calls this; the first one alone writes, validates and tests.
     """
-    session = session or Session(config, load_data(config.source))
+    if session is None:
+        assert isinstance(config, TrainConfig), "other methods bring their session"
+        session = Session(config, load_data(config.source))
     config = session.config
     history = session.restore(run, override=override, note=note) if resume else History()
     session.stop = stop
@@ -134,7 +137,7 @@ def train(
         return conclude(session, run, history, val_accuracy, compiled)
 
 
-def finish_epoch(session: Session, run: Run, line: dict) -> float:
+def finish_epoch(session: Trainee, run: RunDirectory, line: dict) -> float:
     """Validate and write the epoch's metrics. Returns the validation accuracy, nan in processes that do not
     validate."""
     if not session.ranks.first:
@@ -144,13 +147,13 @@ def finish_epoch(session: Session, run: Run, line: dict) -> float:
     return accuracy
 
 
-def save(session: Session, run: Run, history: History) -> None:
+def save(session: Trainee, run: RunDirectory, history: History) -> None:
     if session.ranks.first:
         session.save(run, history)
 
 
 def conclude(
-    session: Session, run: Run, history: History, val_accuracy: float | None, compiled: dict | None
+    session: Trainee, run: RunDirectory, history: History, val_accuracy: float | None, compiled: dict | None
 ) -> TrainResult:
     """Test the last step's model and record the outcome; only the first of several processes does."""
     config, data, first = session.config, session.data, session.ranks.first
@@ -185,7 +188,7 @@ def conclude(
 
 
 @contextlib.contextmanager
-def telling_what_is_left(session: Session, run: Run) -> Iterator[None]:
+def telling_what_is_left(session: Trainee, run: RunDirectory) -> Iterator[None]:
     """Turn what breaks a run from outside into one line that says what is kept and how to go on."""
     try:
         yield
@@ -214,7 +217,7 @@ class DataLost(Exception):
 
 
 @contextlib.contextmanager
-def saving_if_data_is_lost(session: Session, run: Run, history: History, meter: EpochMeter) -> Iterator[None]:
+def saving_if_data_is_lost(session: Trainee, run: RunDirectory, history: History, meter: EpochMeter) -> Iterator[None]:
     """When images vanish or a process that decodes them dies, the last step was whole: keep it."""
     try:
         yield
@@ -227,7 +230,7 @@ def saving_if_data_is_lost(session: Session, run: Run, history: History, meter: 
         ) from error
 
 
-def left(run: Run) -> str:
+def left(run: RunDirectory) -> str:
     return (
         f"The last checkpoint is in {run.path}."
         if run.checkpoint_file.exists()
@@ -238,7 +241,7 @@ def left(run: Run) -> str:
 class Due:
     """Says after which steps a checkpoint is due, by steps or by time."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: Recipe):
         self.steps, self.seconds = config.checkpoint_interval
         self.saved = time.monotonic()
 
@@ -252,8 +255,9 @@ class Due:
 class EpochMeter:
     """Losses and times of one epoch; losses stay on the device until they are looked at."""
 
-    def __init__(self, session: Session, history: History):
-        self.session, self.history, self.losses, self.waited_s = session, history, [], 0.0
+    def __init__(self, session: Trainee, history: History):
+        self.session, self.history, self.waited_s = session, history, 0.0
+        self.losses: list[Tensor] = []
         self.unread_step, self.first_step, self.started = session.step, session.step, time.perf_counter()
 
     @property
@@ -265,7 +269,7 @@ class EpochMeter:
         self.waited_s += waited_s
         self.history.waited_s += waited_s
 
-    def check_loss(self, run: Run) -> None:
+    def check_loss(self, run: RunDirectory) -> None:
         """Read the losses since the last look; raise when one is not finite, with its step."""
         if not self.losses:
             return
@@ -294,7 +298,7 @@ class EpochMeter:
         }
 
 
-def stopped(session: Session, run: Run) -> Stopped:
+def stopped(session: Trainee, run: RunDirectory) -> Stopped:
     return Stopped(
         f"Stopped at step {session.step} of {session.steps}. The state is saved in {run.path}. "
         f"Go on with: dynprune train --resume --out {run.path}"
@@ -302,7 +306,7 @@ def stopped(session: Session, run: Run) -> Stopped:
 
 
 def progress(
-    session: Session, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None
+    session: Trainee, meter: EpochMeter, epoch: int, started: float, first_step: int, val_accuracy: float | None
 ) -> Progress:
     per_step = (time.perf_counter() - started) / max(1, session.step - first_step)
     return Progress(

@@ -14,10 +14,11 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,9 +71,7 @@ def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[in
 
 def materialise(model: nn.Module, name: str, size: Sequence[int] | None) -> None:
     """Let lazy layers find their sizes, in one forward pass."""
-    if not any(
-        isinstance(value, nn.parameter.UninitializedTensorMixin) for value in [*model.parameters(), *model.buffers()]
-    ):
+    if not any(nn.parameter.is_lazy(value) for value in [*model.parameters(), *model.buffers()]):
         return
     if size is None:
         raise DynpruneError(f'"{name}" has lazy layers, whose sizes depend on the input, which is not known here.')
@@ -223,7 +222,7 @@ def torchvision_factory(name: str, options: dict[str, object]) -> Factory:
     )
 
 
-def timm_factory(name: str, options: dict[str, object]) -> Factory:
+def timm_factory(name: str, options: dict[str, Any]) -> Factory:
     try:
         import timm
     except ImportError as error:
@@ -285,7 +284,7 @@ def user_factory(module_name: str, path: str, options: dict[str, object]) -> Fac
             f'"{module_name}" has no callable "{path}". Expected a function or a class that gives a torch.nn.Module.'
         )
     try:
-        takes = inspect.signature(factory).parameters
+        takes: Mapping[str, inspect.Parameter] = inspect.signature(factory).parameters
     except ValueError:  # some that are written in C tell nothing
         takes = {}
     counts = next(

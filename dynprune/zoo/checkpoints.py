@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ class Rebuild:
     """A function of torch that makes a tensor, as far as we follow it. An object, so that a file cannot change it."""
 
     __slots__ = ("make",)
+    make: Callable[..., object]
 
     def __init__(self, make: Callable[..., object]):
         object.__setattr__(self, "make", make)
@@ -108,13 +110,13 @@ class Rebuild:
         return self.make(*args)
 
 
-def described(storage: object, offset: object, size: object, stride: object, *_rest: object) -> object:
+def described(storage: object, offset: Any, size: Any, stride: Any, *_rest: object) -> object:
     if not isinstance(storage, Storage):
         return Foreign()
-    numbers = (offset, *size, *stride)  # type: ignore[misc]
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or len(size) != len(stride):  # type: ignore[arg-type]
+    numbers = (offset, *size, *stride)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor of impossible size")
-    return Described(storage, offset, tuple(size), tuple(stride))  # type: ignore[arg-type]
+    return Described(storage, offset, tuple(size), tuple(stride))
 
 
 def whole_parameter(data: object, *_rest: object) -> object:
@@ -139,7 +141,7 @@ KNOWN: dict[tuple[str, str], Callable[[], object]] = {
 }
 
 
-class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]  # the one in Python, unknown to stubs
     """The interpreter of pickles that is written in Python: its memo takes no memory that the file only claims to
     need."""
 

@@ -36,11 +36,11 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         width = 3
         for item in VGG_WIDTHS[depth]:
-            if item == "pool":
-                layers.append(nn.MaxPool2d(2))
-            else:
+            if isinstance(item, int):
                 layers += [conv3x3(width, item), nn.BatchNorm2d(item), nn.ReLU(inplace=True)]
                 width = item
+            else:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width, classes)
 
@@ -136,7 +136,8 @@ class DenseNet(nn.Module):
     def __init__(self, layers_per_block: int, growth: int, classes: int):
         super().__init__()
         self.conv1 = conv3x3(3, 16)
-        width, features = 16, []
+        width = 16
+        features: list[nn.Module] = []
         for block in range(3):
             for _ in range(layers_per_block):
                 features.append(DenseLayer(width, growth))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.zoo.checkpoints import Foreign, read_contents, state_dicts
+from dynprune.zoo.checkpoints import Contents, Described, Foreign, read_contents, state_dicts
 
 # DataParallel, torch.compile, FSDP, Fabric
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}
@@ -90,6 +90,10 @@ def is_averaged(place: str) -> bool:
     return any(word in place.lower() for word in AVERAGED)
 
 
+def reader(contents: Contents, tensors: Mapping[str, Described]) -> Callable[[str], Tensor]:
+    return lambda name: contents.tensor(tensors[name])
+
+
 def read_candidates(path: Path) -> list[Candidate]:
     """Every mapping from names to tensors in a file. Raises DynpruneError where there is none."""
     if not path.is_file():
@@ -104,11 +108,7 @@ def read_candidates(path: Path) -> list[Candidate]:
             ]
         contents = read_contents(path)
         found = [
-            Candidate(
-                place,
-                {name: item.size for name, item in tensors.items()},
-                lambda name, tensors=tensors: contents.tensor(tensors[name]),
-            )
+            Candidate(place, {name: item.size for name, item in tensors.items()}, reader(contents, tensors))
             for place, tensors in state_dicts(contents)
         ]
     except PermissionError as error:
