@@ -56,3 +56,8 @@ def test_every_room_is_on_a_floor():
 def test_code_is_clean_and_formatted(options):
     done = subprocess.run([sys.executable, "-m", "ruff", *options, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_types_hold():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -104,7 +104,7 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
             **values,
         )
 
-    wrapper.__signature__ = python_inspect.Signature([*options.values(), *own])  # type: ignore[attr-defined]
+    wrapper.__signature__ = python_inspect.Signature([*options.values(), *own])  # type: ignore[attr-defined]  # which inspect reads
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
 
@@ -146,7 +146,7 @@ def number_or_auto(field: dataclasses.Field, value: object) -> object:
     if auto is None or value is None or value == "auto":
         return auto if value == "auto" and auto is not None else value
     try:
-        number = type(auto)(value)  # type: ignore[call-arg]
+        number = type(auto)(value)
     except ValueError:
         number = auto
     if number == auto:
