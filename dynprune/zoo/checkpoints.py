@@ -141,7 +141,7 @@ KNOWN: dict[tuple[str, str], Callable[[], object]] = {
 }
 
 
-class Reader(pickle._Unpickler):  # type: ignore[misc, name-defined]  # the one in Python, unknown to stubs
+class Reader(pickle._Unpickler):
     """The interpreter of pickles that is written in Python: its memo takes no memory that the file only claims to
     need."""
 
