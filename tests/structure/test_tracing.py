@@ -333,3 +333,18 @@ def test_positions_count_everything_but_the_batch():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x)
         assert 2 * len(x) * trace(model, x).macs({}) == counter.get_total_flops()
+
+
+def test_vectors_that_are_multiplied_under_any_name_belong_together():
+    class Scaled(nn.Module):
+        def __init__(self, by_name):
+            super().__init__()
+            self.conv, self.head, self.by_name = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), by_name
+            self.u, self.v = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            scale = torch.dot(self.u, tensor=self.v) if self.by_name else torch.dot(self.u, self.v)
+            return self.head(self.conv(x).mean((2, 3))) * scale
+
+    one, other = (trace(Scaled(by_name), torch.zeros(1, 3, 8, 8)) for by_name in (False, True))
+    assert one.full_widths == other.full_widths == {"conv": 8}
