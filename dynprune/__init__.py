@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynprune.commands.save import save
     from dynprune.commands.train import train
     from dynprune.gates.file import load
-    from dynprune.runs.config import GateConfig, TrainConfig
+    from dynprune.runs.config import CompactConfig, GateConfig, TrainConfig
     from dynprune.structure.tracing import trace
 
 # torch takes seconds to import, and `dynprune --help` does without: names are looked up when they are used
@@ -38,12 +38,14 @@ WHERE = {
     "gate": "commands.gate",
     "compare": "commands.compare",
     "Budget": "budgets.limits",
+    "CompactConfig": "runs.config",
     "TrainConfig": "runs.config",
     "GateConfig": "runs.config",
 }
 
 __all__ = [
     "Budget",
+    "CompactConfig",
     "GateConfig",
     "TrainConfig",
     "__version__",

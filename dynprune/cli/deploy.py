@@ -21,14 +21,14 @@ from dynprune.cli.options import (
     MinRate,
     Named,
     Opset,
-    RunPath,
+    Overwrite,
     Trust,
     parse_batches,
     with_settings,
 )
 from dynprune.cli.process import finish, listening, refuse_missed, told
 from dynprune.errors import DynpruneError
-from dynprune.runs.config import TrainConfig
+from dynprune.runs.config import CompactConfig, TrainConfig
 
 
 def opened(path: Path, model: str, trust: bool):
@@ -42,23 +42,61 @@ def opened(path: Path, model: str, trust: bool):
 
 
 def compact(
-    run: RunPath,
+    given: dict,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Run directory that `dynprune train` wrote. Without it: --weights."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-compact]", show_default=False
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     min_rate: MinRate = 0.0,
     bn_images: BnImages = 0,
     finetune_epochs: FinetuneEpochs = 0,
     finetune_lr: FinetuneLr = 0.01,
-    data: DataNow = "",
-    model: Named = "",
     trust: Trust = False,
     json_output: Json = False,
 ) -> None:
-    """Remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
+    """Make a network compact: a run of `dynprune train`, or any trained network.
+
+    With RUN, remove the channels that were not chosen, prove that nothing else changed, and write one safetensors file.
+
+    Without, give --model, its --weights and your --data: channels that the rest can make up for go, a bandit tries
+    widths on frozen weights, every layer is refitted, and the result learns for some seconds from the network that you
+    gave. No training run, about a minute.
+
+    Examples: `dynprune compact runs/mine`, `dynprune compact --model resnet20 --weights resnet20.pt --data photos/
+    --budget 0.5`
 
     Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
     """
     from dynprune.commands import compact as verb
-    from dynprune.report.tables import compact_table
+    from dynprune.report.tables import compact_table, trained_table
 
+    if run is None:
+        of_run = dict(min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs)
+        if wrong := next((name for name, value in of_run.items() if value), None):
+            raise DynpruneError(f"--{wrong.replace('_', '-')} belongs to compact RUN. Drop it, or name a run.")
+        config = CompactConfig(**given).validate()
+        with listening() as listener:
+            trained = verb.compact(config, out=out, overwrite=overwrite, listener=listener)
+        finish(
+            json_output,
+            dataclasses.asdict(trained),
+            lambda: [trained_table(trained), f"next: dynprune export {trained.run} --onnx"],
+        )
+        return
+    model, data = given.pop("model", ""), given.pop("data", "")
+    if given or out or overwrite:
+        wrong = next(iter(given), "out" if out else "overwrite")
+        raise DynpruneError(
+            f"--{wrong.replace('_', '-')} belongs to compact without a run. {run} is compacted with the settings it "
+            "was trained with."
+        )
     opened(run, model, trust)
     with listening() as listener:
         result = verb.compact(

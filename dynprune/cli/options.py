@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dynprune.errors import DynpruneError
-from dynprune.runs.config import Recipe, TrainConfig
+from dynprune.runs.config import Recipe, Task, TrainConfig
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that `dynprune train` wrote.")]
 AnyRunPath = Annotated[
@@ -59,21 +59,14 @@ Fold = Annotated[
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
 BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 
-PANELS = {
-    "model": "Model and data",
-    "epochs": "Training recipe",
-    "precision": "Machine",
-    "policy": "Method",
-    "reservoir": "Machine",
-    "target": "Method",
-}
+MACHINE = {"precision", "device", "threads", "seed", "checkpoint_every", "no_onnx", "reservoir", "compile"}
 
 
 # what everyone needs, before the rest; --out with them
 FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}
 
 
-def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
+def with_settings(command: Callable, kind: type[Task] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
     """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
     fields = [field for field in dataclasses.fields(kind) if field.name not in without]
     hints = typing.get_type_hints(command, include_extras=True)
@@ -87,10 +80,7 @@ def with_settings(command: Callable, kind: type[Recipe] = TrainConfig, without: 
         for parameter in python_inspect.signature(command).parameters.values()
         if parameter.name != "given"
     ]
-    options, panel = {}, ""
-    for field in fields:
-        panel = PANELS.get(field.name, panel)
-        options[field.name] = setting_option(field, None if field.name in FIRST else panel)
+    options = {field.name: setting_option(field, panel_of(field.name)) for field in fields}
     options = {name: options[name] for name in [*(name for name in FIRST if name in options), *options]}
 
     def wrapper(**values: object) -> None:
@@ -128,6 +118,17 @@ def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspec
     return python_inspect.Parameter(
         field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, option]
     )
+
+
+def panel_of(name: str) -> str | None:
+    """Under which heading a setting stands in --help; none for what everyone needs."""
+    if name in FIRST:
+        return None
+    if name in MACHINE:
+        return "Machine"
+    if name in {field.name for field in dataclasses.fields(Task)}:
+        return "Model and data"
+    return "Training recipe" if name in {field.name for field in dataclasses.fields(Recipe)} else "Method"
 
 
 def in_panel(annotation: object) -> object:

@@ -11,7 +11,7 @@ from dynprune.cli.look import guide, inspect, plan
 from dynprune.cli.options import with_settings
 from dynprune.cli.process import run_app
 from dynprune.cli.train import compare, gate, run, train
-from dynprune.runs.config import GateConfig
+from dynprune.runs.config import CompactConfig, GateConfig
 from dynprune.version import __version__
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def dynprune(
 
 for command in (
     train,
-    compact,
+    with_settings(compact, CompactConfig),
     export,
     bench,
     with_settings(gate, GateConfig, without=("base",)),

@@ -10,7 +10,7 @@ from dynprune.deploy.bench import BenchResult, bench_files, bench_run
 from dynprune.errors import DynpruneError
 from dynprune.gates.bench import GatedBenchResult, bench_gated
 from dynprune.listener import SILENT, Listener
-from dynprune.runs.directory import GateRun, Run, open_any
+from dynprune.runs.directory import GateRun, Run, open_any, open_compact
 
 BATCHES = (1, 8, 32)
 
@@ -47,7 +47,7 @@ def bench(
                 f"time: leave --batch out."
             )
         return bench_gated(found, threads=threads, data=found.images(data), report=listener.note, work=listener.work)
-    found = Run.open(paths[0])
+    found = open_compact(paths[0])
     return bench_run(
         found,
         batches=batches,

@@ -1,17 +1,98 @@
-"""`dynprune compact`: from a trained run to a compact file."""
+"""`dynprune compact`: from a trained run, or from any trained network, to a compact one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import overload
 
+from torch import Tensor, nn
+
+from dynprune.budgets.limits import Budget
+from dynprune.commands.train import run_name
 from dynprune.data.loading import Data
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compact import compact as make_compact
+from dynprune.deploy.trained import TrainedResult, compact_trained
+from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
+from dynprune.repair.trained import Compacted, compact_module
+from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
+from dynprune.structure.tracing import trace
+from dynprune.training.recipe import use_bfloat16
 
 
+@overload
 def compact(
+    what: str | Path,
+    *,
+    min_rate: float = 0.0,
+    bn_images: int = 0,
+    finetune_epochs: int = 0,
+    finetune_lr: float = 0.01,
+    data: str | Data = "",
+    listener: Listener = SILENT,
+) -> CompactResult: ...
+
+
+@overload
+def compact(
+    what: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
+) -> TrainedResult: ...
+
+
+@overload
+def compact(
+    what: nn.Module,
+    example_inputs: Tensor | tuple,
+    data: Iterable,
+    budget: str | Sequence[str] | Budget = "0.5",
+    *,
+    images: int = 512,
+    search: float = 30.0,
+    tune: float = 30.0,
+    policy: str = "bandit",
+    arms: str = "repairable",
+    tune_lr: float = 0.05,
+    seed: int = 0,
+    listener: Listener = SILENT,
+) -> Compacted: ...
+
+
+def compact(what, *args, listener: Listener = SILENT, **options):
+    """Make a network compact.
+
+    *A run* (a path): remove the channels that `train` did not choose, prove that nothing else changed, and write
+    RUN/compact.safetensors. min_rate: drop channels that ran in less than this share of the steps. bn_images:
+    re-estimate BatchNorm statistics on so many training images. finetune_epochs: train the compact network on. data:
+    where the run's data lie now, or the data themselves.
+
+    *A trained network by name* (a CompactConfig with model, weights, data and budget): calibrate on training images,
+    find widths by a bandit on frozen weights, cut, refit every layer, tune by distillation, prove, and write a run
+    directory that `export` and `bench` take. out: that directory; overwrite: replace it.
+
+    *A module*, with example inputs as `trace` takes them and data, batches of images or of (images, labels) as a
+    DataLoader gives them: the same, and nothing is written. budget: as `--budget`, several in a list, or a `Budget`.
+    images: how many each of calibration, repair and measuring look at. search, tune: seconds. The module stays as it
+    is.
+
+    Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
+
+    >>> dynprune.compact("runs/mine").macs
+    >>> dynprune.compact(dynprune.CompactConfig("resnet20", "resnet20.pt", "photos/", budget=("0.5",))).accuracy
+    >>> small = dynprune.compact(model, torch.zeros(1, 3, 224, 224), loader, "macs=0.5", tune=60).model
+    """
+    if isinstance(what, nn.Module):
+        return of_module(what, *args, listener=listener, **options)
+    if args:
+        raise DynpruneError(f"compact got {len(args) + 1} arguments. Beside a run or a CompactConfig they need names.")
+    if isinstance(what, CompactConfig):
+        return of_trained(what, listener=listener, **options)
+    return of_run(what, listener=listener, **options)
+
+
+def of_run(
     run: str | Path,
     *,
     min_rate: float = 0.0,
@@ -21,16 +102,6 @@ def compact(
     data: str | Data = "",
     listener: Listener = SILENT,
 ) -> CompactResult:
-    """Remove the channels that were not chosen, prove that nothing else changed, and write RUN/compact.safetensors.
-
-    min_rate: drop channels that ran in less than this share of the steps. bn_images: re-estimate BatchNorm statistics
-    on so many training images. finetune_epochs: train the compact network on. data: where the run's data lie now, or
-    the data themselves.
-
-    Raises DynpruneError, and writes nothing, when the proof or a budget fails.
-
-    >>> dynprune.compact("runs/mine").macs
-    """
     listener.note("compacting and proving")
     found = Run.open(Path(run))
     return make_compact(
@@ -42,4 +113,48 @@ def compact(
         data=found.images(data),
         report=listener.step,
         work=listener.work,
+    )
+
+
+def of_trained(
+    config: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
+) -> TrainedResult:
+    path = Path(out) if out else run_name(config, "compact")
+    return compact_trained(config.validate(), path, overwrite=overwrite, listener=listener)
+
+
+def of_module(
+    model: nn.Module,
+    example_inputs: Tensor | tuple,
+    data: Iterable,
+    budget: str | Sequence[str] | Budget = "0.5",
+    *,
+    images: int = 512,
+    search: float = 30.0,
+    tune: float = 30.0,
+    policy: str = "bandit",
+    arms: str = "repairable",
+    tune_lr: float = 0.05,
+    seed: int = 0,
+    listener: Listener = SILENT,
+) -> Compacted:
+    limits = budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
+    if any(limit.startswith("latency") for limit in limits.limits):
+        raise DynpruneError("compact of a module takes budgets in macs and params. Got one in milliseconds.")
+    listener.note("tracing")
+    graph = trace(model, example_inputs)
+    return compact_module(
+        model,
+        graph,
+        data,
+        limits,
+        images=images,
+        search_seconds=search,
+        policy=policy,
+        choice=arms,
+        tune_seconds=tune,
+        tune_lr=tune_lr,
+        bfloat16=use_bfloat16("auto", next(model.parameters()).device),
+        seed=seed,
+        report=listener.note,
     )

@@ -13,7 +13,7 @@ from dynprune.budgets.fit import Fit
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
-from dynprune.runs.config import ENOUGH, Recipe, TrainConfig
+from dynprune.runs.config import ENOUGH, Recipe, Task, TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.training import distributed
 from dynprune.training.checkpoint import fit_in
@@ -133,7 +133,7 @@ def go(session: Session, run: Run, listener: Listener, *, resume: bool, override
     return result if ranks.first else None
 
 
-def run_name(config: Recipe, method: str) -> Path:
+def run_name(config: Task, method: str) -> Path:
     """Where a run goes that is given no place: runs/MODEL-DATA-METHOD."""
     return Path("runs") / "-".join(
         re.sub(r"[:/?&=,()\s]+", "-", part) for part in (config.model, Path(config.data).name, method)

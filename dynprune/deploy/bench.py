@@ -30,7 +30,7 @@ from dynprune.files import artifact
 from dynprune.files.onnxfile import metadata_of, open_session, size_bytes, write_onnx
 from dynprune.files.onnxfile import run as execute
 from dynprune.machine import environment
-from dynprune.runs.directory import Run
+from dynprune.runs.directory import CompactDirectory, Run
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
 RUNS = (20, 2000)
@@ -91,7 +91,7 @@ class BenchResult:
 
 
 def bench_run(
-    run: Run,
+    run: CompactDirectory,
     *,
     batches: list[int],
     threads: int,
@@ -123,7 +123,7 @@ def bench_run(
 
 
 def record(
-    run: Run,
+    run: CompactDirectory,
     facts: artifact.Facts,
     dense_file: Path,
     rows: list[BenchRow],
@@ -158,7 +158,9 @@ def record(
     return result
 
 
-def budgets_of(run: Run, facts: artifact.Facts, rows: list[BenchRow], threads: int, against: Run | None) -> list[dict]:
+def budgets_of(
+    run: CompactDirectory, facts: artifact.Facts, rows: list[BenchRow], threads: int, against: Run | None
+) -> list[dict]:
     """What the run's budgets allow, what `compact` counted or measured, and what is measured now. Milliseconds are
     those of batch 1 on one thread, and beside the dense twin; other timings say nothing about them."""
     single = next((row for row in rows if row.batch == 1), None) if threads == 1 and against is None else None
@@ -192,7 +194,7 @@ def budgets_of(run: Run, facts: artifact.Facts, rows: list[BenchRow], threads: i
     return lines
 
 
-def recorded_ms(run: Run, budget: str) -> float:
+def recorded_ms(run: CompactDirectory, budget: str) -> float:
     """What `compact` measured for a latency budget; nan if that is not on record."""
     try:
         return next(float(line["actual"]) for line in run.results["compact"]["budgets"] if line["budget"] == budget)
@@ -200,7 +202,7 @@ def recorded_ms(run: Run, budget: str) -> float:
         return math.nan
 
 
-def check_comparable(run: Run, against: Run) -> None:
+def check_comparable(run: CompactDirectory, against: Run) -> None:
     """A dense run may only be compared if it learned from the same images: with another split it has seen our test
     data."""
     ours, theirs = run.config, against.config
@@ -296,7 +298,9 @@ def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) 
     return f"not faster at batch {row.batch} ({times}): {why}"
 
 
-def dense_twin(run: Run, facts: artifact.Facts, data: Data, report: Callable[[str], None], elsewhere: Path) -> Path:
+def dense_twin(
+    run: CompactDirectory, facts: artifact.Facts, data: Data, report: Callable[[str], None], elsewhere: Path
+) -> Path:
     """The full-width network with random weights, as ONNX: as fast as a trained one. It is kept in the run directory
     or, where that takes no files, in `elsewhere`."""
     place = (

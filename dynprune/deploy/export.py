@@ -21,7 +21,7 @@ from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
 from dynprune.files.onnxfile import run as execute
-from dynprune.runs.directory import Run
+from dynprune.runs.directory import CompactDirectory
 from dynprune.version import __version__
 from dynprune.zoo import runs_code
 
@@ -45,7 +45,7 @@ class ExportResult:
     fold_normalization: bool
 
 
-def load_compact(run: Run) -> tuple[nn.Module, artifact.Facts]:
+def load_compact(run: CompactDirectory) -> tuple[nn.Module, artifact.Facts]:
     """The run's compact model. Code that its file names was allowed if the run's own settings name it; another model is
     refused."""
     model, facts = artifact.load_with_facts(run.compact_file, trust=runs_code(run.config.model))
@@ -82,7 +82,7 @@ class Normalised(nn.Module):
 
 
 def export(
-    run: Run,
+    run: CompactDirectory,
     *,
     out: Path | None = None,
     opset: int | None = None,

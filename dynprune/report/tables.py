@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
     from dynprune.deploy.export import ExportResult
+    from dynprune.deploy.trained import TrainedResult
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
     from dynprune.gates.stats import GateStats
@@ -171,6 +172,46 @@ def compact_table(result: CompactResult) -> Table:
         table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
     table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
     return table
+
+
+def trained_table(result: TrainedResult) -> Table:
+    table = Table("", "untouched", "compact", "ratio", title="compact", title_justify="left", title_style="bold")
+    table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
+    table.add_row(
+        "parameters",
+        million(result.dense_params),
+        million(result.params),
+        f"{result.dense_params / result.params:.2f}x",
+    )
+    table.add_row(
+        "size",
+        mebibytes(result.dense_size_bytes),
+        mebibytes(result.size_bytes),
+        f"{result.dense_size_bytes / result.size_bytes:.2f}x",
+    )
+    table.add_section()
+    change = f"{100 * (result.accuracy - result.accuracy_before):+.2f} points"
+    table.add_row("test accuracy", percent(result.accuracy_before), percent(result.accuracy), change)
+    if result.tune_steps:
+        table.add_row("before tuning", "", percent(result.accuracy_repaired), f"{result.tune_steps} steps of tuning")
+    table.add_row("distance", "0", f"{result.distance:.3f}", "nats from the untouched, before tuning")
+    if result.pulls:
+        fell = f"distance {result.distance_at_start:.3f} to {result.curve[-1][1]:.3f}"
+        table.add_row("widths", "", f"{result.pulls} tried", fell)
+    if result.left:
+        table.add_row("not refitted", "", f"{len(result.left)} layers", next(iter(result.left)))
+    table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "of the cut, before repair")
+    table.add_row("seconds", "", f"{sum(result.seconds.values()):.0f}", spent(result.seconds))
+    for line in result.budgets:
+        table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
+    table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
+    return table
+
+
+def spent(seconds: dict[str, float]) -> str:
+    """The phases that took longest, with their seconds."""
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{phase} {value:.0f}" for phase, value in longest)
 
 
 def export_table(result: ExportResult) -> Table:

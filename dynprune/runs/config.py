@@ -27,6 +27,9 @@ ENOUGH = 200  # steps with which a small network learns something; with fewer th
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 POLICIES = ("cucb", "random", "static", "dense")
 ESTIMATORS = ("reinforce", "gumbel", "random")
+SEARCHES = ("bandit", "greedy", "random", "none")  # ways to find widths on frozen weights
+CHOICES = ("repairable", "magnitude", "random")  # ways to choose arms of a trained network
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)|0")
 
 
 def setting(
@@ -68,9 +71,9 @@ def of_type(value: object, wanted: type) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What every kind of training needs: network, data, recipe, machine. `validate()` raises DynpruneError for the
-    first value that does not fit."""
+class Task:
+    """What every command needs that works on a network and its data. `validate()` raises DynpruneError for the first
+    value that does not fit."""
 
     model: str = setting(
         "vgg16",
@@ -114,6 +117,81 @@ class Recipe:
         check=lambda v: -1 <= v <= 256,
         expected="-1 to 256",
     )
+    precision: str = setting(
+        "auto",
+        "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
+        choices=("auto", "float32", "bfloat16", "float64"),
+    )
+    device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
+    threads: int = setting(
+        0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024"
+    )
+    seed: int = setting(
+        0,
+        "Seed of initial weights, data order, augmentation and selections.",
+        check=lambda v: 0 <= v < 2**32,
+        expected="a number from 0 to 4294967295",
+    )
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is int:  # one number is a square; 0 was once what auto is
+            object.__setattr__(self, "image_size", str(self.image_size or "auto"))
+
+    def validate(self) -> Self:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            flag = "--" + field.name.replace("_", "-")
+            if not of_type(value, type(field.default)):
+                raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
+            if isinstance(value, int | float) and not abs(value) < LARGEST:
+                raise DynpruneError(
+                    f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}."
+                )
+            if meta["choices"] and value not in meta["choices"]:
+                raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
+            if meta["check"] and not meta["check"](value):
+                raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """Which images, and what is done with them."""
+        from dynprune.data.loading import Source  # torch comes with it
+
+        return Source(
+            self.data, self.data_root, self.image_size, self.val_fraction, self.augment, self.workers, seed=self.seed
+        )
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DynpruneError(
+                f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run."
+            ) from error
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in list(values.items()):
+            if name not in fields:
+                raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
+            wanted = type(fields[name].default)
+            if name == "image_size" and type(value) is int:
+                continue
+            if wanted is tuple and isinstance(value, list):
+                value = values[name] = tuple(value)
+            if not of_type(value, wanted):
+                raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
+        return cls(**values).validate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Task):
+    """What every kind of training needs besides."""
+
     epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
     batch_size: int = setting(
         0,
@@ -144,34 +222,15 @@ class Recipe:
     label_smoothing: float = setting(
         0.0, "Label smoothing of the cross-entropy loss.", check=fraction, expected="a number in [0, 1)"
     )
-    precision: str = setting(
-        "auto",
-        "auto takes bfloat16 autocast where the processor is fast at it; float64 is slow and for comparing runs.",
-        choices=("auto", "float32", "bfloat16", "float64"),
-    )
-    device: str = setting("auto", "auto takes a GPU if there is one; else cpu, cuda, cuda:1, ...")
-    threads: int = setting(
-        0, "CPU threads for computing; 0 leaves PyTorch's choice.", check=lambda v: 0 <= v <= 1024, expected="0 to 1024"
-    )
     checkpoint_every: str = setting(
         "5m",
         "How often the state is saved, besides at the end of each epoch: 200 (steps), 90s, 5m, 2h, or never.",
         check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None,
         expected="steps such as 200, a time such as 90s, 5m or 2h, or never",
     )
-    seed: int = setting(
-        0,
-        "Seed of initial weights, data order, augmentation and selections.",
-        check=lambda v: 0 <= v < 2**32,
-        expected="a number from 0 to 4294967295",
-    )
     no_onnx: bool = setting(
         False, "Train although the network cannot be exported to ONNX; compact, gate and load still work."
     )
-
-    def __post_init__(self) -> None:
-        if type(self.image_size) is int:  # one number is a square; 0 was once what auto is
-            object.__setattr__(self, "image_size", str(self.image_size or "auto"))
 
     def resolved(self, images: int, processes: int = 1) -> Self:
         """The settings with nothing left to choose, for so many training images.
@@ -185,37 +244,10 @@ class Recipe:
         rate = self.lr or {"sgd": 0.1, "adamw": 0.001}[self.optimizer] * min(1.0, math.sqrt(batch / 128))
         return dataclasses.replace(self, batch_size=batch, lr=rate)
 
-    def validate(self) -> Self:
-        for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
-            flag = "--" + field.name.replace("_", "-")
-            if not of_type(value, type(field.default)):
-                raise DynpruneError(f"{flag} got {value!r}. Expected {type(field.default).__name__}.")
-            if isinstance(value, int | float) and not abs(value) < LARGEST:
-                raise DynpruneError(
-                    f"{flag} got {'nan' if value != value else 'too large a number'}. Expected one below {LARGEST:g}."
-                )
-            if meta["choices"] and value not in meta["choices"]:
-                raise DynpruneError(f'{flag} got "{value}". Choose one of: {", ".join(meta["choices"])}.')
-            if meta["check"] and not meta["check"](value):
-                raise DynpruneError(f"{flag} got {value}. Expected {meta['expected']}.")
-        return self
-
     @property
     def source(self) -> Source:
-        """Which images, and what is done with them."""
-        from dynprune.data.loading import Source  # torch comes with it
-
-        return Source(
-            self.data,
-            self.data_root,
-            self.image_size,
-            self.val_fraction,
-            self.augment,
-            self.workers,
-            self.batch_size,
-            self.seed,
-        )
+        """Which images, and what is done with them; as many as a batch takes, at least."""
+        return dataclasses.replace(super().source, batch_size=self.batch_size)
 
     @property
     def checkpoint_interval(self) -> tuple[float, float]:
@@ -228,57 +260,17 @@ class Recipe:
             else (number, math.inf)
         )
 
-    def to_toml(self) -> str:
-        return tomli_w.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_toml(cls, path: Path) -> Self:
-        """Read a run's `config.toml`; unknown or ill-typed entries are refused by name."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DynpruneError(
-                f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run."
-            ) from error
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name, value in list(values.items()):
-            if name not in fields:
-                raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
-            wanted = type(fields[name].default)
-            if name == "image_size" and type(value) is int:
-                continue
-            if wanted is tuple and isinstance(value, list):
-                value = values[name] = tuple(value)
-            if not of_type(value, wanted):
-                raise DynpruneError(f"{path}: {name} is {value!r}. Expected {wanted.__name__}.")
-        return cls(**values).validate()
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Recipe):
-    """Settings of one training run with dynamic channel execution, or of what it is compared with."""
+class Limited:
+    """What a network may cost, and which widths are allowed."""
 
-    policy: str = setting(
-        "cucb",
-        "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), "
-        "static (a thin network of the same widths; with --weights, of the largest "
-        "channels), dense (everything).",
-        choices=POLICIES,
-    )
     budget: tuple[str, ...] = setting(
         ("0.25",),
         "What may be executed: 0.25 or macs=0.25 (share of the dense "
         "network's multiply-accumulates), macs=80M, params=0.11, "
         "params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 "
         "on one thread), latency=2ms. Several hold at once.",
-    )
-    allocation: str = setting(
-        "uniform",
-        "How widths are spread: uniform (the same share of every layer), balanced "
-        "(uses several budgets at once by narrowing layers with many parameters per "
-        "MAC more), or learned (balanced, then moved half-way through exploration by "
-        "what the bandit found a channel of each layer to be worth).",
-        choices=("uniform", "balanced", "learned"),
     )
     min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
     max_width_share: float = setting(
@@ -294,6 +286,27 @@ class TrainConfig(Recipe):
         "(8 without AVX-512), or 8 or 4 where a layer is narrow.",
         check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0,
         expected="auto or a number from 1",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Limited, Recipe):
+    """Settings of one training run with dynamic channel execution, or of what it is compared with."""
+
+    policy: str = setting(
+        "cucb",
+        "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), "
+        "static (a thin network of the same widths; with --weights, of the largest "
+        "channels), dense (everything).",
+        choices=POLICIES,
+    )
+    allocation: str = setting(
+        "uniform",
+        "How widths are spread: uniform (the same share of every layer), balanced "
+        "(uses several budgets at once by narrowing layers with many parameters per "
+        "MAC more), or learned (balanced, then moved half-way through exploration by "
+        "what the bandit found a channel of each layer to be worth).",
+        choices=("uniform", "balanced", "learned"),
     )
     explore: float = setting(
         0.005,
@@ -375,6 +388,78 @@ class TrainConfig(Recipe):
                 f"thrown away. Choose one of the two."
             )
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactConfig(Limited, Task):
+    """Settings of one compaction of a trained network, without a run."""
+
+    budget: tuple[str, ...] = setting(
+        ("0.5",),
+        "What the compact network may cost: 0.5 or macs=0.5 (share of the multiply-accumulates), macs=80M, "
+        "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
+        "Several hold at once.",
+    )
+    tune: str = setting(
+        "30s",
+        "How long the compact network is trained to say what the untouched one says: 30s, 3m, 1h, or 0 for not at all.",
+        check=lambda v: DURATION.fullmatch(v) is not None,
+        expected="a time such as 30s, 3m or 1h, or 0",
+    )
+    search: str = setting(
+        "bandit",
+        "How widths are found: bandit (tries widths on frozen weights, with repair), greedy or random (to compare "
+        "with), or none (the allocation alone).",
+        choices=SEARCHES,
+    )
+    search_time: str = setting(
+        "30s",
+        "How long widths are searched for: 30s, 3m, 1h.",
+        check=lambda v: DURATION.fullmatch(v) is not None and v != "0",
+        expected="a time such as 30s, 3m or 1h",
+    )
+    allocation: str = setting(
+        "uniform",
+        "Widths that the search begins with: uniform (the same share of every layer) or balanced (uses several budgets "
+        "at once by narrowing layers with many parameters per MAC more).",
+        choices=("uniform", "balanced"),
+    )
+    arms: str = setting(
+        "repairable",
+        "Which channels go: repairable (those that the rest can make up for), magnitude (the smallest), or random.",
+        choices=CHOICES,
+    )
+    no_repair: bool = setting(False, "Leave the weights as they are cut, to compare with.")
+    images: int = setting(
+        512,
+        "Training images that calibration and repair look at, fewer where they are large.",
+        check=lambda v: 16 <= v <= 100_000,
+        expected="16 to 100000",
+    )
+    tune_lr: float = setting(
+        0.05, "Learning rate at the start of tuning.", check=lambda v: v > 0, expected="more than 0"
+    )
+
+    @property
+    def allowed(self) -> Budget:
+        """What the network may cost, and which widths are allowed."""
+        return Budget(self.budget, self.allocation, self.align, self.min_width, self.max_width_share, self.keep)
+
+    def validate(self) -> Self:
+        super().validate()
+        for text in self.budget:
+            parse_limit(text)
+        if self.precision == "float64":
+            raise DynpruneError("--precision got float64. compact works in float32, and tunes in float32 or bfloat16.")
+        return self
+
+
+def seconds_in(duration: str) -> float:
+    """ "30s", "3m", "1h" or "0" in seconds."""
+    found = DURATION.fullmatch(duration)
+    if found is None:
+        raise DynpruneError(f'Got "{duration}". Expected a time such as 30s, 3m or 1h, or 0.')
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found[1] else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

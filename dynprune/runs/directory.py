@@ -28,7 +28,7 @@ from dynprune.data.loading import Data, load_data
 from dynprune.errors import DynpruneError, DynpruneWarning
 from dynprune.files.disk import read_tensors, write_tensors, write_text
 from dynprune.machine import environment
-from dynprune.runs.config import GateConfig, Recipe, TrainConfig
+from dynprune.runs.config import CompactConfig, GateConfig, Task, TrainConfig
 from dynprune.zoo import runs_code
 
 
@@ -44,7 +44,7 @@ class RunDirectory:
         raise NotImplementedError
 
     @property
-    def config(self) -> Recipe:
+    def config(self) -> Task:
         """The settings that it was started with."""
         raise NotImplementedError
 
@@ -60,14 +60,14 @@ class RunDirectory:
                     f"{path} exists. Pass --overwrite to replace it, --out for another place, or go "
                     f"on with dynprune train --resume."
                 )
-            if not any((path / name).is_file() for name in ("config.toml", "gate.toml")):
+            if not any(kind(path).config_file.is_file() for kind in KINDS):
                 raise DynpruneError(
                     f"{path} exists and is not a run directory (no config.toml), so it is not "
                     f"overwritten. Choose another --out."
                 )
 
     @classmethod
-    def create(cls, path: Path, config: Recipe, overwrite: bool) -> Self:
+    def create(cls, path: Path, config: Task, overwrite: bool) -> Self:
         """A new, empty run directory, with the settings and the environment written down."""
         cls.refuse_existing(path, overwrite)
         try:
@@ -86,7 +86,7 @@ class RunDirectory:
         """The run in `path`. Raises DynpruneError if there is none, or one of another command."""
         run = cls(path)
         if not run.config_file.is_file():
-            other = next((kind for kind in (Run, GateRun) if kind(path).config_file.is_file()), None)
+            other = next((kind for kind in KINDS if kind(path).config_file.is_file()), None)
             what = (
                 f"is a run of dynprune {other.command}"
                 if other
@@ -97,7 +97,7 @@ class RunDirectory:
             raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune {cls.command} wrote.")
         return run
 
-    def write_config(self, config: Recipe) -> None:
+    def write_config(self, config: Task) -> None:
         write_text(self.config_file, config.to_toml())
 
     def images(self, moved: str | Data = "") -> Data:
@@ -206,19 +206,36 @@ class RunDirectory:
             warnings.warn(f"{error} The result is shown, but not recorded.", DynpruneWarning, stacklevel=2)
 
 
-class Run(RunDirectory):
-    """Paths of a run directory of `dynprune train`: config.toml, compact.safetensors and its ONNX files."""
+class CompactDirectory(RunDirectory):
+    """Paths of a run directory that holds a compact network: compact.safetensors and its ONNX files."""
 
-    command: ClassVar[str] = "train"
-
-    config_file = property(lambda self: self.path / "config.toml")
     compact_file = property(lambda self: self.path / "compact.safetensors")
     onnx_file = property(lambda self: self.path / "compact.onnx")
     dense_onnx_file = property(lambda self: self.path / "dense.onnx")
 
+
+class Run(CompactDirectory):
+    """Paths of a run directory of `dynprune train`, with config.toml."""
+
+    command: ClassVar[str] = "train"
+
+    config_file = property(lambda self: self.path / "config.toml")
+
     @property
     def config(self) -> TrainConfig:
         return TrainConfig.from_toml(self.config_file)
+
+
+class CompactRun(CompactDirectory):
+    """Paths of a run directory of `dynprune compact --weights`, with compact.toml in place of config.toml."""
+
+    command: ClassVar[str] = "compact"
+
+    config_file = property(lambda self: self.path / "compact.toml")
+
+    @property
+    def config(self) -> CompactConfig:
+        return CompactConfig.from_toml(self.config_file)
 
 
 class GateRun(RunDirectory):
@@ -237,9 +254,17 @@ class GateRun(RunDirectory):
         return GateConfig.from_toml(self.config_file)
 
 
-def open_any(path: Path) -> Run | GateRun:
+KINDS = (Run, CompactRun, GateRun)
+
+
+def open_compact(path: Path) -> Run | CompactRun:
+    """The run in `path`, of train or compact."""
+    return CompactRun.open(path) if CompactRun(path).config_file.is_file() else Run.open(path)
+
+
+def open_any(path: Path) -> Run | CompactRun | GateRun:
     """The run in `path`, of whichever command."""
-    return GateRun.open(path) if GateRun(path).config_file.is_file() else Run.open(path)
+    return GateRun.open(path) if GateRun(path).config_file.is_file() else open_compact(path)
 
 
 def step_of(line: str) -> float:

@@ -1,0 +1,345 @@
+"""From a trained network to a compact file, without a run: calibrate, find widths, cut, repair, tune, prove, write.
+
+Takes the settings, builds the network with its weights, and hands modules and tensors to the room `repair`. Validation
+images choose (they measure distances from the untouched network, without their labels), training images calibrate and
+tune, test images are only reported.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dynprune import zoo
+from dynprune.budgets.fit import Fit, Fitter, Latency, budgets_met, first_missed
+from dynprune.data.loading import Data, load_data, some
+from dynprune.data.loading import Images as Split
+from dynprune.data.scores import evaluate, fitting, logits
+from dynprune.deploy.compact import TOLERANCE, largest_difference
+from dynprune.errors import DynpruneError
+from dynprune.files import artifact
+from dynprune.listener import SILENT, Listener
+from dynprune.repair.distill import tune
+from dynprune.repair.trained import FEWEST, Compaction, Images
+from dynprune.repair.widths import Found
+from dynprune.runs.config import CompactConfig, seconds_in
+from dynprune.runs.directory import CompactRun
+from dynprune.state.copies import copied, generator
+from dynprune.state.tensors import named_tensors, paths_of
+from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.surgery import slim
+from dynprune.structure.tracing import exact_part, masked
+from dynprune.training.recipe import choose_device, use_bfloat16
+from dynprune.training.session import trace_images
+from dynprune.zoo.weights import load_weights
+
+JUDGES = 512  # validation images that measure the distance from the untouched network
+CHECKED = 2000  # images with which it is seen whether the untouched network knows its classes at all
+ACTIVATIONS = 2**31  # bytes that the images of one repair may take where its activations are largest
+
+
+@dataclass(frozen=True)
+class TrainedResult:
+    """Accuracies on the test images: of the untouched network, of the compact one after repair, and as written.
+    distance: of the compact network from the untouched one on validation images before tuning, in nats;
+    distance_at_start: of the widths that the search began with. seconds: by phase. left: layers that were not refitted,
+    and why. curve: seconds and least distance after every pull of the search."""
+
+    run: str
+    path: str
+    macs: int
+    params: int
+    size_bytes: int
+    dense_macs: int
+    dense_params: int
+    dense_size_bytes: int
+    budgets: list[dict]
+    accuracy_before: float
+    accuracy_repaired: float
+    accuracy: float
+    test_data: str
+    distance_at_start: float
+    distance: float
+    pulls: int
+    curve: list[tuple[float, float]]
+    tune_steps: int
+    max_rel_diff: float
+    mixed_groups: list[str]
+    left: dict[str, str]
+    seconds: dict[str, float]
+    widths: dict[str, int]
+
+
+class Timer:
+    """Seconds by phase, told as they begin."""
+
+    def __init__(self, listener: Listener):
+        self.listener, self.phase, self.began = listener, "", 0.0
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, phase: str, words: str) -> None:
+        self.end()
+        self.phase, self.began = phase, time.perf_counter()
+        self.listener.note(words)
+
+    def end(self) -> dict[str, float]:
+        if self.phase:
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self.began
+        self.phase = ""
+        return self.seconds
+
+
+def compact_trained(
+    config: CompactConfig, run_path: Path, *, overwrite: bool = False, listener: Listener = SILENT
+) -> TrainedResult:
+    """Write a run directory with compact.safetensors. Raises DynpruneError for weights, data and budgets that make no
+    sense before anything is computed."""
+    CompactRun.refuse_existing(run_path, overwrite)
+    timer = Timer(listener)
+    timer("load", "loading images and weights")
+    data = load_data(config.source)
+    full, data = trained_network(config, data)
+    device = choose_device(config.device)
+    graph = trace_images(full, data.example)
+    fitter = Fitter(full, graph, data.example, config.allowed, listener.work)
+    fit = fitter.fit()
+    full = full.to(device).eval()
+    before = check_knows_classes(full, data, device, listener)
+    timer("calibrate", f"calibrating on {config.images} training images")
+    compaction = Compaction(
+        full, graph, sample_images(config, full, data, device), choice=config.arms, seed=config.seed
+    )
+    found = find_widths(compaction, fitter, fit, config, timer, listener)
+    timer("repair", "cutting and repairing")
+    difference, unproven = prove_cut(full, graph, compaction, found.widths, data)
+    narrow = compaction.cut(found.widths) if config.no_repair else compaction.repaired(found.widths)
+    distance = compaction.distance(narrow)
+    repaired = evaluate(narrow, data, data.test, device)
+    steps = 0
+    if seconds := seconds_in(config.tune):
+        timer("tune", f"tuning for {config.tune}")
+        steps = tune(
+            narrow,
+            full,
+            endless(data, config, device),
+            seconds,
+            lr=config.tune_lr,
+            bfloat16=use_bfloat16(config.precision, device),
+            scores=logits,
+            report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
+        )
+    timer("write", "writing, and proving that what was written is what was made")
+    return write(
+        CompactRun.create(run_path, config, overwrite),
+        config,
+        data,
+        full.cpu(),
+        narrow.cpu(),
+        graph,
+        compaction,
+        found,
+        measured(fitter, found.widths, narrow),
+        dict(
+            accuracy_before=before,
+            accuracy_repaired=repaired,
+            distance=distance,
+            tune_steps=steps,
+            max_rel_diff=difference,
+            mixed_groups=unproven,
+        ),
+        timer,
+    )
+
+
+def trained_network(config: CompactConfig, data: Data) -> tuple[nn.Module, Data]:
+    """The network with its weights, and the data as it takes them."""
+    if not config.weights:
+        raise DynpruneError(
+            "compact without a run needs a trained network. Pass its --weights (a checkpoint file), or a run directory "
+            "of dynprune train."
+        )
+    full = zoo.build(config.model, len(data.classes), config.seed, size=data.size)
+    data = fitting(full, data)
+    load_weights(full, Path(config.weights))
+    if len(data.train) < FEWEST:
+        raise DynpruneError(
+            f"{config.data} has {len(data.train)} training images. Expected at least {FEWEST} to calibrate with; a few "
+            "hundred are better."
+        )
+    return full, data
+
+
+def check_knows_classes(full: nn.Module, data: Data, device: torch.device, listener: Listener) -> float:
+    """The untouched network's test accuracy. Warns where it does no better than chance on some validation images."""
+    seen = evaluate(full, data, some(data.val, CHECKED), device)
+    chance = 1 / len(data.classes)
+    if seen < chance + 2 * math.sqrt(chance * (1 - chance) / min(CHECKED, len(data.val))):
+        listener.say(
+            f"warning: the untouched network is right for {100 * seen:.1f} % of the validation images, which is "
+            "chance. Are these its classes, in their order, and its normalisation and image size?"
+        )
+    return evaluate(full, data, data.test, device)
+
+
+def sample_images(config: CompactConfig, full: nn.Module, data: Data, device: torch.device) -> Images:
+    """Disjoint training images for calibration and for repair, and validation images to judge by."""
+    most = max(16, int(ACTIVATIONS // activation_bytes(full, data.example.to(device))))
+    count = min(config.images, len(data.train) // 2)
+    order = torch.randperm(len(data.train), generator=generator(config.seed, 7))
+
+    def take(split: Split, indices: Tensor) -> Tensor:
+        batches = [batch for batch, _ in data.eval_batches(split.take(indices))]
+        return torch.cat(batches).to(device, memory_format=torch.channels_last)
+
+    calibration = take(data.train, order[:count])
+    repair = take(data.train, order[count : count + min(count, most)])
+    judged = torch.randperm(len(data.val), generator=generator(config.seed, 8))[: min(JUDGES, most)]
+    return Images(
+        list(calibration.split(min(128, most))), repair, repair[: max(16, len(repair) // 2)], take(data.val, judged)
+    )
+
+
+@torch.no_grad()
+def activation_bytes(model: nn.Module, example: Tensor) -> int:
+    """Bytes of one image's four largest activations: about what is there at once."""
+    sizes: list[int] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _i, output: sizes.append(output.numel() * 4) if isinstance(output, Tensor) else None
+        )
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    try:
+        model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(1, sum(sorted(sizes)[-4:]))
+
+
+def find_widths(
+    compaction: Compaction, fitter: Fitter, fit: Fit, config: CompactConfig, timer: Timer, listener: Listener
+) -> Found:
+    """The widths of the allocation, or better ones that were searched for."""
+    start = compaction.pull(fit.widths)
+    seconds = seconds_in(config.search_time)
+    if config.search == "none" or not compaction.graph.groups:
+        return Found(fit.widths, start, [(0.0, start)])
+    timer("search", f"searching widths for {config.search_time}")
+    return compaction.find_widths(
+        fit.widths,
+        config.allowed,
+        seconds,
+        cost=fitter.cost,
+        policy=config.search,
+        report=lambda now, best, pulls: listener.detail(
+            f"widths: {now:.0f} of {seconds:.0f} s, {pulls} tried, distance {start:.3f} to {best:.3f}"
+        ),
+    )
+
+
+def prove_cut(
+    full: nn.Module, graph: ChannelGraph, compaction: Compaction, widths: dict[str, int], data: Data
+) -> tuple[float, list[str]]:
+    """Largest difference between the cut network and the untouched one in which the removed arms are hidden, before
+    repair; and the groups of which that cannot be said."""
+    selection = compaction.selection(widths)
+    proven = exact_part(graph, selection)
+    own = copied(full).cpu()
+    difference = largest_difference(masked(own, graph, proven), slim(own, graph.kept(proven)), data)
+    if not difference < TOLERANCE:
+        raise DynpruneError(
+            f"The cut network differs from the untouched one with hidden channels by {difference:.1e} of the largest "
+            f"output, more than {TOLERANCE:g}. Nothing was written. Please report the model's name."
+        )
+    return difference, sorted(set(selection) - set(proven))
+
+
+def endless(data: Data, config: CompactConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented training batches, epoch after epoch."""
+    batch, epoch = min(128, max(8, len(data.train) // 8)), 0
+    while True:
+        for images, labels in data.train_batches(batch, config.seed, epoch):
+            yield images.to(device, memory_format=torch.channels_last), labels.to(device)
+        epoch += 1
+
+
+def measured(fitter: Fitter, widths: dict[str, int], narrow: nn.Module) -> Latency | None:
+    """Milliseconds of the compact network beside the untouched one, where a budget is in them."""
+    return fitter.time(widths, narrow.cpu()) if fitter.in_ms else None
+
+
+def write(
+    run: CompactRun,
+    config: CompactConfig,
+    data: Data,
+    full: nn.Module,
+    narrow: nn.Module,
+    graph: ChannelGraph,
+    compaction: Compaction,
+    found: Found,
+    latency: Latency | None,
+    told: dict,
+    timer: Timer,
+) -> TrainedResult:
+    """Save the file, read it back as a stranger would, and measure that."""
+    met = budgets_met(graph, config.budget, found.widths, latency)
+    if missed := first_missed(met):
+        raise DynpruneError(
+            f"The compact network costs {missed['actual']:.4g}, above the budget {missed['budget']} "
+            f"({missed['limit']:.4g}). Nothing was written. If that is a time, try again when the machine is quiet, or "
+            "with a smaller budget."
+        )
+    accuracy = evaluate(narrow, data, data.test)
+    kept = artifact.kept_as_json(graph.kept(compaction.selection(found.widths)))
+    facts = artifact.Facts(
+        asdict(config),
+        data.classes,
+        list(data.size),
+        list(data.mean),
+        list(data.std),
+        kept,
+        found.widths,
+        graph.macs(found.widths),
+        graph.params(found.widths),
+        graph.macs({}),
+        graph.params({}),
+        accuracy,
+    )
+    artifact.save(run.compact_file, narrow, facts, within=paths_of(full))
+    loaded = artifact.load(run.compact_file, zoo.build(config.model, len(data.classes), size=data.size))
+    if not largest_difference(narrow, loaded, data) < TOLERANCE:
+        run.compact_file.unlink()
+        raise DynpruneError(
+            "The compact file, read back, gives other outputs than the network that was saved. It was not kept. Please "
+            "report the model's name."
+        )
+    result = TrainedResult(
+        run=str(run.path),
+        path=str(run.compact_file),
+        macs=facts.macs,
+        params=sum(p.numel() for p in loaded.parameters()),
+        size_bytes=run.compact_file.stat().st_size,
+        dense_macs=facts.dense_macs,
+        dense_params=sum(p.numel() for p in full.parameters()),
+        dense_size_bytes=sum(t.numel() * t.element_size() for t in named_tensors(full).values()),
+        budgets=met,
+        accuracy=accuracy,
+        test_data=data.reports,
+        distance_at_start=found.curve[0][1],
+        pulls=len(found.curve) - 1,
+        curve=found.curve,
+        left=compaction.targets.left | compaction.calibration.left,
+        seconds=timer.end(),
+        widths=found.widths,
+        **told,
+    )
+    run.record("compact", asdict(result))
+    return result

@@ -1,0 +1,7 @@
+"""A trained network in, a compact one out: which arms go, how wide every group stays, and weights that make up for it.
+
+In: an untouched network with its channel graph, some images, a budget. Out: a narrow network that says nearly the same,
+without a step of training, and training for some seconds if they are given. Read `trained.py` first: it is the whole
+way in one function. Then `choice.py` (what repair cannot replace), `refit.py` (ridge regression layer after layer) and
+`widths.py` (the bandit on frozen weights).
+"""

@@ -1,0 +1,84 @@
+"""Train a compact network for some seconds to say what the untouched one says.
+
+Takes both and batches of training images; changes the compact one in place. The loss is the divergence from the
+untouched network's softened scores (Hinton, Vinyals & Dean, 2015), beside the labels. The learning rate falls to zero
+within the time that is given, so that every length is a whole schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TEMPERATURE = 2.0
+WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
+
+
+def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """How far scores are from the teacher's, both softened, mean over images, on the scale of cross-entropy.
+
+    scores, teacher: (images, classes).
+    """
+    return (
+        F.kl_div(
+            F.log_softmax(scores.float() / temperature, 1),
+            F.log_softmax(teacher.float() / temperature, 1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        * temperature**2
+    )
+
+
+def loss_of(scores: Tensor, labels: Tensor | None, teacher: Tensor, weight: float = WEIGHT) -> Tensor:
+    """Distillation beside the labels; alone where there are none."""
+    told = divergence(scores, teacher)
+    return told if labels is None else weight * told + (1 - weight) * F.cross_entropy(scores.float(), labels)
+
+
+def tune(
+    narrow: nn.Module,
+    teacher: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor | None]],
+    seconds: float,
+    *,
+    lr: float = 0.05,
+    weight_decay: float = 5e-4,
+    weight: float = WEIGHT,
+    bfloat16: bool = False,
+    scores: Callable[[object], Tensor],
+    report: Callable[[float, float, int], None] = lambda *_: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Train `narrow` in place, SGD with Nesterov momentum, until the seconds are over. Returns the number of steps.
+
+    batches: endless; on the networks' device. report: seconds so far, loss, steps.
+    """
+    device = next(narrow.parameters()).device
+    optimizer = torch.optim.SGD(
+        narrow.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=True, fused=device.type in ("cpu", "cuda")
+    )
+    narrow.train()
+    began, steps = clock(), 0
+    for images, labels in batches:
+        left = 1 - (clock() - began) / seconds
+        if left <= 0:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * left
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.no_grad():
+                said = scores(teacher(images))
+            output = scores(narrow(images))
+        loss = loss_of(output, labels, said, weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        steps += 1
+        report(clock() - began, float(loss.detach()), steps)
+    narrow.eval()
+    return steps

@@ -1,0 +1,150 @@
+"""What comes after each layer: the norm behind it, the sum in which its branch ends, the rectifier behind that.
+
+Takes a network and an input, runs it once while every function that gives tensors is written down, and returns per
+layer what repair can make use of. A layer without bias may hand its shift to the norm that alone reads it; the last
+layer of a residual branch may aim at the sum, so that it also makes up for what went wrong on the shortcut; and where a
+rectifier cuts negative values off, nothing need be fitted there.
+
+Functions are numbered in the order of their calls. A narrow copy runs the same code, so there a number means the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dynprune.repair.patches import is_layer
+from dynprune.structure.labels import tensors_in
+from dynprune.structure.rules import named
+
+ADD = set(named("add"))
+NORM = {F.batch_norm, torch.batch_norm}
+SCALE = set(named("mul multiply"))
+KEEP = set(named("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous"))
+RECTIFY = set(named("relu relu6"))
+
+
+@dataclass(frozen=True)
+class Following:
+    """norm: name of the BatchNorm that alone reads the layer's output, if one does. end: the last call that gives,
+    channel by channel, an affine function of that output. added: the call that made what this is added to, if that is
+    there before the layer runs; -1 - i is the network's input number i. rectified: a rectifier reads the end, or the
+    sum, and nothing else does."""
+
+    norm: str | None
+    end: int
+    added: int | None
+    rectified: bool
+
+
+class Numbered(TorchFunctionMode):
+    """Context: tells of every function call that gives tensors: its number, the function, the tensors it was given and
+    those it gave. What hooks compute is none of the network's: they pass through `aside`."""
+
+    def __init__(self, tell: Callable[[int, Callable, list[Tensor], list[Tensor]], None]):
+        super().__init__()
+        self.count, self.tell, self.listening = 0, tell, True
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if self.listening and isinstance(result, Tensor | tuple | list) and (results := list(tensors_in(result))):
+            with self.aside():
+                self.tell(self.count, function, list(tensors_in([args, kwargs or {}])), results)
+            self.count += 1
+        return result
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, calls are not counted."""
+        before, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = before
+
+
+@dataclass(frozen=True)
+class Call:
+    """given: the calls that made its operands, one entry for each; parameters have none. module: in which it was."""
+
+    function: Callable
+    given: list[int]
+    module: str
+
+
+@torch.no_grad()
+def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
+    """Every layer that ran exactly once, in the order of execution, with what comes after it.
+
+    model: in eval mode. inputs: arguments for a few examples; every activation is held while this runs.
+    """
+    calls: list[Call] = []
+    made = {id(value): -1 - i for i, value in enumerate(tensors_in(inputs))}
+    held: list[Tensor] = []  # or the place of a tensor in memory could be that of a later one
+    stack = [""]
+    ran: dict[str, list[int | None]] = {}
+
+    def tell(number: int, function: Callable, given: list[Tensor], results: list[Tensor]) -> None:
+        calls.append(Call(function, [made[id(value)] for value in given if id(value) in made], stack[-1]))
+        for value in results:
+            made[id(value)] = number
+            held.append(value)
+
+    def enter(name: str) -> Callable:
+        return lambda *_: stack.append(name)
+
+    def leave(name: str, layer: bool) -> Callable:
+        def hook(_module: nn.Module, _inputs: tuple, output: object) -> None:
+            stack.pop()
+            if layer:
+                ran.setdefault(name, []).append(made.get(id(output)))
+
+        return hook
+
+    with ExitStack() as context:
+        for name, module in model.named_modules():
+            context.callback(module.register_forward_pre_hook(enter(name)).remove)
+            context.callback(module.register_forward_hook(leave(name, is_layer(module))).remove)
+        context.enter_context(Numbered(tell))
+        model(*inputs)
+    readers: dict[int, list[int]] = {}
+    for number, call in enumerate(calls):
+        for source in dict.fromkeys(call.given):
+            readers.setdefault(source, []).append(number)
+    once = {name: places[0] for name, places in ran.items() if len(places) == 1}
+    return {name: after(model, calls, readers, start) for name, start in once.items() if start is not None}
+
+
+def after(model: nn.Module, calls: list[Call], readers: dict[int, list[int]], start: int) -> Following:
+    """Follow one layer's output as long as one function alone reads it and treats every channel by itself."""
+
+    def only_reader(place: int) -> int | None:
+        found = readers.get(place, [])
+        return found[0] if len(found) == 1 else None
+
+    def rectified(place: int) -> bool:
+        reader = only_reader(place)
+        return reader is not None and calls[reader].function in RECTIFY
+
+    norm, here = None, start
+    while (number := only_reader(here)) is not None:
+        call = calls[number]
+        if call.function in ADD and len(call.given) == 2 and call.given[0] != call.given[1]:
+            other = next(source for source in call.given if source != here)
+            return (
+                Following(norm, here, other, rectified(number)) if other < start else Following(norm, here, None, False)
+            )
+        if call.given != [here] or call.function not in NORM | SCALE | KEEP:
+            break
+        if call.function in NORM and here == start:
+            module = model.get_submodule(call.module)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                norm = call.module
+        here = number
+    return Following(norm, here, None, rectified(here))

@@ -1,0 +1,287 @@
+"""Weights that make up for the arms that are gone.
+
+Takes a narrow network, the positions that it kept, and what the untouched one says of some images (`Targets`); changes
+weights, biases and the means of BatchNorms in place. In one forward pass, before a layer runs, it is refitted by ridge
+regression: from its own inputs, as they are after the layers before it were refitted, to the untouched layer's outputs.
+
+Three things are ours: the last layer of a residual branch aims at the sum, and so makes up for errors on the shortcut;
+behind a rectifier, values that both networks cut off count as equal (as in Zhang, Zou, He & Sun, 2016, for low-rank
+filters); and places are sampled, so that no unfolded activation is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynprune.repair.calibration import sample_rows
+from dynprune.repair.following import Following, Numbered, follow
+from dynprune.repair.patches import (
+    Conv,
+    Layer,
+    by_position,
+    explains,
+    groups_of,
+    layer_at,
+    matrix_of,
+    patches,
+    positions_of,
+    size_of,
+    weight_from,
+)
+from dynprune.structure.labels import AxisKey
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+RIDGE = 0.01  # of the mean square of a column of inputs: how much a weight is held where it was
+ROUNDS = 8  # of the regression behind a rectifier
+LEAST_SLOPE = 1e-3  # of a channel on the way to a sum: with less, what it says does not reach it
+
+
+@dataclass
+class Target:
+    """What one untouched layer says. rows: the places, as `sample_rows` numbers them. size: of its output behind the
+    channels. values: its output there, (places, channels). slope, intercept: per channel, from that output to where its
+    branch ends. added: what the branch is added to, there."""
+
+    rows: Tensor
+    size: tuple[int, ...]
+    values: Tensor
+    slope: Tensor | None = None
+    intercept: Tensor | None = None
+    added: Tensor | None = None
+
+    def end_is(self, branch: Tensor) -> None:
+        """Fit slope and intercept. branch: the branch's end at these places, (places, channels)."""
+        mean = self.values.mean(0)
+        centred = self.values - mean
+        self.slope = (centred * branch).sum(0) / centred.square().sum(0).clamp(min=1e-12)
+        self.intercept = branch.mean(0) - self.slope * mean
+
+
+@dataclass
+class Targets:
+    """What the untouched network says of `inputs`. left: layers that are not refitted, and why."""
+
+    inputs: Tensor
+    layers: dict[str, Target]
+    following: dict[str, Following]
+    left: dict[str, str]
+
+
+@torch.no_grad()
+def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float = 1.0) -> Targets:
+    """One forward pass of the untouched network, in eval mode. scale: of the number of places, see `sample_rows`."""
+    following = follow(model, (inputs[:2],))
+    result = Targets(inputs, {}, following, {})
+    ending = {own.end: name for name, own in following.items()}
+    wanted = {own.added for own in following.values() if own.added is not None}
+    seen = {-1: inputs}
+
+    def tell(number: int, _function: object, _given: object, results: list[Tensor]) -> None:
+        if number in wanted and len(results) == 1:
+            seen[number] = results[0]
+        if (name := ending.get(number)) in result.layers:
+            reach_end(name, results[0])
+
+    def reach_end(name: str, end: Tensor) -> None:
+        layer, target, place = layer_at(model, name), result.layers[name], following[name].added
+        added = None if place is None else seen.get(place)
+        target.end_is(by_position(layer, end).index_select(0, target.rows))
+        if added is not None and added.shape == end.shape:
+            target.added = by_position(layer, added).index_select(0, target.rows)
+
+    def look(name: str, layer: Layer, x: Tensor, output: Tensor) -> None:
+        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale).to(x.device)
+        if not explains(layer, x, output, rows[:256]):
+            result.left[name] = "says something else than the product of its input with its weight"
+            return
+        values = by_position(layer, output).index_select(0, rows)
+        result.layers[name] = Target(rows, size_of(layer, output), values)
+        if numbered.count - 1 == following[name].end:  # nothing comes between the layer and its end
+            reach_end(name, output)
+
+    numbered = Numbered(tell)
+    run_hooked(model, inputs, numbered, after={name: look for name in following})
+    return result
+
+
+@torch.no_grad()
+def repair(
+    narrow: nn.Module,
+    kept: Mapping[AxisKey, np.ndarray],
+    targets: Targets,
+    *,
+    ridge: float = RIDGE,
+    sums: bool = True,
+    rounds: int = ROUNDS,
+) -> None:
+    """Refit every layer of `narrow`, which is in eval mode, in place.
+
+    kept: the positions of the untouched tensors that it holds. sums: let the last layer of a branch aim at the sum.
+    rounds: of the regression behind a rectifier; 0 fits also what it cuts off.
+    """
+    wanted = {own.added for own in targets.following.values() if own.added is not None}
+    seen = {-1: targets.inputs}
+
+    def tell(number: int, _function: object, _given: object, results: list[Tensor]) -> None:
+        if number in wanted and len(results) == 1:
+            seen[number] = results[0]
+
+    def refit(name: str, layer: Layer, x: Tensor) -> None:
+        own, target = targets.following[name], kept_part(targets.layers[name], layer, kept, name)
+        added = None
+        if own.added is not None and target.added is not None:
+            added = by_position(layer, seen[own.added]).index_select(0, target.rows)
+        wanted, edge = target.values, None
+        if target.slope is not None and target.intercept is not None:
+            reaches = target.slope.abs() >= LEAST_SLOPE
+            slope = torch.where(reaches, target.slope, LEAST_SLOPE)
+            if sums and added is not None and target.added is not None:
+                wanted = wanted + torch.where(reaches, (target.added - added) / slope, 0)
+            if rounds and own.rectified:
+                edge = Edge(-(target.intercept[None] + (0 if added is None else added)) / slope, slope.sign())
+        norm = norm_at(narrow, own.norm) if own.norm else None
+        solve(layer, patches(layer, x, target.size, target.rows), wanted, ridge, norm, edge, rounds)
+
+    run_hooked(narrow, targets.inputs, Numbered(tell), before={name: refit for name in targets.layers})
+
+
+def run_hooked(
+    model: nn.Module,
+    inputs: Tensor,
+    numbered: Numbered,
+    *,
+    before: Mapping[str, Callable] | None = None,
+    after: Mapping[str, Callable] | None = None,
+) -> None:
+    """A forward pass in which functions look at layers: before one runs, with its name, itself and its input; or after
+    it, with its output too."""
+
+    def ahead(name: str, act: Callable) -> Callable:
+        def hook(layer: nn.Module, given: tuple) -> None:
+            with numbered.aside():
+                act(name, layer, given[0])
+
+        return hook
+
+    def behind(name: str, act: Callable) -> Callable:
+        def hook(layer: nn.Module, given: tuple, output: Tensor) -> None:
+            with numbered.aside():
+                act(name, layer, given[0], output)
+
+        return hook
+
+    with ExitStack() as context:
+        for name, act in (before or {}).items():
+            context.callback(model.get_submodule(name).register_forward_pre_hook(ahead(name, act)).remove)
+        for name, act in (after or {}).items():
+            context.callback(model.get_submodule(name).register_forward_hook(behind(name, act)).remove)
+        context.enter_context(numbered)
+        model(inputs)
+
+
+def kept_part(target: Target, layer: Layer, kept: Mapping[AxisKey, np.ndarray], name: str) -> Target:
+    """What the untouched layer says on the channels that the narrow one still has."""
+    transposed = isinstance(layer, Conv) and layer.transposed
+    positions = kept.get((f"{name}.weight", 1 if transposed else 0))
+    if positions is None:
+        return target
+    channels = torch.from_numpy(positions)
+    if transposed:  # the same offsets of every group
+        groups = groups_of(layer)
+        starts = torch.arange(groups) * (target.values.shape[1] // groups)
+        channels = (starts[:, None] + channels).reshape(-1)
+    channels = channels.to(target.values.device)
+
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.index_select(-1, channels)
+
+    return Target(
+        target.rows,
+        target.size,
+        target.values[:, channels],
+        pick(target.slope),
+        pick(target.intercept),
+        pick(target.added),
+    )
+
+
+def norm_at(model: nn.Module, name: str) -> BatchNorm:
+    norm = model.get_submodule(name)
+    assert isinstance(norm, BatchNorm), name
+    return norm
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where a rectifier begins to let a layer's output through. at: in the layer's own scale, (places or 1, channels);
+    side: 1 where larger values pass, -1 where smaller ones do, per channel."""
+
+    at: Tensor
+    side: Tensor
+
+
+def solve(
+    layer: Layer, rows: Tensor, wanted: Tensor, ridge: float, norm: BatchNorm | None, edge: Edge | None, rounds: int
+) -> None:
+    """Refit one layer. rows: what it multiplies, (groups, places, columns). wanted: (places, channels). norm: takes the
+    shift of a layer without bias; where there is neither, the fit goes through the origin."""
+    groups, before = groups_of(layer), matrix_of(layer)
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.unflatten(-1, (groups, -1)).movedim(-2, 0)
+
+    shifts = layer.bias is not None or norm is not None
+    mean = rows.mean(1, keepdim=True) if shifts else rows.new_zeros(groups, 1, rows.shape[2])
+    rows, wanted = rows - mean, by_group(wanted)
+    ridge_of = Ridge(rows, before, ridge)
+
+    def fit(target: Tensor) -> tuple[Tensor, Tensor]:
+        shift = target.mean(1, keepdim=True) if shifts else target.new_zeros(groups, 1, 1)
+        return ridge_of(target - shift), shift
+
+    fitted, shift = fit(wanted)
+    if edge is not None:
+        at, side = by_group(edge.at), by_group(edge.side)[:, None]
+        passes = (wanted - at) * side > 0
+        for _ in range(rounds):  # where the untouched layer is cut off, being cut off too is all that is asked for
+            said = rows @ fitted + shift
+            closed = torch.where((said - at) * side <= 0, said, at)
+            fitted, shift = fit(torch.where(passes, wanted, closed))
+    layer.weight.copy_(weight_from(layer, fitted))
+    if shifts:
+        shift = (shift - mean @ fitted).reshape(-1)
+        if layer.bias is not None:
+            layer.bias.copy_(shift)
+        elif norm is not None and norm.running_mean is not None:
+            norm.running_mean.sub_(shift)
+
+
+class Ridge:
+    """argmin |rows W - wanted|² + λ |W - before|² for several `wanted`. λ: a share of the mean square of a column.
+
+    rows: (groups, places, columns). before: (groups, columns, channels). Factored once, in float64, over places or over
+    columns, whichever are fewer.
+    """
+
+    def __init__(self, rows: Tensor, before: Tensor, share: float):
+        self.rows, self.before = rows, before
+        self.penalty = share * rows.square().sum((1, 2), dtype=torch.float64)[:, None] / rows.shape[2] + 1e-12
+        self.over_columns = rows.shape[1] >= rows.shape[2]
+        gram = (rows.transpose(1, 2) @ rows if self.over_columns else rows @ rows.transpose(1, 2)).double()
+        gram.diagonal(dim1=1, dim2=2).add_(self.penalty)
+        self.factor = torch.linalg.cholesky(gram)
+
+    def __call__(self, wanted: Tensor) -> Tensor:
+        rows = self.rows.transpose(1, 2)
+        gap = wanted - self.rows @ self.before
+        if self.over_columns:
+            change = torch.cholesky_solve((rows @ gap).double(), self.factor)
+        else:
+            change = rows.double() @ torch.cholesky_solve(gap.double(), self.factor)
+        return self.before + change.to(self.before.dtype)

@@ -1,0 +1,242 @@
+"""The whole way: a trained network and some images in, a compact network out.
+
+    moments of every layer ─▶ order of arms ─▶ widths by a bandit ─▶ cut ─▶ repair ─▶ tuning for some seconds
+
+Each step is a file of this room. Takes modules and tensors; knows no settings and no files.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynprune.budgets.allocation import CostModel, allocate, constraints_for
+from dynprune.budgets.limits import Budget, Limit, parse_limit
+from dynprune.data.scores import logits
+from dynprune.errors import DynpruneError
+from dynprune.repair.calibration import calibrate
+from dynprune.repair.choice import orders
+from dynprune.repair.distill import tune
+from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
+from dynprune.repair.widths import Found, Moves, search
+from dynprune.state.copies import copied
+from dynprune.structure.channels import ChannelGraph, Selection
+from dynprune.structure.surgery import slim
+
+FEWEST = 32  # images without which nothing can be calibrated
+PULL_SCALE = 0.5  # of the places that a repair within the search looks at
+PULL_ROUNDS = 2  # of the regression behind a rectifier, there
+
+
+@dataclass
+class Images:
+    """Inputs, each (images, ...), that no other shares. moments: batches for calibration. repair: for the final repair;
+    pull: the part of them that the search uses. judge: by which distances are measured."""
+
+    moments: list[Tensor]
+    repair: Tensor
+    pull: Tensor
+    judge: Tensor
+
+
+class Compaction:
+    """One trained network, calibrated once, to be cut at any widths."""
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, images: Images, *, choice: str = "repairable", seed: int = 0
+    ):
+        """model: in eval mode; it stays as it is."""
+        self.model, self.graph, self.images, self.seed = model, graph, images, seed
+        self.calibration = calibrate(model, images.moments, logits, seed=seed)
+        self.orders = orders(model, graph, self.calibration, choice, seed)
+        self.calibration.moments.clear()  # the largest thing there is, and of no more use
+        self.targets = targets_of(model, images.repair, seed=seed)
+        self.quick = targets_of(model, images.pull, seed=seed, scale=PULL_SCALE)
+        with torch.no_grad():
+            self.said = logits(model(images.judge)).float()
+
+    def selection(self, widths: dict[str, int]) -> Selection:
+        return {name: self.orders[name].kept(width) for name, width in widths.items()}
+
+    def cut(self, widths: dict[str, int]) -> nn.Module:
+        """A copy with these widths, as cut."""
+        return slim(self.model, self.graph.kept(self.selection(widths))).eval()
+
+    def repaired(self, widths: dict[str, int], targets: Targets | None = None, rounds: int = ROUNDS) -> nn.Module:
+        """A copy with these widths, refitted."""
+        narrow = self.cut(widths)
+        repair(narrow, self.graph.kept(self.selection(widths)), targets or self.targets, rounds=rounds)
+        return narrow
+
+    @torch.no_grad()
+    def distance(self, narrow: nn.Module) -> float:
+        """How far what a network says is from what the untouched one says."""
+        return distance_between(logits(narrow(self.images.judge)).float(), self.said)
+
+    def pull(self, widths: dict[str, int]) -> float:
+        return self.distance(self.repaired(widths, self.quick, rounds=PULL_ROUNDS))
+
+    def worth(self, cost: CostModel, bounds: list[tuple[Limit, float]], widths: dict[str, int]) -> np.ndarray:
+        """The logarithm of what one more arm of each group is expected to be worth for what it costs, (groups,)."""
+        own = np.array([widths[name] for name in cost.names], dtype=np.int64)
+        price = sum(cost.slopes(limit.quantity, own) / bound for limit, bound in bounds)
+        loss = [
+            self.orders[name].losses[max(0, len(self.orders[name].losses) - widths[name] - 1)] for name in cost.names
+        ]
+        worth = np.log(np.maximum(loss, 1e-30)) - np.log(np.maximum(price, 1e-30))
+        return worth - worth.mean()
+
+    def find_widths(
+        self,
+        start: dict[str, int],
+        budget: Budget,
+        seconds: float,
+        *,
+        cost: CostModel | None = None,
+        policy: str = "bandit",
+        report: Callable[[float, float, int], None] = lambda *_: None,
+    ) -> Found:
+        """Better widths than `start` within the budget; see `widths.search`."""
+        cost = cost or CostModel(self.graph)
+        bounds = [(limit, limit.value(cost.dense(limit.quantity))) for limit in map(parse_limit, budget.limits)]
+        moves = Moves(cost, bounds, constraints_for(self.graph, budget))
+        worth = self.worth(cost, bounds, start)
+        return search(
+            start, moves, self.pull, seconds=seconds, policy=policy, worth=worth, seed=self.seed, report=report
+        )
+
+
+def distance_between(said: Tensor, before: Tensor) -> float:
+    """Of class scores (images, classes): the mean Kullback-Leibler divergence, in nats. Of other outputs: the mean
+    squared difference over the variance."""
+    if said.ndim == 2 and said.shape[1] > 1:
+        divergence = F.kl_div(said.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
+    else:
+        divergence = (said - before).square().mean() / before.var().clamp(min=1e-12)
+    value = float(divergence)
+    return value if math.isfinite(value) else math.inf
+
+
+@dataclass
+class Compacted:
+    """A compact network made from a trained one. model: in eval mode. selection: the arms that it kept; with `graph`
+    what `dynprune.save` takes. distance: from the untouched network after repair and before tuning, on images that
+    nothing was fitted to; distance_at_start: of the widths that the search began with. left: layers that were not
+    refitted, and why. seconds: by phase."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    selection: Selection
+    widths: dict[str, int]
+    macs: int
+    params: int
+    distance: float
+    distance_at_start: float
+    pulls: int
+    tune_steps: int
+    left: dict[str, str]
+    seconds: dict[str, float]
+
+
+def compact_module(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable,
+    budget: Budget,
+    *,
+    images: int,
+    search_seconds: float,
+    policy: str,
+    choice: str,
+    tune_seconds: float,
+    tune_lr: float,
+    bfloat16: bool,
+    seed: int,
+    report: Callable[[str], None],
+) -> Compacted:
+    """The whole way for a module and batches of the user's own; see `dynprune.compact`."""
+    seconds: dict[str, float] = {}
+    model = copied(model).eval()
+    device = next(model.parameters()).device
+    began = time.perf_counter()
+    report("collecting images")
+    taken = collect(batches, 3 * images, device)
+    if len(taken) < FEWEST:
+        raise DynpruneError(f"data gave {len(taken)} images. Expected at least {FEWEST}; a few hundred are better.")
+    parts = taken.tensor_split(3)
+    cost = CostModel(graph)
+    start = allocate(graph, budget.limits, budget.allocation, constraints_for(graph, budget), cost=cost)
+    report(f"calibrating on {len(taken)} images")
+    sample = Images(list(parts[0].split(128)), parts[1], parts[1][: max(16, len(parts[1]) // 2)], parts[2])
+    compaction = Compaction(model, graph, sample, choice=choice, seed=seed)
+    seconds["calibrate"], began = time.perf_counter() - began, time.perf_counter()
+    at_start = compaction.pull(start)
+    found = Found(start, at_start, [(0.0, at_start)])
+    if policy != "none" and search_seconds and graph.groups:
+        report(f"searching widths for {search_seconds:g} s")
+        found = compaction.find_widths(start, budget, search_seconds, cost=cost, policy=policy)
+    seconds["search"], began = time.perf_counter() - began, time.perf_counter()
+    report("cutting and repairing")
+    narrow = compaction.repaired(found.widths)
+    distance, steps = compaction.distance(narrow), 0
+    seconds["repair"], began = time.perf_counter() - began, time.perf_counter()
+    if tune_seconds:
+        report(f"tuning for {tune_seconds:g} s")
+        again = endless(batches, device, taken)
+        steps = tune(narrow, model, again, tune_seconds, lr=tune_lr, bfloat16=bfloat16, scores=logits)
+    seconds["tune"] = time.perf_counter() - began
+    return Compacted(
+        narrow,
+        graph,
+        compaction.selection(found.widths),
+        found.widths,
+        graph.macs(found.widths),
+        graph.params(found.widths),
+        distance,
+        at_start,
+        len(found.curve) - 1,
+        steps,
+        compaction.targets.left | compaction.calibration.left,
+        seconds,
+    )
+
+
+def parts_of(batch: object) -> tuple[Tensor, Tensor | None]:
+    """Images, and labels where a batch has them."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        labels = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        return batch[0], labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
+    raise DynpruneError(
+        f"data gave a {type(batch).__name__}. Expected batches of images, or (images, labels), as a DataLoader gives."
+    )
+
+
+def collect(batches: Iterable, wanted: int, device: torch.device) -> Tensor:
+    """The first images, as one tensor."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(parts_of(batch)[0].to(device))
+        if sum(map(len, found)) >= wanted:
+            break
+    return torch.cat(found)[:wanted] if found else torch.empty(0)
+
+
+def endless(batches: Iterable, device: torch.device, taken: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches again and again; of an iterator that is used up, the images that were taken from it."""
+    while True:
+        empty = True
+        for batch in batches:
+            images, labels = parts_of(batch)
+            empty = False
+            yield images.to(device), None if labels is None else labels.to(device)
+        if empty:
+            yield from ((part, None) for part in taken.split(64))

@@ -1,0 +1,161 @@
+"""A trained network in, a compact one out: the command and the function."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dynprune
+from dynprune.data.loading import Source, load_data
+from dynprune.data.scores import evaluate
+from dynprune.errors import DynpruneError
+from tests.cli.test_commands import dynprune as command
+from tests.cli.test_commands import refused, write_folder
+from tests.models import tiny
+
+NET = ["--model", "tests.models:tiny", "--image-size", "8"]
+SHORT = ["--search-time", "2s", "--tune", "2s", "--images", "256"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(Source("digits", image_size="8"))
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    """The tiny network, trained to some 95 % of the digits."""
+    torch.manual_seed(0)
+    model = tiny(10)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for epoch in range(12):
+        for images, labels in data.train_batches(64, 0, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compacted(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "small"
+    done = command("compact", *NET, "--weights", weights, "--budget", 0.5, "--out", path, *SHORT, "--json")
+    return path, json.loads(done.stdout), done.stderr
+
+
+def test_compact_of_weights_keeps_accuracy_within_the_budget(compacted, data, model):
+    path, result, progress = compacted
+    assert result["macs"] <= 0.5 * result["dense_macs"] and all(line["met"] for line in result["budgets"])
+    assert (
+        result["accuracy_before"] == pytest.approx(evaluate(model, data, data.test)) and result["accuracy_before"] > 0.9
+    )
+    assert result["accuracy"] > result["accuracy_before"] - 0.05
+    assert result["pulls"] > 0 and result["distance"] < 1 and result["tune_steps"] > 0
+    assert result["max_rel_diff"] < 1e-5
+    for phase in ("calibrating", "searching", "repairing", "tuning"):
+        assert phase in progress
+    loaded = dynprune.load(path / "compact.safetensors", tiny(10))
+    assert evaluate(loaded, data, data.test) == pytest.approx(result["accuracy"])
+
+
+def test_export_and_bench_take_the_run(compacted):
+    path, result, _ = compacted
+    exported = json.loads(command("export", path, "--onnx", "--json").stdout)
+    assert exported["top1_agreement"] == 1
+    benched = json.loads(command("bench", path, "--batch", "1", "--json").stdout)
+    assert benched["accuracy_onnx"] == pytest.approx(result["accuracy"]) and benched["budgets"][0]["met"]
+
+
+def test_repair_is_what_keeps_it(weights, tmp_path, compacted):
+    bare = [*NET, "--weights", weights, "--budget", 0.5, "--search", "none", "--tune", 0, "--images", 256, "--json"]
+    cut = json.loads(command("compact", *bare, "--no-repair", "--out", tmp_path / "cut").stdout)
+    fixed = json.loads(command("compact", *bare, "--out", tmp_path / "fixed").stdout)
+    assert cut["tune_steps"] == fixed["tune_steps"] == cut["pulls"] == fixed["pulls"] == 0
+    assert cut["widths"] == fixed["widths"] and fixed["distance"] < 0.5 * cut["distance"]
+    assert fixed["accuracy"] > cut["accuracy"] + 0.1
+    again = json.loads(command("compact", *bare, "--out", tmp_path / "again").stdout)
+    assert again["distance"] == fixed["distance"] and again["accuracy"] == fixed["accuracy"]
+
+
+def test_bad_input_is_one_line_before_anything_is_computed(weights, tmp_path, compacted):
+    out = ["--out", tmp_path / "run"]
+    assert "Pass its --weights" in refused("compact", *NET, *out)
+    assert "--tune got soon. Expected a time" in refused("compact", *NET, "--weights", weights, "--tune", "soon", *out)
+    assert "below what this network can reach" in refused(
+        "compact", *NET, "--weights", weights, "--budget", "0.0001", *out
+    )
+    assert "does not fit the model" in refused("compact", "--model", "resnet20", "--weights", weights, *out)
+    assert "exists" in refused("compact", *NET, "--weights", weights, "--out", compacted[0])
+    assert "belongs to compact RUN" in refused("compact", *NET, "--weights", weights, "--min-rate", 0.1, *out)
+    assert "belongs to compact without a run" in refused("compact", compacted[0], "--budget", 0.5)
+    assert "is a run of dynprune compact" in refused("compact", compacted[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    assert "not finite" in refused("compact", *NET, "--weights", tmp_path / "nan.pt", "--out", tmp_path / "run")
+
+
+def test_few_images_are_refused_and_chance_is_told(tmp_path):
+    torch.save(tiny(2).state_dict(), tmp_path / "two.pt")
+    two = [
+        "--model",
+        "tests.models:tiny",
+        "--image-size",
+        "16",
+        "--weights",
+        tmp_path / "two.pt",
+        "--out",
+        tmp_path / "run",
+    ]
+    few = write_folder(tmp_path / "few", images=10)
+    assert "has 18 training images. Expected at least 32" in refused("compact", *two, "--data", few)
+    some = write_folder(tmp_path / "some", images=40)
+    done = command("compact", *two, "--data", some, "--search-time", "1s", "--tune", 0)
+    assert "which is chance" in done.stderr
+
+
+def test_a_module_of_ones_own(model, data):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = list(data.train_batches(64, 0, 0))
+    small = dynprune.compact(model, data.example, loader, "macs=0.5", images=256, search=2, tune=2)
+    assert small.macs <= 0.5 * small.graph.macs({}) and small.pulls > 0 and small.tune_steps > 0
+    assert evaluate(small.model, data, data.test) > evaluate(model, data, data.test) - 0.05
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    without_labels = [images for images, _ in loader]
+    told = dynprune.compact(
+        model, data.example, without_labels, ["macs=0.6", "params=0.5"], images=128, search=0, tune=1
+    )
+    assert told.params <= 0.5 * told.graph.params({}) and evaluate(told.model, data, data.test) > 0.8
+
+
+def test_what_a_module_is_given_must_make_sense(model, data):
+    with pytest.raises(DynpruneError, match="gave 8 images. Expected at least 32"):
+        dynprune.compact(model, data.example, [torch.zeros(8, 3, 8, 8)])
+    with pytest.raises(DynpruneError, match="gave a dict. Expected batches of images"):
+        dynprune.compact(model, data.example, [{"images": torch.zeros(8, 3, 8, 8)}])
+    with pytest.raises(DynpruneError, match="milliseconds"):
+        dynprune.compact(model, data.example, [torch.zeros(8, 3, 8, 8)], "latency=2ms")
+    with pytest.raises(DynpruneError, match="they need names"):
+        dynprune.compact(Path("runs/mine"), 0.5)
+
+
+def test_the_saved_module_loads_again(model, data, tmp_path):
+    small = dynprune.compact(model, data.example, list(data.train_batches(64, 0, 0)), images=96, search=0, tune=0)
+    dynprune.save(tmp_path / "small.safetensors", small.model, small.graph, small.selection, classes=10, size=data.size)
+    loaded = dynprune.load(tmp_path / "small.safetensors", tiny(10))
+    x = data.example.repeat(4, 1, 1, 1)
+    np.testing.assert_allclose(loaded(x).detach(), small.model(x).detach(), atol=1e-6)

@@ -1,0 +1,51 @@
+"""Distillation: the loss, the time, and that it learns."""
+
+import copy
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynprune.repair.distill import divergence, loss_of, tune
+
+
+def test_divergence_is_zero_for_equals_and_has_the_gradient_of_soft_cross_entropy():
+    scores, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    assert float(divergence(teacher, teacher)) == 0
+    (gradient,) = torch.autograd.grad(divergence(scores, teacher, 2.0), scores)
+    expected = 2.0 * (F.softmax(scores / 2, 1) - F.softmax(teacher / 2, 1)) / 5
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_labels_count_for_their_share_and_may_be_absent():
+    scores, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    told = divergence(scores, teacher)
+    torch.testing.assert_close(
+        loss_of(scores, labels, teacher, 0.75), 0.75 * told + 0.25 * F.cross_entropy(scores, labels)
+    )
+    assert loss_of(scores, None, teacher) == told
+
+
+def test_tuning_learns_from_the_teacher_alone_and_stops_in_time():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    narrow, before = copy.deepcopy(teacher), copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        for parameter in narrow.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    images = [(torch.randn(64, 6), None) for _ in range(4)]
+    far = divergence(narrow(images[0][0]), teacher(images[0][0]))
+    ticks, rates = itertools.count(), []
+    steps = tune(
+        narrow,
+        teacher,
+        itertools.cycle(images),
+        400.0,
+        scores=lambda output: output,
+        report=lambda now, loss, step: rates.append(now),
+        clock=lambda: float(next(ticks)),
+    )
+    assert steps == len(rates) and rates[-1] <= 401 and not narrow.training
+    assert divergence(narrow(images[0][0]), teacher(images[0][0])) < 0.1 * far
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
