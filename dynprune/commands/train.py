@@ -113,7 +113,7 @@ def go(session: Session, run: Run, listener: Listener, *, resume: bool, override
     )
     listener.say(
         f"{session.steps} steps of {config.batch_size} images, learning rate {config.lr:g}"
-        + (f"; weights: {session.weights_from} of {config.weights}" if session.weights_from else "")
+        + (f"; {session.loaded.words}" if session.loaded.words else "")
     )
     if session.steps < ENOUGH // 2 and not resume:
         listener.say(

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from dynprune.data.photos import (
     EXTENSIONS,
+    WHOLE,
     Depth,
+    Resize,
     check_readable,
     depth_of,
     files_in,
@@ -99,6 +101,7 @@ class Data:
     augment: str
     workers: int
     remarks: tuple[str, ...] = ()
+    resize: Resize = Resize()
 
     @property
     def example(self) -> Tensor:
@@ -150,6 +153,7 @@ class Data:
             self.augment,
             (seed, epoch),
             places.reshape(-1).tolist(),
+            self.resize,
         )
         for pixels, labels in loader(dataset, places.size(1), self.workers):
             yield self.normalise(pixels), labels
@@ -161,7 +165,8 @@ class Data:
                 part = images.take(torch.arange(start, min(start + batch_size, len(images))))
                 yield self.normalise(part.pixels), part.labels
             return
-        for pixels, labels in loader(PhotoDataset(images, self.size[1:], "none"), min(batch_size, 64), self.workers):
+        dataset = PhotoDataset(images, self.size[1:], "none", resize=self.resize)
+        for pixels, labels in loader(dataset, min(batch_size, 64), self.workers):
             yield self.normalise(pixels), labels
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -199,9 +204,6 @@ def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slic
     return pixels
 
 
-MARGIN = 8 / 7  # photos are evaluated on their middle: 224 of 256 pixels
-
-
 class PhotoDataset(torch.utils.data.Dataset):
     """Decodes photos: random resized crops and mirroring for training, the centre for evaluation. Yields uint8."""
 
@@ -212,6 +214,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         augment: str,
         seeds: tuple[int, ...] = (),
         places: Sequence[int] | None = None,
+        resize: Resize = Resize(),
     ):
         """size: height and width. places: of each file in its epoch (default: in order); with `seeds` it decides the
         image's random changes."""
@@ -221,12 +224,15 @@ class PhotoDataset(torch.utils.data.Dataset):
             seeds,
             range(len(files)) if places is None else places,
         )
+        self.resize = resize
         self.transform = None
         if augment != "none":
             from torchvision.transforms import v2  # 1 s to import: only photos need it
 
             flips = [v2.RandomHorizontalFlip()] if augment == "crop+flip" else []
-            self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.25, 1.0)), *flips])
+            self.transform = v2.Compose(
+                [v2.RandomResizedCrop(size, scale=(0.25, 1.0), interpolation=resize.mode), *flips]
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -234,7 +240,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = open_image(self.files.paths[index], self.files.depth)
         if self.transform is None:
-            image = resized(image, *self.size, margin=MARGIN)
+            image = resized(image, *self.size, self.resize)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(generator(*self.seeds, self.places[index]).initial_seed())
@@ -260,7 +266,8 @@ class Source:
 
     image_size: auto, 96, or 96x64 (height x width). val_fraction: share of the training images held back where there is
     no val/. augment: auto, none, crop, crop+flip. workers: processes that decode photos, -1 for one per core.
-    batch_size: the least number of training images. seed: of the splits.
+    batch_size: the least number of training images. seed: of the splits. mean, std: by which images are normalised,
+    where that is not up to the images. resize: how they get their size.
     """
 
     name: str = "digits"
@@ -271,6 +278,9 @@ class Source:
     workers: int = -1
     batch_size: int = 0
     seed: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: Resize = Resize()
 
 
 def load_data(source: Source) -> Data:
@@ -319,6 +329,8 @@ def finish(
         std = tuple(max(0.01, round(v, 4)) for v in sample.std((0, 2, 3)).tolist())
     else:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if source.mean:
+        mean, std = source.mean, source.std
     augment = source.augment
     if augment == "auto":
         augment = "crop" if name in NO_FLIP else "crop+flip"
@@ -328,7 +340,22 @@ def finish(
             f"--batch-size {source.batch_size or 2} is more than the {len(train)} training images. "
             f"Choose a smaller one or add images."
         )
-    return Data(name, classes, (3, *size), mean, std, train, val, test, chooses, reports, augment, workers, remarks)
+    return Data(
+        name,
+        classes,
+        (3, *size),
+        mean,
+        std,
+        train,
+        val,
+        test,
+        chooses,
+        reports,
+        augment,
+        workers,
+        remarks,
+        source.resize,
+    )
 
 
 def split_indices(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -464,7 +491,7 @@ def load_folder(source: Source, path: Path) -> Data:
         check_readable([name for part in splits for name in part.paths])
 
     def images(files: ImageFiles) -> Images:
-        return decode(files, *size) if max(size) <= IN_MEMORY_SIDE else files
+        return decode(files, *size, source.resize) if max(size) <= IN_MEMORY_SIDE else files
 
     return finish(
         source,
@@ -528,13 +555,14 @@ def guess_side(files: ImageFiles) -> int:
     return 32 if longest <= 40 else 64 if longest <= 80 else 224
 
 
-def decode(files: ImageFiles, height: int, width: int) -> ImagesInMemory:
+def decode(files: ImageFiles, height: int, width: int, resize: Resize = WHOLE) -> ImagesInMemory:
     """All photos in memory: resized until they fill this size, and the middle kept."""
+    whole = dataclasses.replace(resize, margin=1.0)
     pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
 
     def read(index: int) -> None:
         pixels[index] = torch.from_numpy(
-            np.array(resized(open_image(files.paths[index], files.depth), height, width))
+            np.array(resized(open_image(files.paths[index], files.depth), height, width, whole))
         ).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:

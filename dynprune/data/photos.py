@@ -203,18 +203,34 @@ def check_readable(paths: Iterable[str]) -> None:
             pass
 
 
-def resized(image: Image.Image, height: int, width: int, margin: float = 1.0) -> Image.Image:
-    """The middle of the image at this size, of the image's own proportions. margin: how much more than that is cut off
-    around.
+@dataclass(frozen=True)
+class Resize:
+    """How a photo gets its size. interpolation: nearest, bilinear, bicubic, lanczos, box or hamming. margin: how many
+    times the size is resized to, before the middle is cut out."""
+
+    interpolation: str = "bilinear"
+    margin: float = 8 / 7  # 224 of 256 pixels
+
+    @property
+    def mode(self) -> int:
+        """Pillow's number of the interpolation; torchvision's transforms take it too."""
+        return int(Image.Resampling[self.interpolation.upper()])
+
+
+WHOLE = Resize(margin=1.0)
+
+
+def resized(image: Image.Image, height: int, width: int, resize: Resize = WHOLE) -> Image.Image:
+    """The middle of the image at this size, of the image's own proportions.
 
     Only what is shown is resized: a panorama of 12,000 x 2 pixels takes no more memory than another image.
     """
-    if image.size == (width, height) and margin == 1:
+    if image.size == (width, height) and resize.margin == 1:
         return image
-    scale = margin * max(height / image.height, width / image.width)
+    scale = resize.margin * max(height / image.height, width / image.width)
     wide, high = min(image.width, width / scale), min(image.height, height / scale)
     left, top = (image.width - wide) / 2, (image.height - high) / 2
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + wide, top + high))
+    return image.resize((width, height), Image.Resampling(resize.mode), box=(left, top, left + wide, top + high))
 
 
 def files_in(folder: Path, skipped: Counter[str]) -> list[str]:

@@ -199,6 +199,7 @@ def write(
         graph.macs({}),
         graph.params({}),
         accuracy,
+        resize=asdict(data.resize),
     )
     before = run.compact_file.with_name("compact.unproven.safetensors")
     try:

@@ -45,7 +45,7 @@ from dynprune.structure.tracing import trace
 from dynprune.training.checkpoint import fill_full, fit_in
 from dynprune.training.session import PASSES, Session
 from dynprune.training.train import Progress, train
-from dynprune.zoo.weights import load_weights
+from dynprune.zoo.weights import load_trained
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
 # what rivals share
@@ -312,7 +312,7 @@ class Trial:
 
     def given_model(self) -> nn.Module:
         model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
-        load_weights(model, Path(self.config.weights))
+        load_trained(model, self.config.model, self.config.weights, len(self.data.classes), self.data.size)
         return model
 
     def dense_model(self) -> nn.Module:

@@ -7,12 +7,14 @@ tune, test images are only reported.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,10 @@ from dynprune.data.loading import Data, load_data, some
 from dynprune.data.loading import Images as Split
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.compact import TOLERANCE, largest_difference
+from dynprune.deploy.export import check_classes
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
+from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import tune
 from dynprune.repair.trained import FEWEST, Compaction, Images
@@ -33,11 +37,12 @@ from dynprune.runs.directory import CompactRun
 from dynprune.state.copies import copied, generator
 from dynprune.state.tensors import named_tensors, paths_of
 from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.labels import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
-from dynprune.zoo.weights import load_weights
+from dynprune.zoo.weights import load_trained
 
 JUDGES = 512  # validation images that measure the distance from the untouched network
 CHECKED = 2000  # images with which it is seen whether the untouched network knows its classes at all
@@ -104,7 +109,8 @@ def compact_trained(
     timer = Timer(listener)
     timer("load", "loading images and weights")
     data = load_data(config.source)
-    full, data = trained_network(config, data)
+    full, data, cut_before = trained_network(config, data)
+    refuse_few(data, config)
     device = choose_device(config.device)
     graph = trace_images(full, data.example)
     fitter = Fitter(full, graph, data.example, config.allowed, listener.work)
@@ -142,7 +148,8 @@ def compact_trained(
         full.cpu(),
         narrow.cpu(),
         graph,
-        compaction,
+        artifact.composed(cut_before, graph.kept(compaction.selection(found.widths))),
+        compaction.targets.left | compaction.calibration.left,
         found,
         measured(fitter, found.widths, narrow),
         dict(
@@ -157,22 +164,40 @@ def compact_trained(
     )
 
 
-def trained_network(config: CompactConfig, data: Data) -> tuple[nn.Module, Data]:
-    """The network with its weights, and the data as it takes them."""
+def trained_network(config: CompactConfig, data: Data) -> tuple[nn.Module, Data, Mapping[AxisKey, np.ndarray]]:
+    """The network with its weights, the data as it takes them, and what was cut from it before: a compact file can be
+    compacted again."""
     if not config.weights:
         raise DynpruneError(
-            "compact without a run needs a trained network. Pass its --weights (a checkpoint file), or a run directory "
-            "of dynprune train."
+            "compact without a run needs a trained network. Pass its --weights (a checkpoint file, or a name such as "
+            "pretrained), or a run directory of dynprune train."
         )
     full = zoo.build(config.model, len(data.classes), config.seed, size=data.size)
+    cut_before: Mapping[AxisKey, np.ndarray] = {}
+    if kind_of(Path(config.weights)) == "compact":
+        full, facts = artifact.load_with_facts(Path(config.weights), full)
+        if facts.model not in ("", config.model):
+            raise DynpruneError(f'{config.weights} is of "{facts.model}". Pass --model {facts.model}.')
+        check_classes(Path(config.weights), facts, data.classes)
+        data = dataclasses.replace(data, mean=tuple(facts.mean), std=tuple(facts.std))
+        return full, fitting(full, data), artifact.kept_of(facts)
     data = fitting(full, data)
-    load_weights(full, Path(config.weights))
+    loaded = load_trained(full, config.model, config.weights, len(data.classes), data.size)
+    if loaded.anew:
+        raise DynpruneError(
+            f"--weights {config.weights} {loaded.words.removeprefix('weights ')}, and {config.data} has "
+            f"{len(data.classes)}, so there is nothing to keep yet. Train it first: dynprune train "
+            f"--model {config.model} --weights {config.weights} --data {config.data}"
+        )
+    return full, data, cut_before
+
+
+def refuse_few(data: Data, config: CompactConfig) -> None:
     if len(data.train) < FEWEST:
         raise DynpruneError(
             f"{config.data} has {len(data.train)} training images. Expected at least {FEWEST} to calibrate with; a few "
             "hundred are better."
         )
-    return full, data
 
 
 def check_knows_classes(full: nn.Module, data: Data, device: torch.device, listener: Listener) -> float:
@@ -283,7 +308,8 @@ def write(
     full: nn.Module,
     narrow: nn.Module,
     graph: ChannelGraph,
-    compaction: Compaction,
+    kept: Mapping[AxisKey, np.ndarray],
+    left: dict[str, str],
     found: Found,
     latency: Latency | None,
     told: dict,
@@ -298,20 +324,20 @@ def write(
             "with a smaller budget."
         )
     accuracy = evaluate(narrow, data, data.test)
-    kept = artifact.kept_as_json(graph.kept(compaction.selection(found.widths)))
     facts = artifact.Facts(
         asdict(config),
         data.classes,
         list(data.size),
         list(data.mean),
         list(data.std),
-        kept,
+        artifact.kept_as_json(kept),
         found.widths,
         graph.macs(found.widths),
         graph.params(found.widths),
         graph.macs({}),
         graph.params({}),
         accuracy,
+        resize=asdict(data.resize),
     )
     artifact.save(run.compact_file, narrow, facts, within=paths_of(full))
     loaded = artifact.load(run.compact_file, zoo.build(config.model, len(data.classes), size=data.size))
@@ -336,7 +362,7 @@ def write(
         distance_at_start=found.curve[0][1],
         pulls=len(found.curve) - 1,
         curve=found.curve,
-        left=compaction.targets.left | compaction.calibration.left,
+        left=left,
         seconds=timer.end(),
         widths=found.widths,
         **told,

@@ -34,7 +34,7 @@ from dynprune.zoo import runs_code
 class Facts:
     """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: what the run was trained
     with; input_size: channels, height, width; state: what the network computes with beside its tensors
-    (`state/tensors.py`)."""
+    (`state/tensors.py`); resize: interpolation and margin by which photos got their size (`data/photos.Resize`)."""
 
     settings: dict
     classes: list[str]
@@ -49,6 +49,7 @@ class Facts:
     dense_params: int
     accuracy: float
     state: dict = dataclasses.field(default_factory=dict)
+    resize: dict = dataclasses.field(default_factory=dict)
 
     @property
     def example(self) -> Tensor:
@@ -132,13 +133,13 @@ def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, 
 def as_now(header: Mapping) -> dict:
     """A header's entries; those of schema 1 in today's form."""
     if header["schema"] != 1:
-        return dict(header)
+        return {"resize": {}, **header}
     kept = {
         named_as_before(name)
         + (":-1" if name.startswith("#") and named_as_before(name) != name else f":{dim}"): positions
         for name, _, dim, positions in ((*key.rpartition(":"), positions) for key, positions in header["kept"].items())
     }
-    return {**header, "kept": kept, "input_size": [3, header["side"], header["side"]], "state": {}}
+    return {**header, "kept": kept, "input_size": [3, header["side"], header["side"]], "state": {}, "resize": {}}
 
 
 def built(
@@ -245,6 +246,7 @@ def check_facts(facts: Facts) -> None:
         and all(0 < value <= 4096 for value in size[1:])
     ), "input_size"
     check_state(facts.state)
+    assert isinstance(facts.resize, dict), "resize"
     for name, values in (("mean", facts.mean), ("std", facts.std)):
         assert (
             isinstance(values, list)
@@ -264,6 +266,12 @@ def kept_of(facts: Facts) -> Mapping[AxisKey, np.ndarray]:
         assert isinstance(positions, list) and all(type(position) is int for position in positions), "kept"
         result[tensor, int(dim)] = np.array(positions, dtype=np.int64)
     return result
+
+
+def composed(first: Mapping[AxisKey, np.ndarray], second: Mapping[AxisKey, np.ndarray]) -> dict[AxisKey, np.ndarray]:
+    """Positions that are kept when what was cut by `first` is cut by `second`."""
+    both = {key: first[key][positions] if key in first else positions for key, positions in second.items()}
+    return {**first, **both}
 
 
 def kept_as_json(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, list[int]]:

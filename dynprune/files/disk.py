@@ -52,6 +52,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping) -> 
     write_bytes(path, save(own, metadata={"dynprune": json.dumps({"schema": SCHEMA, **facts})}))
 
 
+def kind_of(path: Path) -> str:
+    """What a file that `write_tensors` wrote holds, "" for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("dynprune") or ""
+            facts = json.loads(text) if 0 < len(text) < HEADER_BYTES else {}
+            return str(facts.get("kind", "")) if isinstance(facts, dict) else ""
+    except (SafetensorError, ValueError, RecursionError, OSError):
+        return ""
+
+
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and facts of a file that `write_tensors` wrote with `facts["kind"] == kind`."""
     wanted = f"Expected a {kind} file written by dynprune"

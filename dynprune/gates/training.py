@@ -40,7 +40,7 @@ from dynprune.gates.gating import Choices, Choose, GatedNetwork, Site, fixed, st
 from dynprune.gates.stats import GateStats, gate_stats, observe
 from dynprune.gates.surgery import close_rare, closed_for_good
 from dynprune.runs.config import GateConfig
-from dynprune.runs.directory import GateRun, Run
+from dynprune.runs.directory import GateRun, Run, open_compact
 from dynprune.state.copies import copied
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, paths_of
@@ -50,7 +50,7 @@ from dynprune.training.distributed import ALONE
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
 from dynprune.training.session import PASSES
 from dynprune.training.train import Progress, train
-from dynprune.zoo.weights import load_weights
+from dynprune.zoo.weights import load_trained
 
 FALLING = 0.5  # share of the gating phase in which the target falls to its value
 COLDEST = 0.2  # temperature at which gates stop learning
@@ -76,9 +76,9 @@ def base_network(
     if not config.base:
         network = zoo.build(config.model, len(classes), config.seed, size=size)
         if config.weights:
-            load_weights(network, Path(config.weights))
+            load_trained(network, config.model, config.weights, len(classes), size)
         return network, None
-    run = Run.open(Path(config.base))
+    run = open_compact(Path(config.base))
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     network, facts = load_compact(run)

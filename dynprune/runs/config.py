@@ -81,7 +81,9 @@ class Task:
         "torchvision:NAME, timm:NAME, or package.module:factory for your own code.",
     )
     weights: str = setting(
-        "", "Start from this checkpoint: safetensors, or a state dict that torch.load accepts with weights_only."
+        "",
+        "Start from trained weights: a file (safetensors, or a state dict as torch.save writes it), or by name: "
+        "pretrained, IMAGENET1K_V2 and the like of torchvision, a tag of timm.",
     )
     data: str = setting(
         "digits",
@@ -155,12 +157,19 @@ class Task:
 
     @property
     def source(self) -> Source:
-        """Which images, and what is done with them."""
-        from dynprune.data.loading import Source  # torch comes with it
+        """Which images, and what is done with them: as for the weights, where these are named."""
+        from dynprune.data.loading import Resize, Source  # torch comes with it
+        from dynprune.zoo.pretrained import is_name, preprocessing_of
 
-        return Source(
+        source = Source(
             self.data, self.data_root, self.image_size, self.val_fraction, self.augment, self.workers, seed=self.seed
         )
+        if not is_name(self.weights):
+            return source
+        made = preprocessing_of(self.model, self.weights)
+        size = "x".join(map(str, made.size)) if source.image_size == "auto" else source.image_size
+        resize = Resize(made.interpolation, made.margin)
+        return dataclasses.replace(source, image_size=size, mean=made.mean, std=made.std, resize=resize)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(dataclasses.asdict(self))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from dynprune.training.checkpoint import History, fits
 from dynprune.training.compiling import try_compiling
 from dynprune.training.distributed import ALONE, Ranks, agree, average, share_norms
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
-from dynprune.zoo.weights import load_weights
+from dynprune.zoo.weights import Loaded, load_trained
 
 NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
 # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to
@@ -70,13 +69,13 @@ class Session:
         self.steps = self.steps_per_epoch * config.epochs
         self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
-        given, self.weights_from = full is not None, ""
+        given, self.loaded = full is not None, Loaded("")
         if full is None:
             full = zoo.build(config.model, len(data.classes), config.seed, size=data.size)
         full = in_precision(full, self.dtype)
         self.data = data = fitting(full, data)
         if config.weights and not given:
-            self.weights_from = load_weights(full, Path(config.weights))
+            self.loaded = load_trained(full, config.model, config.weights, len(data.classes), data.size)
         example = data.example.to(self.dtype)
         self.graph = trace_images(full, example)
         self.fitter = Fitter(full, self.graph, example, config.allowed, report)

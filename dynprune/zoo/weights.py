@@ -8,15 +8,17 @@ Every tensor must fit by name and shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dynprune import zoo
 from dynprune.errors import DynpruneError
 from dynprune.zoo.checkpoints import Contents, Described, Foreign, read_contents, state_dicts
+from dynprune.zoo.pretrained import fetch, is_name
 
 # DataParallel, torch.compile, FSDP, Fabric
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}
@@ -49,20 +51,68 @@ class Fit:
         return not (self.missing or self.unknown or self.other_shape)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What came of a checkpoint. place: where in the file the weights lay, "" for the file as a whole. anew: layers
+    that make the scores and begin anew, since the weights are of `classes` classes."""
+
+    place: str
+    anew: tuple[str, ...] = ()
+    classes: int = 0
+
+    @property
+    def words(self) -> str:
+        """What a user should know of it, "" if nothing."""
+        if not self.anew:
+            return f"weights: {self.place}" if self.place else ""
+        return f"weights are of {self.classes} classes: {', '.join(self.anew)} begin{'s' * (len(self.anew) == 1)} anew"
+
+
+def load_trained(model: nn.Module, name: str, weights: str, classes: int, size: Sequence[int] | None = None) -> Loaded:
+    """Fill `model` with weights that are named or lie in a file, also those of another number of classes.
+
+    name: of the network, as `zoo.build` takes it; classes: how many `model` has. size: of an input. Layers that make
+    the scores keep their initial weights if the weights are of another number of classes: those whose shapes differ
+    between `model` and the network of that number. Any other misfit raises DynpruneError, as in `load_weights`.
+    """
+    if is_name(weights):
+        state = fetch(name, weights).state_dict()
+        candidates = [Candidate("", {key: tuple(value.shape) for key, value in state.items()}, state.__getitem__)]
+    else:
+        candidates = read_candidates(Path(weights))
+    if whole := whole_fits(model, candidates):
+        return Loaded(fill_from_fit(model, best_of(whole), weights).candidate.place)
+    for count in class_counts(model, candidates, classes):
+        try:
+            other = zoo.build(name, count, size=size)
+        except DynpruneError:
+            continue
+        if whole := whole_fits(other, candidates):
+            fit = fill_from_fit(other, best_of(whole), weights)
+            return Loaded(fit.candidate.place, copy_all_but_scores(other, model), count)
+    raise misfit(model, candidates, weights)
+
+
 def load_weights(model: nn.Module, path: Path) -> str:
     """Fill `model` from a checkpoint file. Returns where in the file the weights lay, "" for the file as a whole.
 
     Of several that fit, averaged weights come first. Raises DynpruneError for files that hold no weights of this
     network, naming what is missing, left over or of another shape, and for tensors that are not finite.
     """
-    fits = [fit for candidate in read_candidates(path) for fit in fits_of(model, candidate)]
-    whole = [fit for fit in fits if fit.whole]
+    candidates = read_candidates(path)
+    whole = whole_fits(model, candidates)
     if not whole:
-        raise DynpruneError(
-            f"{path} does not fit the model. {problems_of(min(fits, key=distance))} Check that "
-            f"--model and the number of classes are those it was trained with."
-        )
-    best = min(
+        raise misfit(model, candidates, str(path))
+    return fill_from_fit(model, best_of(whole), str(path)).candidate.place
+
+
+def whole_fits(model: nn.Module, candidates: Iterable[Candidate]) -> list[Fit]:
+    return [fit for candidate in candidates for fit in fits_of(model, candidate) if fit.whole]
+
+
+def best_of(whole: Iterable[Fit]) -> Fit:
+    """Averaged weights before others, then what lies least deep."""
+    return min(
         whole,
         key=lambda fit: (
             not is_averaged(fit.candidate.place),
@@ -70,20 +120,57 @@ def load_weights(model: nn.Module, path: Path) -> str:
             len(fit.candidate.place),
         ),
     )
+
+
+def misfit(model: nn.Module, candidates: Iterable[Candidate], weights: str) -> DynpruneError:
+    fits = [fit for candidate in candidates for fit in fits_of(model, candidate)]
+    return DynpruneError(
+        f"{weights} does not fit the model. {problems_of(min(fits, key=distance))} Check that "
+        f"--model and the number of classes are those it was trained with."
+    )
+
+
+def fill_from_fit(model: nn.Module, fit: Fit, weights: str) -> Fit:
+    """Read every tensor into the model."""
     state = {}
-    for name, theirs in best.names.items():
+    for name, theirs in fit.names.items():
         try:
-            value = best.candidate.read(theirs)
+            value = fit.candidate.read(theirs)
         except Exception as error:
-            raise DynpruneError(f"{path} is damaged: {theirs} cannot be read ({clean(error)}).") from error
+            raise DynpruneError(f"{weights} is damaged: {theirs} cannot be read ({clean(error)}).") from error
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
             raise DynpruneError(
-                f"{path} holds numbers that are not finite (nan or infinite) in {theirs}. The "
+                f"{weights} holds numbers that are not finite (nan or infinite) in {theirs}. The "
                 f"training that wrote it had failed; take an earlier checkpoint."
             )
         state[name] = value
     model.load_state_dict(state, strict=False)
-    return best.candidate.place
+    return fit
+
+
+def class_counts(model: nn.Module, candidates: Iterable[Candidate], classes: int) -> list[int]:
+    """Numbers of classes that the weights may be of: first dimensions of tensors that fit by name and not by shape."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    found: dict[int, None] = {}
+    for candidate in candidates:
+        for fit in fits_of(model, candidate):
+            if fit.missing or fit.unknown:
+                continue
+            for name, theirs in fit.names.items():
+                shape = candidate.shapes[theirs]
+                if shape != own[name] and shape and shape[1:] == own[name][1:] and shape[0] != classes:
+                    found[shape[0]] = None
+    return list(found)
+
+
+@torch.no_grad()
+def copy_all_but_scores(other: nn.Module, model: nn.Module) -> tuple[str, ...]:
+    """Give `model` every tensor of `other` that has its shape; returns the layers of the rest."""
+    theirs = other.state_dict()
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    same = {name: theirs[name] for name, value in state.items() if value.shape == theirs[name].shape}
+    model.load_state_dict(same, strict=False)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name not in same))
 
 
 def is_averaged(place: str) -> bool:

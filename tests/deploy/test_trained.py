@@ -159,3 +159,23 @@ def test_the_saved_module_loads_again(model, data, tmp_path):
     loaded = dynprune.load(tmp_path / "small.safetensors", tiny(10))
     x = data.example.repeat(4, 1, 1, 1)
     np.testing.assert_allclose(loaded(x).detach(), small.model(x).detach(), atol=1e-6)
+
+
+def test_a_compact_file_is_compacted_again(compacted, tmp_path, data):
+    path, first, _ = compacted
+    again = [
+        *NET,
+        "--weights",
+        path / "compact.safetensors",
+        "--budget",
+        "macs=0.7",
+        *SHORT,
+        "--out",
+        tmp_path / "again",
+    ]
+    second = json.loads(command("compact", *again, "--json").stdout)
+    assert second["dense_macs"] == first["macs"] and second["macs"] <= 0.7 * first["macs"]
+    assert second["accuracy_before"] == pytest.approx(first["accuracy"])
+    loaded = dynprune.load(tmp_path / "again" / "compact.safetensors", tiny(10))
+    assert evaluate(loaded, data, data.test) == pytest.approx(second["accuracy"])
+    assert json.loads(command("export", tmp_path / "again", "--onnx", "--json").stdout)["top1_agreement"] == 1
