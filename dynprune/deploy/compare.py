@@ -211,6 +211,8 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
             ) from error
     own = {"cucb-paper": "cucb", "static-ours": "static", "dense+prune": "dense"}.get(name, name)
     allocation = "balanced" if own != "cucb" and config.allocation == "learned" else config.allocation
+    if allocation == "auto":  # a search takes seconds, and finds other widths each time: not what is compared here
+        allocation = "uniform"
     # a thin network from scratch is an ordinary one
     grow = config.grow if own in ("cucb", "random") and name != "cucb-paper" else 0.0
     return dataclasses.replace(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dynprune import zoo
 from dynprune.budgets.fit import Fit, Fitter, Latency, budgets_met, first_missed
 from dynprune.data.loading import Data, load_data, some
-from dynprune.data.loading import Images as Split
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.compact import TOLERANCE, largest_difference
 from dynprune.deploy.export import check_classes
@@ -30,23 +29,23 @@ from dynprune.files import artifact
 from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import tune
-from dynprune.repair.trained import FEWEST, Compaction, Images
+from dynprune.repair.images import sample_images
+from dynprune.repair.trained import FEWEST, Compaction
 from dynprune.repair.widths import Found
 from dynprune.runs.config import CompactConfig, seconds_in
 from dynprune.runs.directory import CompactRun
-from dynprune.state.copies import copied, generator
+from dynprune.state.copies import copied
 from dynprune.state.tensors import named_tensors, paths_of
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.labels import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
+from dynprune.training.begin import searched
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
 from dynprune.zoo.weights import load_trained
 
-JUDGES = 512  # validation images that measure the distance from the untouched network
 CHECKED = 2000  # images with which it is seen whether the untouched network knows its classes at all
-ACTIVATIONS = 2**31  # bytes that the images of one repair may take where its activations are largest
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def compact_trained(
     before = check_knows_classes(full, data, device, listener)
     timer("calibrate", f"calibrating on {config.images} training images")
     compaction = Compaction(
-        full, graph, sample_images(config, full, data, device), choice=config.arms, seed=config.seed
+        full, graph, sample_images(full, data, config.images, config.seed, device), choice=config.arms, seed=config.seed
     )
     found = find_widths(compaction, fitter, fit, config, timer, listener)
     timer("repair", "cutting and repairing")
@@ -212,62 +211,25 @@ def check_knows_classes(full: nn.Module, data: Data, device: torch.device, liste
     return evaluate(full, data, data.test, device)
 
 
-def sample_images(config: CompactConfig, full: nn.Module, data: Data, device: torch.device) -> Images:
-    """Disjoint training images for calibration and for repair, and validation images to judge by."""
-    most = max(16, int(ACTIVATIONS // activation_bytes(full, data.example.to(device))))
-    count = min(config.images, len(data.train) // 2)
-    order = torch.randperm(len(data.train), generator=generator(config.seed, 7))
-
-    def take(split: Split, indices: Tensor) -> Tensor:
-        batches = [batch for batch, _ in data.eval_batches(split.take(indices))]
-        return torch.cat(batches).to(device, memory_format=torch.channels_last)
-
-    calibration = take(data.train, order[:count])
-    repair = take(data.train, order[count : count + min(count, most)])
-    judged = torch.randperm(len(data.val), generator=generator(config.seed, 8))[: min(JUDGES, most)]
-    return Images(
-        list(calibration.split(min(128, most))), repair, repair[: max(16, len(repair) // 2)], take(data.val, judged)
-    )
-
-
-@torch.no_grad()
-def activation_bytes(model: nn.Module, example: Tensor) -> int:
-    """Bytes of one image's four largest activations: about what is there at once."""
-    sizes: list[int] = []
-    hooks = [
-        module.register_forward_hook(
-            lambda _m, _i, output: sizes.append(output.numel() * 4) if isinstance(output, Tensor) else None
-        )
-        for module in model.modules()
-        if not list(module.children())
-    ]
-    try:
-        model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(1, sum(sorted(sizes)[-4:]))
-
-
 def find_widths(
     compaction: Compaction, fitter: Fitter, fit: Fit, config: CompactConfig, timer: Timer, listener: Listener
 ) -> Found:
     """The widths of the allocation, or better ones that were searched for."""
-    start = compaction.pull(fit.widths)
-    seconds = seconds_in(config.search_time)
+    start, seconds = compaction.pull(fit.widths), seconds_in(config.search_time)
     if config.search == "none" or not compaction.graph.groups:
         return Found(fit.widths, start, [(0.0, start)])
     timer("search", f"searching widths for {config.search_time}")
-    return compaction.find_widths(
-        fit.widths,
+    return searched(
+        compaction,
+        fitter,
+        fit,
         config.allowed,
         seconds,
-        cost=fitter.cost,
         policy=config.search,
         report=lambda now, best, pulls: listener.detail(
             f"widths: {now:.0f} of {seconds:.0f} s, {pulls} tried, distance {start:.3f} to {best:.3f}"
         ),
-    )
+    )[1]
 
 
 def prove_cut(

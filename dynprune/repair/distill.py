@@ -25,8 +25,8 @@ def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE
     """
     return (
         F.kl_div(
-            F.log_softmax(scores.float() / temperature, 1),
-            F.log_softmax(teacher.float() / temperature, 1),
+            F.log_softmax(scores / temperature, 1),
+            F.log_softmax(teacher / temperature, 1),
             log_target=True,
             reduction="batchmean",
         )
@@ -37,7 +37,7 @@ def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE
 def loss_of(scores: Tensor, labels: Tensor | None, teacher: Tensor, weight: float = WEIGHT) -> Tensor:
     """Distillation beside the labels; alone where there are none."""
     told = divergence(scores, teacher)
-    return told if labels is None else weight * told + (1 - weight) * F.cross_entropy(scores.float(), labels)
+    return told if labels is None else weight * told + (1 - weight) * F.cross_entropy(scores, labels)
 
 
 def tune(
@@ -74,7 +74,7 @@ def tune(
             with torch.no_grad():
                 said = scores(teacher(images))
             output = scores(narrow(images))
-        loss = loss_of(output, labels, said, weight)
+        loss = loss_of(output.float(), labels, said.float(), weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

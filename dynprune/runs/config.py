@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import tomli_w
 
@@ -74,6 +74,9 @@ def of_type(value: object, wanted: type) -> bool:
 class Task:
     """What every command needs that works on a network and its data. `validate()` raises DynpruneError for the first
     value that does not fit."""
+
+    # what runs of earlier versions did, whose files do not say it
+    BEFORE: ClassVar[dict[str, object]] = {}
 
     model: str = setting(
         "vgg16",
@@ -184,6 +187,7 @@ class Task:
                 f"{path} cannot be read as TOML ({error}). Expected the config.toml of a run."
             ) from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {**cls.BEFORE, **values}
         for name, value in list(values.items()):
             if name not in fields:
                 raise DynpruneError(f'{path} has an unknown setting "{name}". Known settings: {", ".join(fields)}.')
@@ -213,8 +217,8 @@ class Recipe(Task):
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
     lr: float = setting(
         0.0,
-        "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, and less for "
-        "smaller ones, by the square root.",
+        "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, half of it with --weights, and less "
+        "for smaller ones, by the square root.",
         check=lambda v: v >= 0,
         expected="auto, or more than 0",
         auto=0.0,
@@ -245,12 +249,14 @@ class Recipe(Task):
         """The settings with nothing left to choose, for so many training images.
 
         The batch is the largest of 128, 64, ... 8 with which the run has ENOUGH steps; the learning rate falls with its
-        square root (Krizhevsky 2014, section 5). Numbers that were given stay.
+        square root (Krizhevsky 2014, section 5), and is half as large for a trained network. Numbers that were given
+        stay.
         """
         sizes = [size for size in (128, 64, 32, 16, 8) if size <= images] or [max(2, images)]
         batch = self.batch_size or next((size for size in sizes if self.epochs * images / size >= ENOUGH), sizes[-1])
         batch = batch if self.batch_size else -(-batch // processes) * processes
-        rate = self.lr or {"sgd": 0.1, "adamw": 0.001}[self.optimizer] * min(1.0, math.sqrt(batch / 128))
+        peak = {"sgd": 0.1, "adamw": 0.001}[self.optimizer] / (2 if self.weights else 1)
+        rate = self.lr or peak * min(1.0, math.sqrt(batch / 128))
         return dataclasses.replace(self, batch_size=batch, lr=rate)
 
     @property
@@ -302,6 +308,8 @@ class Limited:
 class TrainConfig(Limited, Recipe):
     """Settings of one training run with dynamic channel execution, or of what it is compared with."""
 
+    BEFORE: ClassVar[dict[str, object]] = {"distill": 0.0, "no_repair": True}
+
     policy: str = setting(
         "cucb",
         "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), "
@@ -310,12 +318,29 @@ class TrainConfig(Limited, Recipe):
         choices=POLICIES,
     )
     allocation: str = setting(
-        "uniform",
+        "auto",
         "How widths are spread: uniform (the same share of every layer), balanced "
         "(uses several budgets at once by narrowing layers with many parameters per "
-        "MAC more), or learned (balanced, then moved half-way through exploration by "
-        "what the bandit found a channel of each layer to be worth).",
-        choices=("uniform", "balanced", "learned"),
+        "MAC more), learned (balanced, then moved half-way through exploration by "
+        "what the bandit found a channel of each layer to be worth), or searched (of a trained network: by a bandit "
+        "that tries widths on its frozen weights); auto searches with --weights, and else is uniform.",
+        choices=("auto", "uniform", "balanced", "learned", "searched"),
+    )
+    search_time: str = setting(
+        "30s",
+        "How long widths are searched for: 30s, 3m, 1h.",
+        check=lambda v: DURATION.fullmatch(v) is not None and v != "0",
+        expected="a time such as 30s, 3m or 1h",
+    )
+    no_repair: bool = setting(
+        False, "With --weights, begin with the largest channels as they are cut, not with a repaired network."
+    )
+    distill: float = setting(
+        0.9,
+        "With --weights: weight in the loss of what the untouched network says; the labels have the rest. One forward "
+        "pass more per step.",
+        check=lambda v: 0 <= v <= 1,
+        expected="a share in [0, 1]",
     )
     explore: float = setting(
         0.005,
@@ -358,8 +383,14 @@ class TrainConfig(Limited, Recipe):
 
     @property
     def allowed(self) -> Budget:
-        """What the network may cost, and which widths are allowed."""
-        return Budget(self.budget, self.allocation, self.align, self.min_width, self.max_width_share, self.keep)
+        """What the network may cost, and which widths are allowed; a search begins with uniform ones."""
+        allocation = "uniform" if self.allocation in ("auto", "searched") else self.allocation
+        return Budget(self.budget, allocation, self.align, self.min_width, self.max_width_share, self.keep)
+
+    @property
+    def searches(self) -> bool:
+        """Whether widths are searched for on a trained network."""
+        return self.allocation == "searched" or self.allocation == "auto" and bool(self.weights)
 
     @property
     def exploration(self) -> Exploration:
@@ -381,6 +412,8 @@ class TrainConfig(Limited, Recipe):
                 f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; "
                 f"choose --allocation balanced."
             )
+        if self.allocation == "searched" and not self.weights:
+            raise DynpruneError("--allocation searched tries widths on trained weights. Pass --weights.")
         if self.grow and (self.paper or self.policy == "dense"):
             raise DynpruneError(
                 f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is "

@@ -94,6 +94,16 @@ def agree(numbers: list[int], ranks: Ranks, device: torch.device) -> list[int]:
     return values.tolist()
 
 
+@torch.no_grad()
+def same_everywhere(model: nn.Module, ranks: Ranks) -> None:
+    """Give all processes the first one's tensors, where each computed them by itself."""
+    if ranks.several:
+        for value in [*model.parameters(), *model.buffers()]:
+            own = value.contiguous()
+            dist.broadcast(own, 0)
+            value.copy_(own)
+
+
 # -- BatchNorm over the whole batch ------------------------------------------------------------------------------------
 
 

@@ -25,15 +25,18 @@ from dynprune.errors import DynpruneError, ModelFails
 from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in, silence
 from dynprune.execution.saliency import magnitude, prepare
-from dynprune.runs.config import TrainConfig
+from dynprune.repair.distill import divergence
+from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.runs.directory import RunDirectory
+from dynprune.state.copies import copied
 from dynprune.state.tensors import in_precision
 from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.tracing import trace
 from dynprune.training import checkpoint
+from dynprune.training.begin import Beginning, begin_trained, searched
 from dynprune.training.checkpoint import History, fits
 from dynprune.training.compiling import try_compiling
-from dynprune.training.distributed import ALONE, Ranks, agree, average, share_norms
+from dynprune.training.distributed import ALONE, Ranks, agree, average, same_everywhere, share_norms
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
 from dynprune.zoo.weights import Loaded, load_trained
 
@@ -55,9 +58,11 @@ class Session:
         report: Report = silent,
         ranks: Ranks = ALONE,
         full: nn.Module | None = None,
+        teacher: nn.Module | None = None,
     ):
         """fit: the widths to begin with, where they are known already; else they are found, which `report` follows.
-        full: the network, with its weights, in place of the one that the settings name."""
+        full: the network, with its weights, in place of the one that the settings name. teacher: from whose scores it
+        learns; else that is the untouched network, where the settings give weights."""
         self.config, self.ranks = config.resolved(len(data.train), ranks.count), ranks
         config = self.config
         self.part = ranks.part(config.batch_size)
@@ -83,22 +88,50 @@ class Session:
             raise DynpruneError(
                 f"The run's widths are not those of {config.model}. Resume with the run's own settings."
             )
+        trained = bool(config.weights) and not given
+        untouched = copied(full).to(self.device).eval() if trained else None
+        self.teacher = teacher or (untouched if self.distills else None)
+        begins = None
+        if untouched is not None and fit is None and self.begins_repaired:
+            report("calibrating the trained network", 0, 0)
+            begins = begin_trained(untouched, self.graph, data, config.seed, self.device)
         self.fit = self.first_fit = fit or self.find_widths()
+        if begins and config.searches and not self.loaded.anew:
+            self.fit = self.first_fit = self.search_widths(begins, report)
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
         self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
-        trained = (
-            magnitude(dict(full.named_parameters()), self.graph)
-            if (config.weights or given) and not config.paper
-            else None
-        )
-        self.explorer = Explorer(config.exploration, self.graph, self.widths, self.steps, trained)
+        known = None
+        if (config.weights or given) and not config.paper:
+            known = begins.worth if begins else magnitude(dict(full.named_parameters()), self.graph)
+        self.explorer = Explorer(config.exploration, self.graph, self.widths, self.steps, known)
         self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
         self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(
             self.fit.widths
         )
         self.train_macs *= PASSES * config.batch_size
         self.install(self.new_reservoir(full, self.explorer.first()))
+        if begins:
+            begins.repair(self.reservoir)
+            same_everywhere(self.model, self.ranks)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the weights that the settings name know the classes, and are learned from."""
+        return self.config.distill > 0 and self.policy != "dense" and not self.loaded.anew
+
+    @property
+    def begins_repaired(self) -> bool:
+        return not (self.config.no_repair or self.config.paper or self.policy == "dense")
+
+    def search_widths(self, begins: Beginning, report: Report) -> Fit:
+        """Widths by a bandit on the frozen weights; the first process alone searches."""
+        found = self.fit
+        if self.ranks.first:
+            seconds = seconds_in(self.config.search_time)
+            report(f"searching widths for {seconds:.0f} s", 0, 0)
+            found, _ = searched(begins.compaction, self.fitter, self.fit, self.config.allowed, seconds)
+        return self.agreed(found)
 
     def find_widths(self, loss: np.ndarray | None = None) -> Fit:
         """Widths that meet the budgets. Milliseconds are measured by the first process alone."""
@@ -106,10 +139,14 @@ class Session:
             return Fit(self.graph.full_widths)
         if not (self.ranks.several and self.fitter.in_ms):
             return self.fitter.fit(loss)
-        found = self.fitter.fit(loss) if self.ranks.first else Fit(self.graph.full_widths)
-        return dataclasses.replace(
-            found, widths=dict(zip(found.widths, agree(list(found.widths.values()), self.ranks, self.device)))
-        )
+        return self.agreed(self.fitter.fit(loss) if self.ranks.first else Fit(self.graph.full_widths))
+
+    def agreed(self, found: Fit) -> Fit:
+        """The widths that the first process found."""
+        if not self.ranks.several:
+            return found
+        widths = agree(list(found.widths.values()), self.ranks, self.device)
+        return dataclasses.replace(found, widths=dict(zip(found.widths, widths)))
 
     def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
         store_device = "cpu" if self.config.reservoir == "cpu" else self.device
@@ -165,7 +202,7 @@ class Session:
         )
         with self.autocast():
             output = self.forward(images)
-        loss = F.cross_entropy(logits(output).to(self.dtype), labels, label_smoothing=self.config.label_smoothing)
+        loss = self.loss_of(logits(output).to(self.dtype), images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = self.exchange(loss.detach())
@@ -175,6 +212,15 @@ class Session:
         self.explorer.uncounted += 1
         self.step += 1
         return loss
+
+    def loss_of(self, scores: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, or mostly the distance from what the untouched network says, where there is one."""
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.config.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), self.autocast():
+            said = logits(self.teacher(images)).to(self.dtype)
+        return self.config.distill * divergence(scores, said) + (1 - self.config.distill) * loss
 
     def exchange(self, loss: Tensor) -> Tensor:
         """With several processes: mean gradients for all, and the mean loss; one that is asked to stop stops all after

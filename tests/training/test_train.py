@@ -155,7 +155,7 @@ def test_rivals_run_through_the_same_loop(data, policy):
     assert moved == (policy == "random")
 
 
-def test_with_trained_weights_the_largest_arms_come_first(data, tmp_path):
+def test_with_trained_weights_and_no_repair_the_largest_arms_come_first(data, tmp_path):
     """Without exploring they stay; the bandit begins with them, and an untrained network with the lower arms."""
     full = zoo.build(CONFIG.model, 10, 0)
     with torch.no_grad():  # make the upper half of every layer's channels large
@@ -167,7 +167,9 @@ def test_with_trained_weights_the_largest_arms_come_first(data, tmp_path):
                     own.index_copy_(dim, index, own.index_select(dim, index) * 4)
     torch.save(full.state_dict(), tmp_path / "trained.pt")
     for policy in ("static", "cucb"):
-        given = Session(dataclasses.replace(CONFIG, policy=policy, weights=str(tmp_path / "trained.pt")), data)
+        given = Session(
+            dataclasses.replace(CONFIG, policy=policy, weights=str(tmp_path / "trained.pt"), no_repair=True), data
+        )
         fresh = Session(dataclasses.replace(CONFIG, policy=policy), data)
         for group in given.graph:
             width, upper = given.widths[group.name], set(range(group.arms // 2, group.arms))

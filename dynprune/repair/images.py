@@ -1,0 +1,58 @@
+"""Which images calibration, repair and the search look at.
+
+Takes the data, a network and a seed; returns tensors. Training images are fitted to, validation images measure
+distances from the untouched network (without their labels), test images are never touched. Where images are large,
+fewer are taken at once, so that activations fit a bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynprune.data.loading import Data
+from dynprune.data.loading import Images as Split
+from dynprune.repair.trained import Images
+from dynprune.state.copies import generator
+
+JUDGES = 512  # validation images that measure the distance from the untouched network
+ACTIVATIONS = 2**31  # bytes that the images of one repair may take where its activations are largest
+
+
+def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: torch.device) -> Images:
+    """Training images without augmentation, as many for calibration as for repair, and validation images to judge by.
+
+    model: in eval mode, on the device. count: of training images for each of the two, at most.
+    """
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    most = max(16, int(ACTIVATIONS // activation_bytes(model, data.example.to(device, dtype))))
+    count = min(count, len(data.train) // 2)
+    order = torch.randperm(len(data.train), generator=generator(seed, 7))
+    judging = torch.randperm(len(data.val), generator=generator(seed, 8))[: min(JUDGES, most)]
+
+    def take(split: Split, indices: Tensor) -> Tensor:
+        batches = [batch for batch, _ in data.eval_batches(split.take(indices))]
+        return torch.cat(batches).to(device, dtype, memory_format=torch.channels_last)
+
+    calibration, repair = take(data.train, order[:count]), take(data.train, order[count : count + min(count, most)])
+    return Images(
+        list(calibration.split(min(128, most))), repair, repair[: max(16, len(repair) // 2)], take(data.val, judging)
+    )
+
+
+@torch.no_grad()
+def activation_bytes(model: nn.Module, example: Tensor) -> int:
+    """Bytes of one image's four largest activations: about what is there at once."""
+    sizes: list[int] = []
+
+    def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if not list(module.children())]
+    try:
+        model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(1, sum(sorted(sizes)[-4:]))

@@ -1,0 +1,77 @@
+"""How training begins where the network is trained already: which arms, how wide, and refitted to what it said.
+
+Takes the settings and the untouched network; returns what `Session` needs to begin with a repaired network in place of
+one that was merely cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynprune.budgets.fit import Fit, Fitter
+from dynprune.budgets.limits import Budget
+from dynprune.data.loading import Data
+from dynprune.execution.reservoir import Reservoir
+from dynprune.repair.images import sample_images
+from dynprune.repair.refit import repair
+from dynprune.repair.trained import Compaction
+from dynprune.repair.widths import Found
+from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.tracing import evaluating
+
+IMAGES = 512  # training images for calibration, and as many for repair
+
+
+@dataclass
+class Beginning:
+    """A trained network, calibrated. compaction: what was learned of it."""
+
+    compaction: Compaction
+
+    @property
+    def worth(self) -> dict[str, Tensor]:
+        """Of every arm of a group, a share that is the larger the longer it should stay, (arms,)."""
+        found = {}
+        for name, order in self.compaction.orders.items():
+            count = len(order.arms)
+            share = torch.arange(1, count + 1, dtype=torch.float64) / count
+            found[name] = torch.empty(count, dtype=torch.float64).index_copy_(0, torch.from_numpy(order.arms), share)
+        return found
+
+    def repair(self, reservoir: Reservoir) -> None:
+        """Refit the active model, in place, at its selection."""
+        kept = reservoir.graph.kept(reservoir.slots, reservoir.template)
+        with evaluating(reservoir.active):
+            repair(reservoir.active, kept, self.compaction.targets)
+
+
+def begin_trained(full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device) -> Beginning:
+    """Calibrate the untouched network, which is in eval mode on the device and stays as it is."""
+    return Beginning(Compaction(full, graph, sample_images(full, data, IMAGES, seed, device), seed=seed))
+
+
+def searched(
+    compaction: Compaction,
+    fitter: Fitter,
+    fit: Fit,
+    budget: Budget,
+    seconds: float,
+    *,
+    policy: str = "bandit",
+    report: Callable[[float, float, int], None] = lambda *_: None,
+) -> tuple[Fit, Found]:
+    """Better widths than those that were allocated, and how they were found.
+
+    Where a budget is in milliseconds, they were predicted; widths that turn out to take longer are not used.
+    """
+    found = compaction.find_widths(fit.widths, budget, seconds, cost=fitter.cost, policy=policy, report=report)
+    if not fitter.in_ms:
+        return Fit(found.widths), found
+    timed = fitter.time(found.widths)
+    if fitter.use(timed) > 1:
+        return fit, Found(fit.widths, found.curve[0][1], found.curve)
+    return Fit(found.widths, timed, fit.candidates), found
