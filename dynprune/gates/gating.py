@@ -29,7 +29,7 @@ from dynprune.budgets.allocation import CostModel
 from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import AxisKey, Op
+from dynprune.structure.record import AxisKey, Op
 from dynprune.structure.rules import argument
 from dynprune.structure.surgery import get_tensor
 from dynprune.structure.tracing import evaluating
