@@ -10,7 +10,8 @@ from dynprune.commands.train import resumed, run_name
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.gates.rehearsal import rehearse_gates
-from dynprune.gates.training import GateResult, GateSession
+from dynprune.gates.session import GateSession
+from dynprune.gates.training import GateResult
 from dynprune.gates.training import gate as run_gate
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.config import GateConfig
