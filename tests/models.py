@@ -94,3 +94,18 @@ class Sorting(nn.Module):
 
 def tiny(num_classes: int = 10) -> nn.Module:
     return Tiny(num_classes)
+
+
+class Multiplied(nn.Module):
+    """A depthwise convolution that makes two channels, another three, of each that it reads."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.twice, self.bn2 = nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.BatchNorm2d(32)
+        self.mix, self.thrice = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 24, 3, padding=1, groups=8, bias=False)
+        self.head = nn.Linear(24, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn2(self.twice(F.relu(self.bn(self.stem(x))))))
+        return self.head(F.relu(self.thrice(F.relu(self.mix(x)))).mean((2, 3)))

@@ -25,8 +25,8 @@ import torch
 from dynprune.budgets.limits import Budget, Limit, parse_limit
 from dynprune.errors import DynpruneError
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import AxisKey
 from dynprune.structure.numbers import is_number
+from dynprune.structure.record import AxisKey
 
 
 class Milliseconds(Protocol):

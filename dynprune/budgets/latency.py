@@ -30,7 +30,7 @@ from dynprune.files.disk import write_text
 from dynprune.files.onnxfile import open_session, run, write_onnx
 from dynprune.machine import processor
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import Op
+from dynprune.structure.record import Op
 from dynprune.structure.surgery import slim
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's channels, where it is measured

@@ -10,11 +10,12 @@ from dynprune.commands.train import resumed, run_name
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.gates.rehearsal import rehearse_gates
-from dynprune.gates.training import GateResult, GateSession
+from dynprune.gates.session import GateSession
+from dynprune.gates.training import GateResult
 from dynprune.gates.training import gate as run_gate
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.config import GateConfig
-from dynprune.runs.directory import GateRun, Run
+from dynprune.runs.directory import GateRun, open_compact
 
 # settings that a run of gates takes over from the run that is gated
 INHERITED = (
@@ -97,7 +98,7 @@ def based_on(base: str | Path, given: dict, *, trust: bool = False) -> GateConfi
     Raises DynpruneError for settings that name another network or other weights, and for code of the user's own without
     `trust`.
     """
-    source = Run.open(Path(base))
+    source = open_compact(Path(base))
     source.refuse_code(given.get("model", ""), trust)
     known = source.config
     if given.get("model", known.model) != known.model:
@@ -110,7 +111,7 @@ def based_on(base: str | Path, given: dict, *, trust: bool = False) -> GateConfi
         )
     settings = {
         "lr": GENTLE_LR,
-        **{name: getattr(known, name) for name in INHERITED},
+        **{name: getattr(known, name) for name in INHERITED if hasattr(known, name)},
         **given,
         "model": known.model,
         "base": str(base),

@@ -37,7 +37,7 @@ from dynprune.runs.directory import CompactRun
 from dynprune.state.copies import copied
 from dynprune.state.tensors import named_tensors, paths_of
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import AxisKey
+from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched

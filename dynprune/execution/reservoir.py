@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from dynprune.state.tensors import loose_to, named_tensors
 from dynprune.structure.channels import ChannelGraph, Selection
-from dynprune.structure.labels import AxisKey
 from dynprune.structure.numbers import is_number
+from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 
 SWAP_BLOCKS = 2**15  # exchanged at once: enough to keep copies few, little enough not to show in peak memory

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import AxisKey
+from dynprune.structure.record import AxisKey
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from dynprune.errors import DynpruneError
 from dynprune.files.disk import read_tensors, write_tensors
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, named_tensors, state_of, unfilled
-from dynprune.structure.labels import AxisKey
 from dynprune.structure.numbers import named_as_before
+from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import first_line
 from dynprune.zoo import runs_code

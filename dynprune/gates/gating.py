@@ -29,7 +29,7 @@ from dynprune.budgets.allocation import CostModel
 from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import AxisKey, Op
+from dynprune.structure.record import AxisKey, Op
 from dynprune.structure.rules import argument
 from dynprune.structure.surgery import get_tensor
 from dynprune.structure.tracing import evaluating
@@ -450,7 +450,10 @@ class Gating(TorchFunctionMode):
         bias = argument(args, kwargs, 2, "bias")
         depthwise = is_depthwise(self.gated.graph, site.op)
         made = open_positions(self.mask(site.outputs))
-        read = made if depthwise else open_positions(self.mask(site.inputs))
+        read = open_positions(self.mask(site.inputs))
+        if depthwise:  # each input makes so many outputs, which are open together with it
+            each = len(weight) // groups
+            read = None if made is None else made[::each] // each
         out_shape = func(
             x[:, :1].to("meta") if groups == 1 and func not in LINEAR else x.to("meta"),
             weight[:, :1].to("meta") if groups == 1 and func not in LINEAR else weight.to("meta"),

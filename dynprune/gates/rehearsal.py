@@ -16,7 +16,8 @@ from torch import nn
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.gates import file as gated_file
-from dynprune.gates.training import FILE_TOLERANCE, GateSession, facts_of, file_difference
+from dynprune.gates.session import GateSession
+from dynprune.gates.training import FILE_TOLERANCE, facts_of, file_difference
 from dynprune.state.copies import copied, same_randomness
 from dynprune.state.tensors import state_of
 from dynprune.structure.surgery import slim

@@ -34,7 +34,7 @@ from dynprune.repair.patches import (
     size_of,
     weight_from,
 )
-from dynprune.structure.labels import AxisKey
+from dynprune.structure.record import AxisKey
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 RIDGE = 0.01  # of the mean square of a column of inputs: how much a weight is held where it was

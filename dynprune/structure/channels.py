@@ -1,6 +1,6 @@
 """The channel structure of a network: groups of arms, and where each arm's slices lie.
 
-Takes the record of one forward pass on labels (`labels.py`), and returns a `ChannelGraph`: a table of (tensor,
+Takes the record of one forward pass on labels (`record.py`), and returns a `ChannelGraph`: a table of (tensor,
 dimension, positions) per group of arms. `tracing.trace` makes one from a module and example inputs. Execution, surgery,
 cost and reports all read this table; no architecture has code of its own.
 
@@ -18,14 +18,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from dynprune.errors import DynpruneError
-from dynprune.structure.labels import AxisKey, Cut, LabelTracer, Op
 from dynprune.structure.numbers import is_number, number_name, parse_number
+from dynprune.structure.record import AxisKey, Cut, Op, Record
 
 # group name -> arm numbers in slot order; a group that is absent keeps all its arms
 Selection = Mapping[str, np.ndarray]
@@ -225,34 +222,34 @@ class ChannelGraph:
         return self.__dict__["numbers"]
 
 
-def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
+def build_graph(model: nn.Module, record: Record) -> ChannelGraph:
     """Merge tied labels into arms, and arms with the same slices into groups."""
-    component = components(tracer)
+    component = record.labels.components()
     pinned = np.zeros(component.max() + 1, dtype=bool)
     pinned[component[0]] = True
-    for pin in tracer.pins:
+    for pin in record.pins:
         pinned[component[pin.labels.numpy()]] = True
-    axes = {key: component[labels.numpy()] for key, labels in tracer.axes.items()}
-    for name, labels in tracer.elements.items():
+    axes = {key: component[labels.numpy()] for key, labels in record.axes.items()}
+    for name, labels in record.elements.items():
         along = element_axis(name, component[labels.numpy()], pinned)
         if along is None:
             pinned[np.unique(component[labels.numpy()])] = True
         elif (name, along[0]) not in axes:
             axes[name, along[0]] = along[1]
     for (name, _), roots in axes.items():
-        if name in tracer.opaque:
+        if name in record.opaque:
             pinned[roots] = True
         if (
-            name in tracer.elements and (name, 0) in tracer.axes
+            name in record.elements and (name, 0) in record.axes
         ):  # used as a layer's weight and as a value: two roles at once
             pinned[roots] = True
-            pinned[component[tracer.elements[name].numpy()]] = True
-    for (source, formula), labels in tracer.numbers.items():
+            pinned[component[record.elements[name].numpy()]] = True
+    for (source, formula), labels in record.numbers.items():
         axes[number_name(source, formula), -1] = component[labels.numpy()]
     shapes: dict[str, tuple[int, ...]] = {name: (len(roots),) for (name, dim), roots in axes.items() if dim < 0}
     shapes |= {name: tuple(t.shape) for name, t in list(model.named_parameters()) + list(model.named_buffers())}
     parameters = frozenset(name for name, _ in model.named_parameters())
-    groups = group_arms(axes, pinned, parameters, tracer.reads)
+    groups = group_arms(axes, pinned, parameters, record.reads)
     table = {
         key: Axis(np.full(len(roots), -1), np.zeros(len(roots), dtype=np.int64), np.zeros(len(roots), dtype=np.int64))
         for key, roots in axes.items()
@@ -263,7 +260,7 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
             table[key].arm[positions] = np.arange(group.arms)[:, None]
             table[key].occurrence[positions] = np.arange(positions.shape[1])[None]
     table = {key: axis for key, axis in table.items() if (axis.group >= 0).any()}
-    groups = mark_mixed(groups, table, tracer, component)
+    groups = mark_mixed(groups, table, record, component)
     of_component = np.full(component.max() + 1, -1)
     for key, roots in axes.items():
         if key in table:
@@ -273,39 +270,31 @@ def build_graph(model: nn.Module, tracer: LabelTracer) -> ChannelGraph:
         table,
         shapes,
         parameters,
-        tracer.ops,
-        pinned_layers(tracer, component),
-        tracer.cuts,
+        record.ops,
+        pinned_layers(record, component),
+        record.cuts,
         of_component[component],
     )
 
 
 def mark_mixed(
-    groups: dict[str, Group], table: dict[AxisKey, Axis], tracer: LabelTracer, component: np.ndarray
+    groups: dict[str, Group], table: dict[AxisKey, Axis], record: Record, component: np.ndarray
 ) -> dict[str, Group]:
     """The groups, each with the functions that mix its channels."""
     mixers: dict[int, set[str]] = {}
-    for mixed in tracer.mixed:
+    for mixed in record.mixed:
         for root in np.unique(component[mixed.labels.numpy()]).tolist():
             mixers.setdefault(root, set()).add(mixed.op)
     found: dict[str, set[str]] = {name: set() for name in groups}
     names, roots = list(groups), np.array(list(mixers), dtype=np.int64)
     for key, axis in table.items() if mixers else ():
-        labels = tracer.numbers[parse_number(key[0])] if is_number(key[0]) else tracer.axes.get(key)
+        labels = record.numbers[parse_number(key[0])] if is_number(key[0]) else record.axes.get(key)
         if labels is not None:
             own = component[labels.numpy()]
             here = (axis.group >= 0) & np.isin(own, roots)
             for number, root in set(zip(axis.group[here].tolist(), own[here].tolist())):
                 found[names[number]] |= mixers[root]
     return {name: replace(group, mixed_by=tuple(sorted(found[name]))) for name, group in groups.items()}
-
-
-def components(tracer: LabelTracer) -> np.ndarray:
-    """Number of the connected component of every label, int32 of shape (labels,)."""
-    count = tracer.next_label
-    ties = torch.cat(tracer.ties, dim=1).numpy() if tracer.ties else np.zeros((2, 0), dtype=np.int64)
-    graph = coo_matrix((np.ones(ties.shape[1], dtype=bool), (ties[0], ties[1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
 
 
 def element_axis(name: str, roots: np.ndarray, pinned: np.ndarray) -> tuple[int, np.ndarray] | None:
@@ -356,7 +345,7 @@ def group_arms(
     return groups
 
 
-def pinned_layers(tracer: LabelTracer, component: np.ndarray) -> list[PinnedLayer]:
-    seen = [PinnedLayer(pin.op, pin.layer, len(np.unique(component[pin.labels.numpy()]))) for pin in tracer.pins]
-    seen += [PinnedLayer(op, layer, 0) for op, layer in dict.fromkeys(tracer.opaque.values())]
+def pinned_layers(record: Record, component: np.ndarray) -> list[PinnedLayer]:
+    seen = [PinnedLayer(pin.op, pin.layer, len(np.unique(component[pin.labels.numpy()]))) for pin in record.pins]
+    seen += [PinnedLayer(op, layer, 0) for op, layer in dict.fromkeys(record.opaque.values())]
     return list(dict.fromkeys(seen))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.state.copies import cloned
-from dynprune.structure.channels import ChannelGraph, components
-from dynprune.structure.labels import LabelTracer, tensors_in
+from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.labels import tensors_in
 from dynprune.structure.numbers import Source
+from dynprune.structure.record import NumberKey, Record
 
-Key = tuple[Source, tuple[int, int, int]]
 INTO = {"in", "inp", "input", "inputs", "inc", "cin", "c1", "inplanes", "inchannels"}
 OUT = {"out", "oup", "output", "outputs", "outc", "cout", "c2", "outplanes", "outchannels", "planes", "num"}
 COUNTS = (
@@ -45,12 +45,12 @@ COUNTS = (
 UNUSED = -7654321  # no forward pass works with so many channels
 
 
-def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, inputs: tuple) -> dict[Key, Tensor]:
+def sizes_for_later(model: nn.Module, graph: ChannelGraph, record: Record, inputs: tuple) -> dict[NumberKey, Tensor]:
     """Numbers to repair in compact copies, with the labels that they count. The model is run once more."""
     if not graph.groups:
         return {}
-    known, component = {source for source, _ in tracer.numbers}, torch.from_numpy(components(tracer))
-    found: dict[Key, Tensor] = {}
+    known, component = {source for source, _ in record.numbers}, torch.from_numpy(record.labels.components())
+    found: dict[NumberKey, Tensor] = {}
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
@@ -64,19 +64,19 @@ def sizes_for_later(model: nn.Module, graph: ChannelGraph, tracer: LabelTracer, 
                 and source not in known
                 and {word.lower() for word in words} & COUNTS
             ):
-                labels = counted(path, {word.lower() for word in words}, value, tracer, component)
+                labels = counted(path, {word.lower() for word in words}, value, record, component)
                 if labels is not None:
                     found[source, (1, 1, 0)] = labels
-    return found if found and unused(model, [source for source, _ in found], inputs, tracer.outputs) else {}
+    return found if found and unused(model, [source for source, _ in found], inputs, record.outputs) else {}
 
 
-def counted(path: str, words: set[str], value: int, tracer: LabelTracer, component: Tensor) -> Tensor | None:
+def counted(path: str, words: set[str], value: int, record: Record, component: Tensor) -> Tensor | None:
     """The labels of the channels inside the module that an attribute of this name counts, or None if that is not
     clear."""
     inside = path + "." if path else ""
     own = [
-        (op, tracer.axes.get((op.weight, 0)), tracer.axes.get((op.weight, 1)))
-        for op in tracer.ops
+        (op, record.axes.get((op.weight, 0)), record.axes.get((op.weight, 1)))
+        for op in record.ops
         if op.weight.startswith(inside)
     ]
     made = [axis for op, axis, _ in own if axis is not None and len(axis) == value]

@@ -2,7 +2,7 @@
 
 A rule takes the tracer, the function and its arguments, runs the function, and records what it did to the channels. Few
 functions need one: those that work element by element, move data, reduce, normalise, or multiply with weights. What is
-not in `RULES` pins (`LabelTracer.default`).
+not in `RULES` pins (`LabelTracer.default` in `tracer.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynprune.structure.labels import PINNED, LabelTracer, Op, Rule, tensors_in, varies
+from dynprune.structure.labels import PINNED, labels_along, pinned_like, tensors_in, varies
 from dynprune.structure.numbers import Number
+from dynprune.structure.record import Op
+from dynprune.structure.tracer import LabelTracer, Rule
 
 RULES: dict[Callable, Rule] = {}
 
@@ -63,13 +65,12 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any =
 )
 def unary(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """One tensor in, the same shape out, every element on its own."""
-    value = args[0] if args else kwargs.get("input")
+    value = argument(args, kwargs, 0, "input")
     labels = tracer.of(value)
     output = func(*args, **kwargs)
     if labels is not None and isinstance(output, Tensor) and output is not value:
         tracer.set(output, labels)
-        if id(value) in tracer.names or value in tracer.pointwise:
-            tracer.pointwise[output] = True
+        tracer.origins.add_copy(output, value)
     return output
 
 
@@ -81,15 +82,14 @@ def fake_quantize_per_channel(tracer: LabelTracer, func: Callable, args: tuple, 
     output = func(*args, **kwargs)
     if labels is None:
         return output
-    channels = tracer.vector(labels, argument(args, kwargs, 3, "axis"))
+    channels = labels_along(labels, argument(args, kwargs, 3, "axis"))
     if channels is None:
         tracer.default(func, output, args, kwargs)
         return output
     for tensor in (scale, zero_point):
         tracer.axis(tensor, 0, channels)
     tracer.set(output, labels)
-    if id(value) in tracer.names or value in tracer.pointwise:
-        tracer.pointwise[output] = True
+    tracer.origins.add_copy(output, value)
     return output
 
 
@@ -102,30 +102,29 @@ def observe_and_fake_quantize(tracer: LabelTracer, func: Callable, args: tuple, 
         return output
     per_row = argument(args, kwargs, 11, "per_row_fake_quant", False)
     if per_row:
-        channels = tracer.vector(labels, argument(args, kwargs, 10, "ch_axis"))
+        channels = labels_along(labels, argument(args, kwargs, 10, "ch_axis"))
         if channels is None:
             tracer.default(func, output, args, kwargs)
             return output
         for tensor in args[3:7]:  # running minimum and maximum, scale, zero point
             tracer.axis(tensor, 0, channels)
     tracer.set(output, labels)
-    if id(args[0]) in tracer.names or args[0] in tracer.pointwise:
-        tracer.pointwise[output] = True
+    tracer.origins.add_copy(output, args[0])
     return output
 
 
 @rule_for(getter("shape"), *named("size"))
 def shape_of(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Asking for a shape may be the first half of comparing it with a remembered size."""
-    if (labels := tracer.labels.get(args[0])) is not None:
-        tracer.recent.append(labels)
+    if (labels := tracer.carried.get(args[0])) is not None:
+        tracer.sizes.recent.append(labels)
     return func(*args, **kwargs)
 
 
 @rule_for(*named("numpy tolist item array dlpack data_ptr untyped_storage"))
 def leave_torch(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """Values that leave torch may come back as anything, so the channels that they hold stay."""
-    if (labels := tracer.labels.get(args[0])) is not None:
+    if (labels := tracer.carried.get(args[0])) is not None:
         tracer.pin(labels, getattr(func, "__name__", "numpy").strip("_"))
     return func(*args, **kwargs)
 
@@ -143,12 +142,12 @@ def factory(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> o
         and numbers[0] < output.ndim
         and output.size(numbers[0]) == int(sizes[numbers[0]])
     ):
-        labels = tracer.fresh(output.size(numbers[0]))
-        if tracer.sized_by(sizes[numbers[0]], labels):
+        labels = tracer.labels.fresh(output.size(numbers[0]))
+        if tracer.sizes.count(sizes[numbers[0]], labels):
             tracer.set(output, labels.view([-1 if d == numbers[0] else 1 for d in range(output.ndim)]))
             return output
     if args and isinstance(args[0], Tensor):
-        tracer.constants[output] = True
+        tracer.origins.add_constant(output)
     return output
 
 
@@ -191,7 +190,7 @@ def meet(tracer: LabelTracer, operands: list[tuple[Tensor, Tensor | None]], shap
         return torch.zeros((), dtype=torch.int64).expand(shape)
     result = whole[0].expand(shape)
     for labels in whole[1:]:
-        tracer.tie(result, labels.expand(shape))
+        tracer.labels.tie(result, labels.expand(shape))
     for labels in stretched:
         if any(varies(labels, d) for d in moving):  # one part lines up, another is stretched: too entangled
             tracer.pin(result, op)
@@ -227,11 +226,11 @@ def move(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obje
     found = [tracer.of(part) for part in parts]
     if all(own is None for own in found):
         return func(*args, **kwargs)
-    if any(other in tracer.labels for other in tensors_in([args[1:], kwargs])) and func not in SHAPED:
+    if any(other in tracer.carried for other in tensors_in([args[1:], kwargs])) and func not in SHAPED:
         output = func(*args, **kwargs)
         tracer.default(func, output, args, kwargs)  # the choice of elements depends on the data
         return output
-    labels = [tracer.pinned_like(part) if own is None else own for part, own in zip(parts, found)]
+    labels = [pinned_like(part) if own is None else own for part, own in zip(parts, found)]
     moved = MOVES[func](labels if isinstance(source, (list, tuple)) else labels[0], *on_cpu(args[1:]), **on_cpu(kwargs))
     output = func(*args, **kwargs)
     outputs = [output] if isinstance(output, Tensor) else list(output)
@@ -256,11 +255,11 @@ def sliced_by_numbers(tracer: LabelTracer, labels: Tensor, index: Any) -> bool:
     for dim, entry in enumerate(entries):
         if not varies(labels, dim):
             continue
-        along = tracer.vector(labels, dim)
+        along = labels_along(labels, dim)
         for bound in (entry.start, entry.stop):
             if bound is None or int(bound) in (0, labels.size(dim)):
                 continue
-            if along is None or entry.step not in (None, 1) or not tracer.sized_by(bound, along[:bound]):
+            if along is None or entry.step not in (None, 1) or not tracer.sizes.count(bound, along[:bound]):
                 return False
     return True
 
@@ -281,8 +280,8 @@ def on_cpu(tree: Any) -> Any:
 
 def loses_labels(labels: Tensor, tracer: LabelTracer, outputs: list[Tensor]) -> bool:
     """Whether slicing left some channels out."""
-    after = torch.cat([tracer.among(tracer.labels[output]) for output in outputs])
-    return not torch.equal(tracer.among(labels), tracer.among(after))
+    after = torch.cat([tracer.labels.among(tracer.carried[output]) for output in outputs])
+    return not torch.equal(tracer.labels.among(labels), tracer.labels.among(after))
 
 
 def reorders(func: Callable, labels: Tensor, args: tuple) -> bool:
@@ -307,9 +306,9 @@ def set_item(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> 
     func(*args, **kwargs)
     if labels is None and written is None:
         return
-    labels = tracer.pinned_like(target) if labels is None else labels
+    labels = pinned_like(target) if labels is None else labels
     place = labels[on_cpu(index)]
-    tracer.tie(place, (torch.zeros((), dtype=torch.int64) if written is None else written).expand(place.shape))
+    tracer.labels.tie(place, (torch.zeros((), dtype=torch.int64) if written is None else written).expand(place.shape))
     tracer.cut(labels, "setitem")
     tracer.set(target, labels)
 
@@ -319,7 +318,7 @@ def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, a
 
     The dimension given as -1 is the one that will shrink, else the last of the split ones.
     """
-    labels = tracer.labels[output]
+    labels = tracer.carried[output]
     sizes = (
         args[1:]
         if len(args) > 1 and isinstance(args[1], int)
@@ -336,13 +335,13 @@ def tie_parts_of_view(tracer: LabelTracer, before: torch.Size, output: Tensor, a
         tracer.cut(labels, op)
         for d in wide:
             if d != shrinks:
-                labels = tracer.tie_along(labels, d).expand(labels.shape)
+                labels = tracer.labels.tie_along(labels, d).expand(labels.shape)
         if (
             len(sizes) == output.ndim
             and isinstance(sizes[shrinks], Number)
-            and (along := tracer.vector(labels, shrinks)) is not None
+            and (along := labels_along(labels, shrinks)) is not None
         ):
-            tracer.sized_by(sizes[shrinks], along)
+            tracer.sizes.count(sizes[shrinks], along)
     tracer.set(output, labels)
 
 
@@ -380,14 +379,14 @@ def split(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     if varies(labels, dim) and len(parts) > 1:
         sizes = argument(args, kwargs, 1, "split_size_or_sections", argument(args, kwargs, 1, "split_size"))
         if isinstance(sizes, (list, tuple)) and all(isinstance(size, Number) for size in sizes):
-            vectors = [tracer.vector(part, dim) for part in parts]
-            known = all(v is not None and tracer.sized_by(size, v) for size, v in zip(sizes, vectors))
+            vectors = [labels_along(part, dim) for part in parts]
+            known = all(v is not None and tracer.sizes.count(size, v) for size, v in zip(sizes, vectors))
         else:
             if len({part.size(dim) for part in parts}) == 1:
                 for part in parts[1:]:
-                    tracer.tie(part, parts[0])
-            first = tracer.vector(parts[0], dim)
-            known = first is not None and func not in CHUNKS and tracer.sized_by(sizes, first)
+                    tracer.labels.tie(part, parts[0])
+            first = labels_along(parts[0], dim)
+            known = first is not None and func not in CHUNKS and tracer.sizes.count(sizes, first)
         if not known:
             tracer.cut(labels, getattr(func, "__name__", "split"))
     for part, part_labels in zip(output, parts):
@@ -404,7 +403,7 @@ def gated_linear_unit(tracer: LabelTracer, func: Callable, args: tuple, kwargs: 
     output = func(*args, **kwargs)
     if labels is not None:
         first, second = labels.chunk(2, argument(args, kwargs, 1, "dim", -1))
-        tracer.tie(first, second)
+        tracer.labels.tie(first, second)
         tracer.set(output, first)
     return output
 
@@ -456,11 +455,11 @@ def pixel_shuffle(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict
     labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is not None:
-        channels = tracer.vector(labels, -3)
+        channels = labels_along(labels, -3)
         if channels is None:
             tracer.default(func, output, args, kwargs)
         else:
-            first = tracer.tie_along(channels.view(output.size(-3), -1), 1)
+            first = tracer.labels.tie_along(channels.view(output.size(-3), -1), 1)
             tracer.set(output, first.view(-1, 1, 1))
     return output
 
@@ -471,7 +470,7 @@ def pixel_unshuffle(tracer: LabelTracer, func: Callable, args: tuple, kwargs: di
     labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is not None:
-        channels = tracer.vector(labels, -3)
+        channels = labels_along(labels, -3)
         if channels is None:
             tracer.default(func, output, args, kwargs)
         else:
@@ -485,7 +484,7 @@ def image_to_columns(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is not None:
-        channels = tracer.vector(labels, -3)
+        channels = labels_along(labels, -3)
         if channels is None:
             tracer.default(func, output, args, kwargs)
         else:
@@ -499,11 +498,11 @@ def columns_to_image(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     labels = tracer.of(args[0])
     output = func(*args, **kwargs)
     if labels is not None:
-        entries = tracer.vector(labels, -2)
+        entries = labels_along(labels, -2)
         if entries is None:
             tracer.default(func, output, args, kwargs)
         else:
-            tracer.set(output, tracer.tie_along(entries.view(output.size(-3), -1), 1).view(-1, 1, 1))
+            tracer.set(output, tracer.labels.tie_along(entries.view(output.size(-3), -1), 1).view(-1, 1, 1))
     return output
 
 
@@ -551,10 +550,10 @@ def reduce(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     if moving and moving <= set(dims):
         tracer.mix(labels, getattr(func, "__name__", "reduction"))
         for part in tensors_in(output):
-            tracer.set(part, tracer.pinned_like(part))
+            tracer.set(part, pinned_like(part))
         return output
     for d in dims:  # several paths that meet, like the operands of an add
-        labels = tracer.tie_along(labels, d).expand(labels.shape)
+        labels = tracer.labels.tie_along(labels, d).expand(labels.shape)
     for d in dims:
         labels = labels.narrow(d, 0, 1)
     for part in tensors_in(output):
@@ -587,19 +586,19 @@ def matrix_times_vector(tracer: LabelTracer, func: Callable, args: tuple, kwargs
     """A filter bank, as a matrix, times one of the network's own vectors: half of the spectral norm. Other products are
     not followed."""
     matrix, vector = args[0], argument(args, kwargs, 1, "vec", kwargs.get("other"))
-    bank = tracer.bank_of(matrix)
+    bank = tracer.origins.bank_of(matrix)
     output = func(*args, **kwargs)
     entries = tracer.of(vector) if isinstance(vector, Tensor) and vector.ndim == 1 else None
     if (
         bank is None
         or matrix.ndim != 2
         or entries is None
-        or not tracer.is_own(vector)
+        or not tracer.origins.is_own(vector)
         or (labels := tracer.of(matrix)) is None
     ):
         tracer.default(func, output, args, kwargs)
         return output
-    tracer.bank_vectors.setdefault(bank, []).append(entries)
+    tracer.origins.bank_vectors.setdefault(bank, []).append(entries)
     tracer.set(output, labels[:, 0])
     return output
 
@@ -611,9 +610,9 @@ def inner_product(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict
     first, second = tracer.of(a), tracer.of(b)
     output = func(*args, **kwargs)
     if first is not None and second is not None:
-        tracer.tie(first, second)
-        tracer.mix(first, "spectral_norm" if tracer.is_own(a) or tracer.is_own(b) else "dot")
-        tracer.set(output, tracer.pinned_like(output))
+        tracer.labels.tie(first, second)
+        tracer.mix(first, "spectral_norm" if tracer.origins.is_own(a) or tracer.origins.is_own(b) else "dot")
+        tracer.set(output, pinned_like(output))
     else:
         tracer.default(func, output, args, kwargs)
     return output
@@ -631,13 +630,13 @@ def layer_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -
     if not over:
         tracer.set(output, labels)
         return output
-    channels = tracer.vector(labels, -1)
+    channels = labels_along(labels, -1)
     if len(shape) > 1 or channels is None:
         tracer.default(func, output, args, kwargs)
         return output
     for position, name in enumerate(("weight", "bias") if func is not F.rms_norm else ("weight",), start=2):
         tracer.axis(argument(args, kwargs, position, name), 0, channels)
-    tracer.sized_by(shape[0], channels)
+    tracer.sizes.count(shape[0], channels)
     tracer.mix(channels, "layer_norm")
     tracer.set(output, labels)
     return output
@@ -651,7 +650,7 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     output = func(*args, **kwargs)
     if labels is None:
         return output
-    channels = tracer.vector(labels, 1)
+    channels = labels_along(labels, 1)
     if channels is None:
         tracer.default(func, output, args, kwargs)
         return output
@@ -660,13 +659,13 @@ def per_channel_norm(tracer: LabelTracer, func: Callable, args: tuple, kwargs: d
     if grouped:
         groups = argument(args, kwargs, 1, "num_groups")
         if groups > 1:
-            tracer.tie_along(channels.view(groups, -1), 0)
+            tracer.labels.tie_along(channels.view(groups, -1), 0)
         tracer.mix(channels, "group_norm")
     own = [argument(args, kwargs, position, name) for position, name in enumerate(entries, start=first)]
     for tensor in own:
         tracer.axis(tensor, 0, channels)
     if all(tensor is None for tensor in own):
-        tracer.note_size("num_channels" if grouped else "num_features", channels)
+        tracer.sizes.count_in_layer("num_channels" if grouped else "num_features", channels)
     tracer.set(output, labels)
     return output
 
@@ -696,7 +695,7 @@ def prelu(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> obj
     if labels is None:
         return output
     if weight.numel() > 1:
-        channels = tracer.vector(labels, 1)
+        channels = labels_along(labels, 1)
         if channels is None:
             tracer.default(func, output, args, kwargs)
             return output
@@ -724,10 +723,10 @@ def convolution(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) 
         padding = tuple(0 if padding == "valid" else d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:]))
     used = value if transposed else output
     positions = max(1, math.prod(used.shape) // used.shape[used.ndim - spatial - 1] // tracer.batch)
-    tracer.ops.append(
+    tracer.record.ops.append(
         Op(
             tracer.layer,
-            tracer.names.get(id(weight), tracer.layer + ".weight"),
+            tracer.origins.name_of(weight) or tracer.layer + ".weight",
             positions,
             func.__name__,
             tuple(value.shape[value.ndim - spatial :]),
@@ -744,10 +743,10 @@ def read_computed_weight(tracer: LabelTracer, bank: str, weight: Tensor, channel
     """A weight computed from a filter bank reads these channels: (inputs,). Unless every entry was computed on its own,
     the others of its filter had a say, so removal mixes. Vectors that the bank was multiplied with have an entry per
     input and place in the filter."""
-    vectors = tracer.bank_vectors.get(bank, [])
+    vectors = tracer.origins.bank_vectors.get(bank, [])
     for vector in vectors:
-        tracer.tie(vector.view(len(channels), -1), channels[:, None])
-    if weight not in tracer.pointwise:
+        tracer.labels.tie(vector.view(len(channels), -1), channels[:, None])
+    if not tracer.origins.is_copy(weight):
         tracer.mix(channels, "spectral_norm" if vectors else "weight standardisation")
 
 
@@ -776,7 +775,7 @@ def record_convolution(
     spatial_dims = weight.ndim - 2
     channel = value.ndim - spatial_dims - 1
     labels = tracer.input_labels(value, func.__name__)
-    channels = tracer.vector(labels, channel)
+    channels = labels_along(labels, channel)
     if channels is None:
         tracer.pin(labels, f"{func.__name__} over a dimension that mixes channels")
         channels = torch.zeros(value.size(channel), dtype=torch.int64)
@@ -787,11 +786,11 @@ def record_convolution(
     else:
         by_group = channels.view(groups, -1)
         if groups > 1:
-            tracer.tie_along(by_group, 0)
+            tracer.labels.tie_along(by_group, 0)
         channels = by_group[0] if not transposed else channels
-        made = tracer.fresh(out_count // groups).repeat(groups)
+        made = tracer.labels.fresh(out_count // groups).repeat(groups)
     into, out = (0, 1) if transposed else (1, 0)
-    raw = id(weight) in tracer.names
+    raw = tracer.origins.name_of(weight) is not None
     if depthwise and transposed:
         tracer.axis(weight, 0, channels)
         if out_count != groups:
@@ -802,13 +801,13 @@ def record_convolution(
     elif raw:
         tracer.axis(weight, into, channels, reads=True)
         tracer.axis(weight, out, made[: weight.size(out)])
-    elif transposed or weight not in tracer.labels:
+    elif transposed or weight not in tracer.carried:
         tracer.pin(channels, "convolution with a computed weight")
         made = torch.zeros_like(made)
     else:  # a function of a filter bank, such as weight standardisation: what it reads is mixed, filter by filter
-        bank = tracer.bank_of(weight)
-        if bank is not None and tracer.banks[bank].shape == weight.shape:
-            tracer.axis(tracer.banks[bank], 1, channels, reads=True)
+        bank = tracer.origins.bank_of(weight)
+        if bank is not None and tracer.origins.tensors[bank].shape == weight.shape:
+            tracer.axis(tracer.origins.tensors[bank], 1, channels, reads=True)
             read_computed_weight(tracer, bank, weight, channels)
         else:
             tracer.pin(channels, "convolution with a computed weight")
@@ -825,32 +824,33 @@ def linear(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> ob
     weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
     labels = tracer.input_labels(value, "linear")
     output = func(*args, **kwargs)
+    name = tracer.origins.name_of(weight)
     positions = max(1, math.prod(value.shape[:-1]) // tracer.batch)
-    tracer.ops.append(
-        Op(tracer.layer, tracer.names.get(id(weight), tracer.layer + ".weight"), positions, size=(positions,))
-    )
+    tracer.record.ops.append(Op(tracer.layer, name or tracer.layer + ".weight", positions, size=(positions,)))
     others = [d for d in range(labels.ndim - 1) if varies(labels, d)]
     if others and not varies(labels, -1):  # it runs over tokens or pixels: channels pass through untouched
         tracer.set(output, labels[..., :1])
-        if id(weight) in tracer.names:
-            tracer.opaque[tracer.names[id(weight)]] = ("linear over another dimension", tracer.layer)
+        if name is not None:
+            tracer.record.opaque[name] = ("linear over another dimension", tracer.layer)
         return output
     for d in others:
-        labels = tracer.tie_along(labels, d)
+        labels = tracer.labels.tie_along(labels, d)
     channels = labels.reshape(-1, labels.size(-1))[0]
-    if id(weight) in tracer.names:
-        made = tracer.fresh(weight.size(0))
+    if name is not None:
+        made = tracer.labels.fresh(weight.size(0))
         tracer.axis(weight, 1, channels, reads=True)
         tracer.axis(weight, 0, made)
     else:
-        bank = tracer.bank_of(weight) if weight in tracer.labels else None
-        if bank is not None and tracer.banks[bank].shape == weight.shape:
-            tracer.axis(tracer.banks[bank], 1, channels, reads=True)
+        bank = tracer.origins.bank_of(weight) if weight in tracer.carried else None
+        if bank is not None and tracer.origins.tensors[bank].shape == weight.shape:
+            tracer.axis(tracer.origins.tensors[bank], 1, channels, reads=True)
             read_computed_weight(tracer, bank, weight, channels)
         else:
             tracer.pin(channels, "linear with a computed weight")
         made = (
-            tracer.fresh(weight.size(0)) if weight in tracer.labels else torch.zeros(weight.size(0), dtype=torch.int64)
+            tracer.labels.fresh(weight.size(0))
+            if weight in tracer.carried
+            else torch.zeros(weight.size(0), dtype=torch.int64)
         )
         tracer.axis(weight, 0, made)
     tracer.axis(bias, 0, made)
@@ -884,15 +884,15 @@ def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) ->
     biases, layers, directions = bool(args[3]), int(args[4]), 2 if args[7] else 1
     per_cell = len(weights) // (layers * directions)
     state = list(tensors_in(args[1]))
-    channels = tracer.vector(labels, -1)
+    channels = labels_along(labels, -1)
     if (
         channels is None
         or per_cell != (4 if biases else 2)
-        or any(id(weight) not in tracer.names for weight in weights)
+        or any(tracer.origins.name_of(weight) is None for weight in weights)
     ):
         tracer.default(func, output, args, kwargs)
         return output
-    units = tracer.fresh(weights[1].size(1))
+    units = tracer.labels.fresh(weights[1].size(1))
     for cell in range(layers * directions):
         record_cell(
             tracer,
@@ -906,10 +906,12 @@ def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) ->
         if found is None:
             tracer.cut(units, func.__name__)  # zeros of the layer's own making shrink with it; others may not
         else:
-            tracer.tie(found, units.expand(found.shape))
+            tracer.labels.tie(found, units.expand(found.shape))
     steps = math.prod(args[0].shape[:-1]) // tracer.batch
-    tracer.ops += [
-        Op(tracer.layer, tracer.names[id(weight)], steps, size=(steps,)) for weight in weights if weight.ndim == 2
+    tracer.record.ops += [
+        Op(tracer.layer, tracer.origins.names[id(weight)], steps, size=(steps,))
+        for weight in weights
+        if weight.ndim == 2
     ]
     for part, found in zip(tensors_in(output), (units.repeat(directions), units, units)):
         tracer.set(part, found)
@@ -920,21 +922,21 @@ def recurrent(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) ->
 def recurrent_cell(tracer: LabelTracer, func: Callable, args: tuple, kwargs: dict) -> object:
     """(input, state, weight of the input, weight of the state, two biases): one step of a recurrent layer."""
     output = func(*args, **kwargs)
-    channels = tracer.vector(tracer.input_labels(args[0], func.__name__), -1)
+    channels = labels_along(tracer.input_labels(args[0], func.__name__), -1)
     state, weights = list(tensors_in(args[1])), [value for value in args[2:6] if value is not None]
-    if channels is None or any(id(weight) not in tracer.names for weight in weights):
+    if channels is None or any(tracer.origins.name_of(weight) is None for weight in weights):
         tracer.default(func, output, args, kwargs)
         return output
-    units = tracer.fresh(weights[1].size(1))
+    units = tracer.labels.fresh(weights[1].size(1))
     record_cell(tracer, weights, channels, units, CELL_GATES[func])
     for value in state:
         found = tracer.of(value)
         if found is None:
             tracer.cut(units, func.__name__)
         else:
-            tracer.tie(found, units.expand(found.shape))
-    tracer.ops += [
-        Op(tracer.layer, tracer.names[id(weight)], max(1, args[0].shape[0] // tracer.batch), size=(1,))
+            tracer.labels.tie(found, units.expand(found.shape))
+    tracer.record.ops += [
+        Op(tracer.layer, tracer.origins.names[id(weight)], max(1, args[0].shape[0] // tracer.batch), size=(1,))
         for weight in weights[:2]
     ]
     for part in tensors_in(output):

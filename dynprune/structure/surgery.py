@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.state.copies import copied
-from dynprune.structure.labels import AxisKey
 from dynprune.structure.numbers import attribute_for, parse_number, set_number
+from dynprune.structure.record import AxisKey
 
 
 def narrow(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:

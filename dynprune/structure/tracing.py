@@ -25,9 +25,12 @@ from dynprune.errors import DynpruneError, ModelFails
 from dynprune.state.copies import cloned, copied, same_randomness
 from dynprune.structure.channels import ChannelGraph, Selection, build_graph
 from dynprune.structure.folding import sizes_for_later
-from dynprune.structure.labels import Cut, LabelTracer, Pin, tensors_in
+from dynprune.structure.labels import pinned_like, tensors_in
+from dynprune.structure.layers import RunningLayer
+from dynprune.structure.record import Cut, Pin, Record
 from dynprune.structure.rules import LAYERS, RULES
 from dynprune.structure.surgery import get_tensor, slim
+from dynprune.structure.tracer import LabelTracer
 
 WRONG = 1e-2  # a larger difference than this shows a wrong structure
 EXACT = 1e-4  # of the largest output, in float32: sums in another order differ by 1e-6 or so of it
@@ -49,16 +52,16 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
         )
     with same_randomness(0), torch.no_grad():
         model = copied(model).eval()
-        tracer = run_on_labels(model, inputs)
-        trials = Trials(model, tracer, cloned(inputs))
+        record = run_on_labels(model, inputs)
+        trials = Trials(model, record, cloned(inputs))
         graph = trials.settle()
-        if folded := sizes_for_later(model, graph, tracer, inputs):
-            tracer.numbers |= folded
-            graph = build_graph(model, tracer)
+        if folded := sizes_for_later(model, graph, record, inputs):
+            record.numbers |= folded
+            graph = build_graph(model, record)
     return graph
 
 
-def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
+def run_on_labels(model: nn.Module, inputs: tuple) -> Record:
     """A forward pass under the label tracer, and a second one in training mode if that may run or return something
     else."""
     tracer = LabelTracer(model, RULES, LAYERS)
@@ -67,10 +70,10 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
         with tracer.watching():
             tracer.batch = next((len(value) for value in tensors_in(inputs) if value.ndim), 1)
             for value in tensors_in(inputs):
-                tracer.set(value, tracer.pinned_like(value))
+                tracer.set(value, pinned_like(value))
             torch.manual_seed(0)
             output = model(*inputs)
-            tracer.outputs = list(tensors_in(output))
+            tracer.record.outputs = list(tensors_in(output))
             pin_outputs(tracer, output)
     except Exception as error:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in tensors_in(given))
@@ -79,9 +82,9 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> LabelTracer:
             f"({type(error).__name__}: {first_line(error)}). Check the size and the channels of the input that it "
             f"expects."
         ) from error
-    if any(name not in tracer.used for name, _ in model.named_parameters()) or differs_in_training(model):
+    if any(name not in tracer.record.used for name, _ in model.named_parameters()) or differs_in_training(model):
         follow_training_branches(model, cloned(given), tracer)
-    return tracer
+    return tracer.record
 
 
 def differs_in_training(model: nn.Module) -> bool:
@@ -110,19 +113,19 @@ def names_in(code: types.CodeType) -> set[str]:
 def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTracer) -> None:
     """Side heads may run, or be returned, in training mode only, but read the same channels. Norms and dropout stay in
     eval mode."""
-    before = len(tracer.ops)
+    before = len(tracer.record.ops)
     with branching(model):
         try:
             with tracer.watching():
                 for value in tensors_in(inputs):
-                    tracer.set(value, tracer.pinned_like(value))
+                    tracer.set(value, pinned_like(value))
                 pin_outputs(tracer, model(*inputs))
         # it needs labels or a larger batch: what it would read stays whole only if eval mode reads it too
         except Exception:
             pass
         finally:
-            tracer.stack = []
-            del tracer.ops[before:]  # the cost that counts is that of inference
+            tracer.running.stack.clear()
+            del tracer.record.ops[before:]  # the cost that counts is that of inference
 
 
 @contextmanager
@@ -145,12 +148,10 @@ def pin_outputs(tracer: LabelTracer, output: object) -> None:
     returned keeps its own."""
     values = list(tensors_in(output))
     if not values or any(not tracer.known(value) and value.is_floating_point() for value in values):
-        tracer.pins.append(
-            Pin("a function out of sight before the output", "(output)", torch.arange(1, tracer.next_label))
-        )
+        tracer.record.pins.append(Pin("a function out of sight before the output", "(output)", tracer.labels.all()))
     for value in values:
         if (found := tracer.of(value)) is not None:
-            tracer.pins.append(Pin("output", "(output)", tracer.among(found)))
+            tracer.record.pins.append(Pin("output", "(output)", tracer.labels.among(found)))
 
 
 class evaluating:
@@ -213,8 +214,9 @@ class Failure:
 class Trials:
     """Compact copies of a traced model, until one works: what stands in the way is pinned, with the reason."""
 
-    def __init__(self, model: nn.Module, tracer: LabelTracer, inputs: tuple):
-        self.model, self.tracer, self.inputs = model, tracer, inputs
+    def __init__(self, model: nn.Module, record: Record, inputs: tuple):
+        self.model, self.record, self.inputs = model, record, inputs
+        self.modules = dict(model.named_modules())
         self.tried: set[tuple[str, str]] = set()
         # pins of earlier trials, to be withdrawn where they turn out not to matter
         self.suspected: list[list[Pin]] = []
@@ -222,23 +224,23 @@ class Trials:
 
     def kind(self, cut: Cut) -> tuple[str, str]:
         """Cuts of one kind stand or fall together: the same function called from the same class of module."""
-        module = None if cut.layer.startswith("(") else self.tracer.modules.get(cut.layer)
+        module = None if cut.layer.startswith("(") else self.modules.get(cut.layer)
         return cut.op, cut.layer if module is None else type(module).__qualname__
 
     def settle(self) -> ChannelGraph:
         """The graph with which compact copies run and compute what they should."""
-        graph = build_graph(self.model, self.tracer)
+        graph = build_graph(self.model, self.record)
         while graph.groups and (pins := self.find_pins(graph)):
-            if self.tracer.guessed:  # a remembered size that was guessed to count channels may be what is wrong
-                self.tracer.numbers = {
-                    key: labels for key, labels in self.tracer.numbers.items() if key not in self.tracer.guessed
+            if self.record.guessed:  # a remembered size that was guessed to count channels may be what is wrong
+                self.record.numbers = {
+                    key: labels for key, labels in self.record.numbers.items() if key not in self.record.guessed
                 }
-                self.tracer.guessed = set()
+                self.record.guessed = set()
                 self.tried.clear()
             else:
-                self.tracer.pins += pins
+                self.record.pins += pins
                 self.suspected.append(pins)
-            graph = build_graph(self.model, self.tracer)
+            graph = build_graph(self.model, self.record)
         return self.withdraw(graph)
 
     def withdraw(self, graph: ChannelGraph) -> ChannelGraph:
@@ -246,10 +248,10 @@ class Trials:
         if len(self.suspected) < 2:
             return graph
         for pins in self.suspected[:-1]:
-            self.tracer.pins = [pin for pin in self.tracer.pins if not any(pin is other for other in pins)]
-            trial = build_graph(self.model, self.tracer)
+            self.record.pins = [pin for pin in self.record.pins if not any(pin is other for other in pins)]
+            trial = build_graph(self.model, self.record)
             if graph.groups.keys() != trial.groups.keys() and self.failure(trial) is not None:
-                self.tracer.pins += pins
+                self.record.pins += pins
             else:
                 graph = trial
         return graph
@@ -284,12 +286,12 @@ class Trials:
         """As `run_compact`, in training mode: it must run, and return values of the shapes that the full model returns
         there."""
         small = slim(self.model, graph.kept(selection))
-        watcher = LabelTracer(small)
+        running = RunningLayer(small)
         try:
-            with same_randomness(0), branching(small), watcher.watching_layers():
+            with same_randomness(0), branching(small), running.watched():
                 shapes = [value.shape for value in tensors_in(small(*cloned(self.inputs)))]
         except Exception as error:
-            return Failure(watcher.layer, f"in training mode, {cause(error)}")
+            return Failure(running.name, f"in training mode, {cause(error)}")
         return None if shapes == self.full_output(True) else Failure("", "in training mode, outputs of other shapes")
 
     def find_pins(self, graph: ChannelGraph) -> list[Pin]:
@@ -353,7 +355,7 @@ class Trials:
         that fail by themselves, and then everything."""
         held = [
             labels
-            for (name, _), labels in self.tracer.axes.items()
+            for (name, _), labels in self.record.axes.items()
             if failure.layer and name.startswith(failure.layer + ".")
         ]
         key = (failure.message, failure.layer)
@@ -373,7 +375,7 @@ class Trials:
             Pin(
                 failure.message,
                 failure.layer if failure.layer not in ("", "(model)") else "(model)",
-                torch.arange(1, self.tracer.next_label),
+                self.record.labels.all(),
             )
         ]
 
@@ -423,13 +425,13 @@ def run_compact(model: nn.Module, graph: ChannelGraph, selection: Selection, inp
         small = slim(model, graph.kept(selection)).eval()
     except Exception as error:
         return Failure("", cause(error))
-    watcher = LabelTracer(small)
+    running = RunningLayer(small)
     sizes = {name: value.shape for name, value in named_tensors(small)}
     try:
-        with same_randomness(0), torch.no_grad(), watcher.watching_layers():
+        with same_randomness(0), torch.no_grad(), running.watched():
             small(*cloned(inputs))
     except Exception as error:
-        return Failure(watcher.layer, cause(error))
+        return Failure(running.name, cause(error))
     for name, value in named_tensors(small):
         if name in sizes and value.shape != sizes[name]:
             return Failure(
@@ -547,9 +549,9 @@ def is_constant(value: Tensor) -> bool:
     return bool((value == value.reshape(-1)[:1]).all())
 
 
-def measure_statistics(norm: nn.Module, args: tuple) -> None:
+def measure_statistics(norm: nn.modules.batchnorm._BatchNorm, args: tuple) -> None:
     """Set running statistics from the value that a BatchNorm is about to see."""
-    if not args:
+    if not args or norm.running_mean is None or norm.running_var is None:
         return
     others = [d for d in range(args[0].ndim) if d != 1]
     count = args[0].numel() // args[0].shape[1]

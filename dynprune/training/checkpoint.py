@@ -1,14 +1,14 @@
 """A session written down, and read again: full-width tensors, optimizer, bandits, slots, widths.
 
 Takes a `Session` and a run directory. What a file says is checked before it is believed: it may be damaged, of other
-settings, or a stranger's.
+settings, or a stranger's. What any session's checkpoint needs, such as that of gates, stands at the end.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -50,18 +50,14 @@ class History:
 def save(session: Session, run: RunDirectory, history: History) -> None:
     """Write everything that is needed to go on, and how often each arm was picked. Weights that are not finite are
     refused, so that they never replace a good checkpoint."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in session.parameters.values()):
-        raise lost(session, run, session.step, math.nan)
+    refuse_lost_weights(session, run, session.parameters.values())
     session.explorer.count(session.reservoir.slots)
     own, state = state_of(up_to_date(session.reservoir))
     tensors = {f"full.{name}": value for name, value in own.items()}
     tensors |= {f"explorer.{name}": value for name, value in session.explorer.state().items()}
     tensors |= {f"slots.{name}": torch.from_numpy(arms) for name, arms in session.reservoir.slots.items()}
     tensors |= {f"template.{name}": torch.from_numpy(arms) for name, arms in session.reservoir.template.items()}
-    for name, parameter in session.parameters.items():
-        for key, value in session.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= optimizer_tensors("optimizer", session.optimizer, session.parameters)
     scores = (
         exact_scores(session.model, session.data.example).reshape(-1).tolist() if session.step == session.steps else []
     )
@@ -127,16 +123,9 @@ def restore(
         session.explorer.load_state(part(tensors, "explorer."))
         session.install(session.new_reservoir(session.reservoir.full, slots, template))
         restore_optimizer(session, tensors, must_fit=not override)
-        history = History(**facts["history"])
-        if not all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()
-        ):
-            raise ValueError("a history of other types")
+        history = history_in(facts)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise DynpruneError(
-            f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). "
-            f"Resume with the run's own settings and data."
-        ) from error
+        raise does_not_fit(run, error) from error
     run.keep_metrics_until(session.step)
     return history
 
@@ -217,8 +206,44 @@ def up_to_date(reservoir: Reservoir) -> nn.Module:
     return reservoir.full
 
 
+# -- of any session ----------------------------------------------------------------------------------------------------
+
+
+def history_in(facts: Mapping) -> History:
+    """The time before, from a checkpoint's header. Raises KeyError, TypeError or ValueError for anything else."""
+    history = History(**facts["history"])
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in asdict(history).values()):
+        raise ValueError("a history of other types")
+    return history
+
+
+def optimizer_tensors(
+    kind: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Momentum and the like, as KIND.KEY.PARAMETER."""
+    return {
+        f"{kind}.{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def does_not_fit(run: RunDirectory, error: Exception) -> DynpruneError:
+    return DynpruneError(
+        f"{run.checkpoint_file} does not fit these settings ({first_line(error)[:200]}). "
+        f"Resume with the run's own settings and data."
+    )
+
+
+def refuse_lost_weights(session: Trainee, run: RunDirectory, parameters: Iterable[Tensor]) -> None:
+    """Weights that are not finite must never replace a good checkpoint."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise lost(session, run, session.step, math.nan)
 
 
 def lost(session: Trainee, run: RunDirectory, step: int, loss: float) -> DynpruneError:

@@ -1,6 +1,6 @@
 """What the training loop, its rehearsal and its messages need of whatever is trained: a type, and no code.
 
-`Session` has this face, and so has the session of gates that decide per image (`gates/training.py`).
+`Session` has this face, and so has the session of gates that decide per image (`gates/session.py`).
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from dynprune.gates import estimators
 from dynprune.gates.gating import OPEN, Choices, Gate, GatedNetwork, gateable, units_of
 from dynprune.gates.stats import Observed, bits, frozen_pattern, information
 from dynprune.structure.surgery import slim
-from tests.models import Grouped, Tiny, perturb
+from tests.models import Grouped, Multiplied, Tiny, perturb
 
 NETWORKS = {
     "tiny": (Tiny, 8, 4),
     "tiny, every channel": (Tiny, 8, 1),
     "grouped": (Grouped, 8, 1),
+    "multiplied": (Multiplied, 8, 1),
     "vgg16": (lambda: zoo.build("vgg16", 10, 0), 32, 16),
     "densenet40": (lambda: zoo.build("densenet40", 10, 0), 16, 16),
     "resnet18": (lambda: zoo.build("torchvision:resnet18", 10, 0), 32, 0),

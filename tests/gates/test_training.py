@@ -10,7 +10,9 @@ import dynprune
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.gates.file import load_gated
-from dynprune.gates.training import GateSession, gate
+from dynprune.gates.session import GateSession
+from dynprune.gates.threshold import calibrate, mean_share
+from dynprune.gates.training import gate
 from dynprune.runs.config import GateConfig, TrainConfig
 from dynprune.runs.directory import GateRun
 from tests.cli.test_commands import TINY, refused
@@ -94,9 +96,9 @@ def test_gates_that_closed_too_much_are_opened_at_the_end(data):
     session.step, session.model.shift = session.steps, torch.tensor(-8.0)
     batches = [batch for batch, _ in data.eval_batches(data.val, 100)]
     session.model.eval()
-    closed = session.mean_share(batches)
-    session.calibrate()
-    assert closed < 0.6 * CONFIG.target < session.mean_share(batches) <= 1.02 * CONFIG.target
+    closed = mean_share(session, batches)
+    calibrate(session)
+    assert closed < 0.6 * CONFIG.target < mean_share(session, batches) <= 1.02 * CONFIG.target
 
 
 def test_the_phases_follow_each_other(data):

@@ -22,7 +22,8 @@ from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.disk import read_tensors
 from dynprune.gates.rehearsal import rehearse_gates
-from dynprune.gates.training import GateSession, gate
+from dynprune.gates.session import GateSession
+from dynprune.gates.training import gate
 from dynprune.runs.config import GateConfig, TrainConfig
 from dynprune.runs.directory import GateRun, Run
 from dynprune.state.tensors import fill, state_of
