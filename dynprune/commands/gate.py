@@ -15,7 +15,7 @@ from dynprune.gates.training import GateResult
 from dynprune.gates.training import gate as run_gate
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.config import GateConfig
-from dynprune.runs.directory import GateRun, open_compact
+from dynprune.runs.directory import GateRun, Run, open_compact
 
 # settings that a run of gates takes over from the run that is gated
 INHERITED = (
