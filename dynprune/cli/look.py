@@ -9,29 +9,16 @@ from typing import Annotated
 import typer
 
 from dynprune.budgets.limits import Budget
-from dynprune.cli.options import Json
+from dynprune.cli.options import Classes, InputShape, Json, Network
 from dynprune.cli.process import finish, listening, told
 
 Budgets = Annotated[list[str], typer.Option("--budget", "-b", help="As for `train`; several hold at once.")]
 
 
 def inspect(
-    model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
-    input_shape: Annotated[
-        str,
-        typer.Option(
-            "--input",
-            help="Input of one example, such as 3x224x224. [default: what the source is used to]",
-            show_default=False,
-        ),
-    ] = "",
-    classes: Annotated[
-        int,
-        typer.Option(
-            "--classes",
-            help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
-        ),
-    ] = 0,
+    model: Network = "vgg16",
+    input_shape: InputShape = "",
+    classes: Classes = 0,
     check: Annotated[
         bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")
     ] = False,
@@ -55,7 +42,7 @@ def inspect(
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")] = "vgg16",
+    model: Network = "vgg16",
     budget: Budgets = ["0.25"],  # noqa: B006 (Typer reads it)
     allocation: Annotated[
         str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")
@@ -80,14 +67,8 @@ def plan(
     keep: Annotated[
         list[str] | None, typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")
     ] = None,
-    input_shape: Annotated[str, typer.Option("--input", help="Input of one example, such as 3x224x224.")] = "",
-    classes: Annotated[
-        int,
-        typer.Option(
-            "--classes",
-            help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
-        ),
-    ] = 0,
+    input_shape: InputShape = "",
+    classes: Classes = 0,
     json_output: Json = False,
 ) -> None:
     """Show, before any training, which widths a budget gives and what they cost.

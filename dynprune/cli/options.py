@@ -59,6 +59,23 @@ Fold = Annotated[
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
 BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 
+Network = Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")]
+InputShape = Annotated[
+    str,
+    typer.Option(
+        "--input",
+        help="Input of one example, such as 3x224x224. [default: what the source is used to]",
+        show_default=False,
+    ),
+]
+Classes = Annotated[
+    int,
+    typer.Option(
+        "--classes",
+        help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
+    ),
+]
+
 MACHINE = {"precision", "device", "threads", "seed", "checkpoint_every", "no_onnx", "reservoir", "compile"}
 
 

@@ -81,10 +81,8 @@ def gate(
         Path | None,
         typer.Argument(
             metavar="[RUN]",
-            help="Finished and compacted run whose "
-            "network gets the gates; its data "
-            "settings are taken over. Without it, a "
-            "new network of --model.",
+            help="Finished and compacted run whose network gets the gates; its data settings are taken over. Without "
+            "it, a new network of --model.",
         ),
     ] = None,
     out: Annotated[
