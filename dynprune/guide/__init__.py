@@ -14,6 +14,7 @@ from dynprune.errors import DynpruneError
 # in the order in which they are best read
 TOPICS = {
     "start": "from photos to a fast file, step by step",
+    "trained": "a trained network in, a compact one out, in a minute",
     "budgets": "what may be spent, and how widths follow from it",
     "structure": "which channels belong together, and how removal is proven",
     "training": "what runs in a step, what it costs, data and weights",

@@ -399,3 +399,72 @@ def test_checkpoints_are_due_by_steps_or_by_time(monkeypatch):
     assert not clock.now(7)
     monkeypatch.setattr("time.monotonic", lambda: now + 121)
     assert clock.now(8) and not clock.now(9)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Weights of the tiny network after some epochs, dense."""
+    session = Session(dataclasses.replace(CONFIG, policy="dense", epochs=8), data)
+    run(session, session.steps)
+    path = tmp_path_factory.mktemp("trained") / "w.pt"
+    torch.save(session.model.state_dict(), path)
+    return str(path)
+
+
+def far(session, weights, data):
+    """How far a session's model is from the network whose weights it was given."""
+    whole = zoo.build(CONFIG.model, 10, 0)
+    whole.load_state_dict(torch.load(weights))
+    images = next(data.eval_batches(data.val))[0]
+    with torch.no_grad():
+        return float((whole.eval()(images) - session.model.eval()(images)).square().mean())
+
+
+@pytest.mark.parametrize("policy", ["static", "cucb", "random"])
+def test_training_from_weights_begins_repaired_within_the_budget(data, trained, policy):
+    config = dataclasses.replace(CONFIG, policy=policy, weights=trained, search_time="1s", budget=("0.5",))
+    repaired, cut = (
+        Session(config, data),
+        Session(dataclasses.replace(config, no_repair=True, allocation="uniform"), data),
+    )
+    assert repaired.macs <= 0.5 * repaired.graph.macs({}) and far(repaired, trained, data) < 0.6 * far(
+        cut, trained, data
+    )
+    assert repaired.config.lr == cut.config.lr == 0.5 * Session(dataclasses.replace(CONFIG), data).config.lr
+    run(repaired, 3)  # its tensors are still views of the reservoir's
+    repaired.reservoir.write_back()
+    for span in repaired.reservoir.spans.values():
+        assert span.buffers.store.isfinite().all()
+
+
+def test_it_learns_from_the_untouched_network(data, trained):
+    config = dataclasses.replace(CONFIG, policy="static", weights=trained, allocation="uniform", budget=("0.5",))
+    told, alone = (
+        Session(dataclasses.replace(config, distill=1.0), data),
+        Session(dataclasses.replace(config, distill=0.0), data),
+    )
+    assert alone.teacher is None and not told.teacher.training
+    before = {name: value.clone() for name, value in told.teacher.state_dict().items()}
+    images, labels = next(data.train_batches(64, 0, 0))
+    first = told.train_step(images, labels)
+    assert torch.allclose(
+        first, Session(dataclasses.replace(config, distill=1.0), data).train_step(images, labels.flip(0))
+    )
+    assert not torch.allclose(alone.train_step(images, labels), first)
+    assert all(torch.equal(value, before[name]) for name, value in told.teacher.state_dict().items())
+    assert Session(dataclasses.replace(config, policy="dense"), data).teacher is None
+
+
+def test_a_run_from_weights_goes_on_where_it_was_stopped(data, trained, tmp_path):
+    config = dataclasses.replace(CONFIG, policy="cucb", weights=trained, search_time="1s", budget=("0.5",))
+    whole = Session(config, data)
+    directory = Run.create(tmp_path / "run", whole.config, overwrite=True)
+    run(whole, 5)
+    whole.save(directory, History())
+    again = Session(config, data, fit=whole.first_fit)
+    again.restore(directory)
+    run(whole, 4)
+    run(again, 4)
+    assert whole.widths == again.widths
+    for one, other in zip(whole.model.state_dict().values(), again.model.state_dict().values()):
+        assert torch.equal(one, other)

@@ -1,0 +1,213 @@
+"""A trained network, compacted: `python -m tests.measure.trained --model M --weights W --data D [options]`.
+
+For every budget and calibration seed: test accuracy untuned and after each length of tuning, beside Torch-Pruning (each
+importance, BatchNorm re-estimated on the same images, the same seconds of the same tuning; the one that validation
+images prefer). Needs `pip install torch-pruning==1.6.1`. Prints Markdown rows as they come; seconds include everything
+but loading.
+
+    --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,150   --parts
+    --policies bandit,greedy,random,none   (ways to find widths; the first gives the tuned rows)
+
+--parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, each on and off, untuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from dynprune import zoo
+from dynprune.budgets.allocation import allocate, constraints_for
+from dynprune.budgets.limits import Budget, parse_limit
+from dynprune.data.loading import Data, Source, load_data
+from dynprune.data.scores import evaluate, fitting, logits
+from dynprune.repair.choice import CHOICES, orders
+from dynprune.repair.distill import tune
+from dynprune.repair.images import sample_images
+from dynprune.repair.refit import repair
+from dynprune.repair.trained import Compaction
+from dynprune.state.copies import copied
+from dynprune.structure.surgery import slim
+from dynprune.structure.tracing import trace
+from dynprune.training.recipe import use_bfloat16
+from dynprune.zoo.weights import load_trained
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--image-size", default="auto")
+    parser.add_argument("--budgets", default="0.73,0.5,0.35,0.25")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--search", type=float, default=60.0)
+    parser.add_argument("--policies", default="bandit,none")
+    parser.add_argument("--tune", default="0")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--align", default="auto")
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--no-rivals", action="store_true")
+    given = parser.parse_args()
+    data = load_data(Source(given.data, image_size=given.image_size))
+    model = zoo.build(given.model, len(data.classes), size=data.size)
+    data = fitting(model, data)
+    load_trained(model, given.model, given.weights, len(data.classes), data.size)
+    model.eval()
+    untouched = evaluate(model, data, data.test)
+    print(f"{given.model}, untouched {100 * untouched:.2f} % on {len(data.test)} test images", flush=True)
+    if given.parts:
+        ablate(model, data, given)
+        return
+    print(
+        "| MACs kept | seed | how | "
+        + " | ".join(f"tuned {t} s" for t in given.tune.split(","))
+        + " | seconds before |"
+    )
+    print("|---|---|---|" + "---|" * (len(given.tune.split(",")) + 1))
+    for budget in given.budgets.split(","):
+        for seed in range(given.seeds):
+            for how, (network, seconds) in candidates(model, data, budget, seed, given).items():
+                cells = []
+                for length in map(float, given.tune.split(",")):
+                    trial = copied(network)
+                    if length:
+                        learn(trial, model, data, length, given.lr, seed)
+                    cells.append(f"{100 * evaluate(trial, data, data.test):.2f}")
+                share = trace(network, data.example).macs({}) / trace(model, data.example).macs({})
+                print(f"| {share:.3f} | {seed} | {how} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+
+
+def candidates(model: nn.Module, data: Data, budget: str, seed: int, given) -> dict[str, tuple[nn.Module, float]]:
+    """Compact networks within the budget, with the seconds that each took."""
+    graph, found = trace(model, data.example), {}
+    began = time.perf_counter()
+    compaction = Compaction(model, graph, sample_images(model, data, given.images, seed, CPU), seed=seed)
+    calibrated = time.perf_counter() - began
+    allowed = Budget((budget,), align=given.align)
+    start = allocate(graph, [budget], allowed=constraints_for(graph, allowed))
+    for policy in given.policies.split(","):
+        began = time.perf_counter()
+        widths = start
+        if policy != "none":
+            widths = compaction.find_widths(start, allowed, given.search, policy=policy).widths
+        network = compaction.repaired(widths)
+        name = "uniform widths" if policy == "none" else f"widths by {policy}"
+        found[name] = network, calibrated + time.perf_counter() - began
+    if not given.no_rivals:
+        bound = parse_limit(budget).value(graph.macs({}))
+        found["Torch-Pruning"] = best_rival(model, data, bound, seed, given.images)
+    return found
+
+
+def best_rival(model: nn.Module, data: Data, macs: float, seed: int, images: int) -> tuple[nn.Module, float]:
+    """Torch-Pruning's importances, each with BatchNorm re-estimated; the one with the best validation accuracy."""
+    import torch_pruning as tp
+
+    began, tried = time.perf_counter(), []
+    sample = sample_images(model, data, images, seed, CPU)
+    for importance in (
+        tp.importance.GroupMagnitudeImportance(p=2),
+        tp.importance.GroupTaylorImportance(),
+        tp.importance.GroupHessianImportance(),
+    ):
+        small = cut_by(tp, importance, model, data, macs, seed)
+        reestimate(small, torch.cat(sample.moments + [sample.repair]))
+        tried.append((evaluate(small, data, data.val), small))
+    return max(tried, key=lambda pair: pair[0])[1], (time.perf_counter() - began) / 3
+
+
+def cut_by(tp, importance, model: nn.Module, data: Data, macs: float, seed: int) -> nn.Module:
+    """The largest uniform ratio that meets the MACs, by bisection."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(10):
+        ratio, small = (low + high) / 2, copied(model).eval()
+        outputs = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == len(data.classes)]
+        pruner = tp.pruner.BasePruner(
+            small, data.example, importance=importance, pruning_ratio=ratio, ignored_layers=outputs
+        )
+        gather(tp, importance, small, data, seed)
+        pruner.step()
+        if trace(small, data.example).macs({}) <= macs:
+            best, high = small, ratio
+        else:
+            low = ratio
+    assert best is not None
+    return best.eval()
+
+
+def gather(tp, importance, small: nn.Module, data: Data, seed: int) -> None:
+    """Gradients of labelled training images, as its importances ask for them."""
+    if isinstance(importance, tp.importance.GroupMagnitudeImportance) and type(importance).__name__.endswith(
+        "MagnitudeImportance"
+    ):
+        return
+    images, labels = next(data.train_batches(64, seed, 0))
+    loss = nn.functional.cross_entropy(logits(small(images)), labels, reduction="none")
+    small.zero_grad()
+    if isinstance(importance, tp.importance.GroupHessianImportance):
+        importance.zero_grad()
+        for one in loss:
+            small.zero_grad()
+            one.backward(retain_graph=True)
+            importance.accumulate_grad(small)
+    else:
+        loss.mean().backward()
+
+
+@torch.no_grad()
+def reestimate(small: nn.Module, images: torch.Tensor) -> None:
+    """BatchNorm's statistics anew, as an average over batches."""
+    norms = [m for m in small.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    small.train()
+    for part in images.split(128):
+        small(part)
+    small.eval()
+
+
+def learn(narrow: nn.Module, teacher: nn.Module, data: Data, seconds: float, lr: float, seed: int) -> None:
+    def batches():
+        for epoch in range(10**6):
+            for images, labels in data.train_batches(128, seed, epoch):
+                yield images.contiguous(memory_format=torch.channels_last), labels
+
+    tune(narrow, teacher, batches(), seconds, lr=lr, bfloat16=use_bfloat16("auto", CPU), scores=logits)
+
+
+def ablate(model: nn.Module, data: Data, given) -> None:
+    """Choice and repair, each part on and off, at uniform widths and untuned."""
+    graph = trace(model, data.example)
+    print("| MACs kept | seed | arms | repair | test accuracy, % | distance |\n|---|---|---|---|---|---|")
+    for budget in given.budgets.split(","):
+        widths = allocate(graph, [budget])
+        for seed in range(given.seeds):
+            images = sample_images(model, data, given.images, seed, CPU)
+            compaction = Compaction(model, graph, images, seed=seed)
+            for choice in CHOICES:
+                if choice != "repairable":
+                    compaction.orders = orders(model, graph, compaction.calibration, choice, seed)
+                kept = graph.kept(compaction.selection(widths))
+                for words, options in {
+                    "none": None,
+                    "layer by layer": dict(sums=False, rounds=0),
+                    "and sums": dict(rounds=0),
+                    "and rectifiers": {},
+                }.items():
+                    narrow = slim(model, kept).eval()
+                    if options is not None:
+                        repair(narrow, kept, compaction.targets, **options)
+                    accuracy, far = 100 * evaluate(narrow, data, data.test), compaction.distance(narrow)
+                    print(f"| {budget} | {seed} | {choice} | {words} | {accuracy:.2f} | {far:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
