@@ -54,6 +54,13 @@ def compact(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    curve: Annotated[
+        str,
+        typer.Option(
+            "--curve",
+            help="Show accuracy, size and time at these shares of the MACs, such as 0.75,0.5,0.25; write no network.",
+        ),
+    ] = "",
     min_rate: MinRate = 0.0,
     bn_images: BnImages = 0,
     finetune_epochs: FinetuneEpochs = 0,
@@ -81,7 +88,12 @@ def compact(
         of_run = dict(min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs)
         if wrong := next((name for name, value in of_run.items() if value), None):
             raise DynpruneError(f"--{wrong.replace('_', '-')} belongs to compact RUN. Drop it, or name a run.")
+        if "budget" in given and given.get("max_drop"):
+            raise DynpruneError("--max-drop stands in place of --budget. Choose one of the two.")
         config = CompactConfig(**given).validate()
+        if curve:
+            show_curve(config, curve, out, json_output)
+            return
         with listening() as listener:
             trained = verb.compact(config, out=out, overwrite=overwrite, listener=listener)
         finish(
@@ -91,8 +103,8 @@ def compact(
         )
         return
     model, data = given.pop("model", ""), given.pop("data", "")
-    if given or out or overwrite:
-        wrong = next(iter(given), "out" if out else "overwrite")
+    if given or out or overwrite or curve:
+        wrong = next(iter(given), "out" if out else "overwrite" if overwrite else "curve")
         raise DynpruneError(
             f"--{wrong.replace('_', '-')} belongs to compact without a run. {run} is compacted with the settings it "
             "was trained with."
@@ -111,6 +123,20 @@ def compact(
     finish(
         json_output, dataclasses.asdict(result), lambda: [compact_table(result), f"next: dynprune export {run} --onnx"]
     )
+
+
+def show_curve(config: CompactConfig, shares: str, out: Path | None, json_output: bool) -> None:
+    """compact --curve."""
+    from dynprune.commands import compact as verb
+    from dynprune.report.tables import curve_table
+
+    try:
+        wanted = [float(share) for share in shares.split(",")]
+    except ValueError:
+        wanted = []
+    with listening() as listener:
+        result = verb.curve(config, wanted, out, listener=listener)
+    finish(json_output, dataclasses.asdict(result), lambda: [curve_table(result)])
 
 
 def export(

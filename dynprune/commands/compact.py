@@ -13,7 +13,7 @@ from dynprune.commands.train import run_name
 from dynprune.data.loading import Data
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compact import compact as make_compact
-from dynprune.deploy.trained import TrainedResult, compact_trained
+from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.trained import Compacted, compact_module
@@ -158,3 +158,19 @@ def of_module(
         seed=seed,
         report=listener.note,
     )
+
+
+def curve(
+    config: CompactConfig, shares: Sequence[float], out: str | Path | None = None, *, listener: Listener = SILENT
+) -> Curve:
+    """Accuracy, size and time of a trained network at several shares of its multiply-accumulates, before anybody
+    decides. Nothing is tuned or kept but a plot, OUT/curve.png.
+
+    Raises DynpruneError for shares outside (0, 1], and as `compact` does.
+
+    >>> dynprune.commands.compact.curve(config, [0.75, 0.5, 0.25]).points[0].accuracy
+    """
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise DynpruneError("--curve expects shares of the MACs in (0, 1], such as 0.75,0.5,0.25.")
+    path = (Path(out) if out else run_name(config, "curve")) / "curve.png"
+    return draw_curve(config.validate(), list(shares), path, listener)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import zoo
-from dynprune.budgets.fit import Fit, Fitter, Latency, budgets_met, first_missed
+from dynprune.budgets.fit import Fit, Fitter, budgets_met, first_missed
 from dynprune.data.loading import Data, load_data, some
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.compact import TOLERANCE, largest_difference
@@ -43,6 +43,7 @@ from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
+from dynprune.training.train import threads
 from dynprune.zoo.weights import load_trained
 
 CHECKED = 2000  # images with which it is seen whether the untouched network knows its classes at all
@@ -99,13 +100,25 @@ class Timer:
         return self.seconds
 
 
-def compact_trained(
-    config: CompactConfig, run_path: Path, *, overwrite: bool = False, listener: Listener = SILENT
-) -> TrainedResult:
-    """Write a run directory with compact.safetensors. Raises DynpruneError for weights, data and budgets that make no
-    sense before anything is computed."""
-    CompactRun.refuse_existing(run_path, overwrite)
-    timer = Timer(listener)
+@dataclass
+class Bench:
+    """A trained network, calibrated once, ready to be cut at any budget. before: its accuracy on the test images."""
+
+    config: CompactConfig
+    data: Data
+    full: nn.Module
+    device: torch.device
+    graph: ChannelGraph
+    cut_before: Mapping[AxisKey, np.ndarray]
+    fitter: Fitter
+    fit: Fit
+    compaction: Compaction
+    before: float
+
+
+def prepare(config: CompactConfig, timer: Timer, listener: Listener) -> Bench:
+    """Read, check and calibrate. Raises DynpruneError for weights, data and budgets that make no sense before anything
+    is computed."""
     timer("load", "loading images and weights")
     data = load_data(config.source)
     full, data, cut_before = trained_network(config, data)
@@ -117,50 +130,203 @@ def compact_trained(
     full = full.to(device).eval()
     before = check_knows_classes(full, data, device, listener)
     timer("calibrate", f"calibrating on {config.images} training images")
-    compaction = Compaction(
-        full, graph, sample_images(full, data, config.images, config.seed, device), choice=config.arms, seed=config.seed
-    )
-    found = find_widths(compaction, fitter, fit, config, timer, listener)
-    timer("repair", "cutting and repairing")
-    difference, unproven = prove_cut(full, graph, compaction, found.widths, data)
-    narrow = compaction.cut(found.widths) if config.no_repair else compaction.repaired(found.widths)
-    distance = compaction.distance(narrow)
-    repaired = evaluate(narrow, data, data.test, device)
-    steps = 0
-    if seconds := seconds_in(config.tune):
-        timer("tune", f"tuning for {config.tune}")
-        steps = tune(
-            narrow,
-            full,
-            endless(data, config, device),
-            seconds,
-            lr=config.tune_lr,
-            bfloat16=use_bfloat16(config.precision, device),
-            scores=logits,
-            report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
-        )
-    timer("write", "writing, and proving that what was written is what was made")
-    return write(
-        CompactRun.create(run_path, config, overwrite),
-        config,
-        data,
-        full.cpu(),
-        narrow.cpu(),
-        graph,
-        artifact.composed(cut_before, graph.kept(compaction.selection(found.widths))),
-        compaction.targets.left | compaction.calibration.left,
-        found,
-        measured(fitter, found.widths, narrow),
-        dict(
-            accuracy_before=before,
+    images = sample_images(full, data, config.images, config.seed, device)
+    compaction = Compaction(full, graph, images, choice=config.arms, seed=config.seed)
+    return Bench(config, data, full, device, graph, cut_before, fitter, fit, compaction, before)
+
+
+def compact_trained(
+    config: CompactConfig, run_path: Path, *, overwrite: bool = False, listener: Listener = SILENT
+) -> TrainedResult:
+    """Write a run directory with compact.safetensors."""
+    CompactRun.refuse_existing(run_path, overwrite)
+    timer = Timer(listener)
+    with threads(config.threads), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        bench = prepare(config, timer, listener)
+        if config.max_drop:
+            bench = within_drop(bench, timer, listener)
+            config = bench.config
+        found = find_widths(bench, seconds_in(config.search_time), timer, listener)
+        timer("repair", "cutting and repairing")
+        difference, unproven = prove_cut(bench, found.widths)
+        narrow = made(bench, found.widths)
+        distance = bench.compaction.distance(narrow)
+        repaired = evaluate(narrow, bench.data, bench.data.test, bench.device)
+        steps = tuned(bench, narrow, timer, listener)
+        timer("write", "writing, and proving that what was written is what was made")
+        told = dict(
+            accuracy_before=bench.before,
             accuracy_repaired=repaired,
             distance=distance,
             tune_steps=steps,
             max_rel_diff=difference,
             mixed_groups=unproven,
-        ),
-        timer,
+        )
+        return write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+
+
+def made(bench: Bench, widths: dict[str, int]) -> nn.Module:
+    """The network of these widths, repaired unless that is switched off."""
+    return bench.compaction.cut(widths) if bench.config.no_repair else bench.compaction.repaired(widths)
+
+
+def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> int:
+    """Let the narrow network learn from the untouched one for as long as the settings say. Returns the steps."""
+    config, seconds = bench.config, seconds_in(bench.config.tune)
+    if not seconds:
+        return 0
+    timer("tune", f"tuning for {config.tune}")
+    return tune(
+        narrow,
+        bench.full,
+        endless(bench.data, config, bench.device),
+        seconds,
+        lr=config.tune_lr,
+        bfloat16=use_bfloat16(config.precision, bench.device),
+        scores=logits,
+        report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
     )
+
+
+# -- a bound on what is lost, in place of a budget ---------------------------------------------------------------------
+
+DROP_STEPS = 6  # of the bisection over budgets
+
+
+def within_drop(bench: Bench, timer: Timer, listener: Listener) -> Bench:
+    """The bench with the smallest budget in multiply-accumulates whose repaired network, before any tuning, loses at
+    most --max-drop points on the validation images.
+
+    What is lost is counted with one standard error of the difference, since other images will differ.
+    """
+    bound, data = bench.config.max_drop / 100, bench.data
+    timer("max-drop", f"looking for the smallest network that loses at most {bench.config.max_drop:g} points")
+    right = right_answers(bench.full, data, bench.device)
+    cost, allowed = bench.fitter.cost, bench.fitter.allowed
+    low, high, best = cost.cost("macs", allowed.smallest) / cost.dense("macs"), 1.0, None
+    for _ in range(DROP_STEPS):
+        share = (low + high) / 2
+        trial = with_budget(bench, share)
+        found = find_widths(trial, seconds_in(bench.config.search_time) / DROP_STEPS, None, listener)
+        lost = right.float() - right_answers(made(trial, found.widths), data, bench.device).float()
+        drop = float(lost.mean()) + float(lost.std()) / math.sqrt(len(lost))
+        listener.detail(f"{share:.3f} of the MACs loses {100 * float(lost.mean()):.2f} points on validation images")
+        if drop <= bound:
+            best, high = trial, share
+        else:
+            low = share
+    if best is None:
+        raise DynpruneError(
+            f"--max-drop {bench.config.max_drop:g} is not met at {low:.3f} of the MACs, the most that was tried, "
+            "before tuning. Allow a larger drop, or give a --budget and some time to --tune."
+        )
+    return best
+
+
+def with_budget(bench: Bench, share: float) -> Bench:
+    """The same network and calibration at another share of the multiply-accumulates."""
+    config = dataclasses.replace(bench.config, budget=(f"macs={share:.4f}",))
+    fitter = Fitter(bench.full, bench.graph, bench.data.example, config.allowed)
+    return dataclasses.replace(bench, config=config, fitter=fitter, fit=fitter.fit())
+
+
+@torch.no_grad()
+def right_answers(model: nn.Module, data: Data, device: torch.device) -> Tensor:
+    """For every validation image, whether its class is predicted right."""
+    found = [
+        logits(model(images.to(device, memory_format=torch.channels_last))).argmax(1).cpu() == labels
+        for images, labels in data.eval_batches(data.val)
+    ]
+    return torch.cat(found)
+
+
+# -- several budgets at once, before anybody decides -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One budget: what it leaves, untuned. ms: in onnxruntime at batch 1 on one thread, beside dense_ms in turn."""
+
+    share: float
+    macs: int
+    params: int
+    val_accuracy: float
+    accuracy: float
+    ms: float
+    dense_ms: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """accuracy_before: of the untouched network on the test images. plot: a PNG, None without matplotlib."""
+
+    points: list[CurvePoint]
+    macs: int
+    params: int
+    val_accuracy_before: float
+    accuracy_before: float
+    test_data: str
+    plot: str | None
+
+
+def draw_curve(config: CompactConfig, shares: list[float], path: Path, listener: Listener = SILENT) -> Curve:
+    """Accuracy, size and time at several shares of the multiply-accumulates, without tuning. Writes a plot."""
+    timer = Timer(listener)
+    points = []
+    with threads(config.threads), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        bench = prepare(dataclasses.replace(config, budget=(f"macs={max(shares)}",)), timer, listener)
+        data, device = bench.data, bench.device
+        val_before = float(right_answers(bench.full, data, device).float().mean())
+        bench.fitter.time_dense()
+        for share in sorted(shares, reverse=True):
+            timer("curve", f"{share:g} of the MACs")
+            trial = with_budget(bench, share)
+            found = find_widths(trial, seconds_in(config.search_time) / len(shares), None, listener)
+            narrow = made(trial, found.widths)
+            timed = bench.fitter.time(found.widths, copied(narrow).cpu())
+            points.append(
+                CurvePoint(
+                    share,
+                    bench.graph.macs(found.widths),
+                    bench.graph.params(found.widths),
+                    float(right_answers(narrow, data, device).float().mean()),
+                    evaluate(narrow, data, data.test, device),
+                    timed.measured_ms,
+                    timed.dense_ms,
+                    bench.compaction.distance(narrow),
+                )
+            )
+    graph = bench.graph
+    plot = plot_curve(points, bench.before, path, listener)
+    return Curve(points, graph.macs({}), graph.params({}), val_before, bench.before, data.reports, plot)
+
+
+def plot_curve(points: list[CurvePoint], before: float, path: Path, listener: Listener) -> str | None:
+    """Test accuracy over multiply-accumulates and over milliseconds."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        listener.say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, field, label in zip(figure.subplots(1, 2), ("macs", "ms"), ("multiply-accumulates", "ms in onnxruntime")):
+        axes.plot([getattr(point, field) for point in points], [100 * point.accuracy for point in points], marker="o")
+        axes.axhline(100 * before, linestyle="--", label="untouched")
+        axes.set(xlabel=label, ylabel="test accuracy, %, untuned")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
+    return str(path)
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
 
 
 def trained_network(config: CompactConfig, data: Data) -> tuple[nn.Module, Data, Mapping[AxisKey, np.ndarray]]:
@@ -211,18 +377,18 @@ def check_knows_classes(full: nn.Module, data: Data, device: torch.device, liste
     return evaluate(full, data, data.test, device)
 
 
-def find_widths(
-    compaction: Compaction, fitter: Fitter, fit: Fit, config: CompactConfig, timer: Timer, listener: Listener
-) -> Found:
+def find_widths(bench: Bench, seconds: float, timer: Timer | None, listener: Listener) -> Found:
     """The widths of the allocation, or better ones that were searched for."""
-    start, seconds = compaction.pull(fit.widths), seconds_in(config.search_time)
+    compaction, config = bench.compaction, bench.config
+    start = compaction.pull(bench.fit.widths)
     if config.search == "none" or not compaction.graph.groups:
-        return Found(fit.widths, start, [(0.0, start)])
-    timer("search", f"searching widths for {config.search_time}")
+        return Found(bench.fit.widths, start, [(0.0, start)])
+    if timer:
+        timer("search", f"searching widths for {config.search_time}")
     return searched(
         compaction,
-        fitter,
-        fit,
+        bench.fitter,
+        bench.fit,
         config.allowed,
         seconds,
         policy=config.search,
@@ -232,15 +398,13 @@ def find_widths(
     )[1]
 
 
-def prove_cut(
-    full: nn.Module, graph: ChannelGraph, compaction: Compaction, widths: dict[str, int], data: Data
-) -> tuple[float, list[str]]:
+def prove_cut(bench: Bench, widths: dict[str, int]) -> tuple[float, list[str]]:
     """Largest difference between the cut network and the untouched one in which the removed arms are hidden, before
     repair; and the groups of which that cannot be said."""
-    selection = compaction.selection(widths)
+    graph, selection = bench.graph, bench.compaction.selection(widths)
     proven = exact_part(graph, selection)
-    own = copied(full).cpu()
-    difference = largest_difference(masked(own, graph, proven), slim(own, graph.kept(proven)), data)
+    own = copied(bench.full).cpu()
+    difference = largest_difference(masked(own, graph, proven), slim(own, graph.kept(proven)), bench.data)
     if not difference < TOLERANCE:
         raise DynpruneError(
             f"The cut network differs from the untouched one with hidden channels by {difference:.1e} of the largest "
@@ -258,26 +422,10 @@ def endless(data: Data, config: CompactConfig, device: torch.device) -> Iterator
         epoch += 1
 
 
-def measured(fitter: Fitter, widths: dict[str, int], narrow: nn.Module) -> Latency | None:
-    """Milliseconds of the compact network beside the untouched one, where a budget is in them."""
-    return fitter.time(widths, narrow.cpu()) if fitter.in_ms else None
-
-
-def write(
-    run: CompactRun,
-    config: CompactConfig,
-    data: Data,
-    full: nn.Module,
-    narrow: nn.Module,
-    graph: ChannelGraph,
-    kept: Mapping[AxisKey, np.ndarray],
-    left: dict[str, str],
-    found: Found,
-    latency: Latency | None,
-    told: dict,
-    timer: Timer,
-) -> TrainedResult:
-    """Save the file, read it back as a stranger would, and measure that."""
+def write(run: CompactRun, bench: Bench, narrow: nn.Module, found: Found, told: dict, timer: Timer) -> TrainedResult:
+    """Save the file, read it back as a stranger would, and measure that. narrow: on the CPU."""
+    config, data, graph, full = bench.config, bench.data, bench.graph, bench.full.cpu()
+    latency = bench.fitter.time(found.widths, narrow) if bench.fitter.in_ms else None
     met = budgets_met(graph, config.budget, found.widths, latency)
     if missed := first_missed(met):
         raise DynpruneError(
@@ -286,6 +434,7 @@ def write(
             "with a smaller budget."
         )
     accuracy = evaluate(narrow, data, data.test)
+    kept = artifact.composed(bench.cut_before, graph.kept(bench.compaction.selection(found.widths)))
     facts = artifact.Facts(
         asdict(config),
         data.classes,
@@ -324,7 +473,7 @@ def write(
         distance_at_start=found.curve[0][1],
         pulls=len(found.curve) - 1,
         curve=found.curve,
-        left=left,
+        left=bench.compaction.targets.left | bench.compaction.calibration.left,
         seconds=timer.end(),
         widths=found.widths,
         **told,

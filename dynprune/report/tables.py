@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
     from dynprune.deploy.export import ExportResult
-    from dynprune.deploy.trained import TrainedResult
+    from dynprune.deploy.trained import Curve, TrainedResult
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
     from dynprune.gates.stats import GateStats
@@ -205,6 +205,35 @@ def trained_table(result: TrainedResult) -> Table:
     for line in result.budgets:
         table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
     table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
+    return table
+
+
+def curve_table(result: Curve) -> Table:
+    table = Table(
+        "MACs",
+        "parameters",
+        "validation",
+        "test",
+        "lost",
+        "ms",
+        "dense, ms",
+        title="curve, before any tuning",
+        title_justify="left",
+        title_style="bold",
+    )
+    before = percent(result.val_accuracy_before), percent(result.accuracy_before)
+    table.add_row(f"{million(result.macs)} (1.000)", million(result.params), *before, "", "", "")
+    for point in result.points:
+        table.add_row(
+            f"{million(point.macs)} ({point.macs / result.macs:.3f})",
+            million(point.params),
+            percent(point.val_accuracy),
+            percent(point.accuracy),
+            f"{100 * (result.accuracy_before - point.accuracy):.2f}",
+            f"{point.ms:.3g}",
+            f"{point.dense_ms:.3g}",
+        )
+    table.caption, table.caption_justify = f"tested on {result.test_data}; plot: {result.plot or 'none'}", "left"
     return table
 
 

@@ -442,6 +442,13 @@ class CompactConfig(Limited, Task):
         "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
         "Several hold at once.",
     )
+    max_drop: float = setting(
+        0.0,
+        "In place of --budget: the smallest network that loses at most so many points of accuracy on validation "
+        "images, before tuning; 0 goes by the budget.",
+        check=lambda v: 0 <= v < 100,
+        expected="points from 0 to 100",
+    )
     tune: str = setting(
         "30s",
         "How long the compact network is trained to say what the untouched one says: 30s, 3m, 1h, or 0 for not at all.",

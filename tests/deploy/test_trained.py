@@ -179,3 +179,35 @@ def test_a_compact_file_is_compacted_again(compacted, tmp_path, data):
     loaded = dynprune.load(tmp_path / "again" / "compact.safetensors", tiny(10))
     assert evaluate(loaded, data, data.test) == pytest.approx(second["accuracy"])
     assert json.loads(command("export", tmp_path / "again", "--onnx", "--json").stdout)["top1_agreement"] == 1
+
+
+def test_the_smallest_network_within_a_drop(weights, tmp_path, data):
+    bare = [*NET, "--weights", weights, "--search", "none", "--tune", 0, "--images", 256, "--json"]
+    tight = json.loads(command("compact", *bare, "--max-drop", 2, "--out", tmp_path / "tight").stdout)
+    loose = json.loads(command("compact", *bare, "--max-drop", 15, "--out", tmp_path / "loose").stdout)
+    assert loose["macs"] < tight["macs"] < tight["dense_macs"]
+    before = load_trained_accuracy(weights, data)
+    for result, drop in ((tight, 0.02), (loose, 0.15)):
+        network = dynprune.load(result["path"], tiny(10))
+        assert evaluate(network, data, data.val) >= before - drop
+    assert "is not met at" in refused("compact", *bare[:-1], "--max-drop", 0.001, "--out", tmp_path / "none")
+    both = ["--max-drop", 1, "--budget", 0.5]
+    assert "Choose one of the two" in refused("compact", *bare[:-1], *both, "--out", tmp_path / "both")
+
+
+def load_trained_accuracy(weights, data):
+    network = tiny(10)
+    network.load_state_dict(torch.load(weights)["model"])
+    return evaluate(network.eval(), data, data.val)
+
+
+def test_a_curve_before_anybody_decides(weights, tmp_path):
+    given = [*NET, "--weights", weights, "--search", "none", "--images", 128, "--out", tmp_path / "curve"]
+    curve = json.loads(command("compact", *given, "--curve", "0.3,0.8", "--json").stdout)
+    large, small = curve["points"]
+    assert (large["share"], small["share"]) == (0.8, 0.3)
+    assert small["macs"] <= 0.3 * curve["macs"] < large["macs"] <= 0.8 * curve["macs"]
+    assert small["distance"] > large["distance"] and large["accuracy"] > 0.8 and large["ms"] > 0 < large["dense_ms"]
+    assert curve["plot"] is None or (tmp_path / "curve" / "curve.png").stat().st_size > 1000
+    assert not (tmp_path / "curve" / "compact.safetensors").exists()
+    assert "--curve expects shares" in refused("compact", *given, "--curve", "2,half")
