@@ -27,6 +27,7 @@ from dynprune.structure.channels import ChannelGraph
 
 DAMPING = 0.01  # of A's mean diagonal, added to it
 STEPS = 64  # in which a group's arms go; a wide one loses several at once
+SHRINK = 0.8  # share of a group's arms at which what is known of those that are gone is dropped
 CHOICES = ("repairable", "magnitude", "random")
 
 
@@ -58,7 +59,7 @@ class Reader:
         own = self.columns[arms]
         weights = self.weights[:, own].permute(1, 2, 0)
         blocks = self.inverse[own[:, :, None], own[:, None, :]]
-        return 0.5 * (torch.linalg.solve(blocks, weights) * weights).sum((1, 2))
+        return 0.5 * (torch.linalg.inv(blocks) * (weights @ weights.transpose(1, 2))).sum((1, 2))
 
     def remove(self, arms: Tensor) -> None:
         own = self.columns[arms].reshape(-1)
@@ -66,6 +67,14 @@ class Reader:
         factor = torch.linalg.solve(rows[:, own], rows)
         self.weights -= self.weights[:, own] @ factor
         self.inverse -= rows.T @ factor
+
+    def forget_all_but(self, arms: Tensor) -> None:
+        """Drop the columns of arms that are gone: what is left is updated the quicker."""
+        places = self.columns[arms].reshape(-1)
+        self.inverse, self.weights = self.inverse[places][:, places], self.weights[:, places]
+        columns = torch.full_like(self.columns, -1)
+        columns[arms] = torch.arange(len(places)).view(len(arms), -1)
+        self.columns = columns
 
 
 @dataclass
@@ -79,6 +88,9 @@ class LooseReader:
         return self.each[arms]
 
     def remove(self, arms: Tensor) -> None:
+        pass
+
+    def forget_all_but(self, arms: Tensor) -> None:
         pass
 
 
@@ -107,8 +119,12 @@ def orders(
 
 def order_of(arms: int, readers: list[Reader | LooseReader]) -> Order:
     """Arms one after another, the cheapest first."""
-    left, order, costs = torch.arange(arms), [], []
+    left, order, costs, held = torch.arange(arms), [], [], arms
     while len(left):
+        if len(left) < SHRINK * held:
+            held = len(left)
+            for reader in readers:
+                reader.forget_all_but(left)
         losses = torch.stack([reader.losses(left) for reader in readers]).sum(0)
         going = losses.argsort(stable=True)[: max(1, arms // STEPS)]
         order += left[going].tolist()
@@ -157,8 +173,7 @@ def read(layer: Layer, moments: Moments, number: int, columns: Mapping[str, Tens
         for name, own in columns.items():
             readers[name].append(LooseReader(each[own].sum(1)))
         return
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    inverse = torch.cholesky_inverse(factor(gram, DAMPING))
     weights = root @ weights
     for name, own in columns.items():
         places = own.reshape(-1)
@@ -169,9 +184,18 @@ def read(layer: Layer, moments: Moments, number: int, columns: Mapping[str, Tens
 
 def root_of(gradients: Tensor) -> Tensor:
     """Lᵀ with S = L Lᵀ; a little is added to S, which need not have full rank."""
-    gradients = gradients.double().cpu()
-    gradients.diagonal().add_(1e-6 * gradients.diagonal().mean() + 1e-30)
-    return torch.linalg.cholesky(gradients).T
+    return factor(gradients.double().cpu(), 1e-6).T
+
+
+def factor(matrix: Tensor, share: float) -> Tensor:
+    """The Cholesky factor of a Gram matrix with this share of its mean diagonal added to the diagonal; more where sums
+    in float32 have left it with negative eigenvalues."""
+    mean = matrix.diagonal().mean().clamp(min=1e-30)
+    while True:
+        found, failed = torch.linalg.cholesky_ex(matrix + share * mean * torch.eye(len(matrix), dtype=matrix.dtype))
+        if not failed:
+            return found
+        share *= 10
 
 
 def input_dim(layer: Layer) -> int:

@@ -366,6 +366,7 @@ def test_training_starts_from_the_users_checkpoint(tmp_path):
         0,
         "--weights",
         tmp_path / "w.pt",
+        "--no-repair",
         "--out",
         tmp_path / "run",
     )
