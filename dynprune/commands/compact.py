@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
@@ -119,6 +120,8 @@ def of_run(
 def of_trained(
     config: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
 ) -> TrainedResult:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DynpruneError("compact works in one process. Start it without torchrun.")
     path = Path(out) if out else run_name(config, "compact")
     return compact_trained(config.validate(), path, overwrite=overwrite, listener=listener)
 

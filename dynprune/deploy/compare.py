@@ -255,20 +255,25 @@ class Trial:
         return PASSES * macs * self.data.steps_per_epoch(self.config.batch_size) * self.config.batch_size
 
     def finish(
-        self, path: Path, settings: TrainConfig, *, fit: Fit | None = None, full: nn.Module | None = None
+        self,
+        path: Path,
+        settings: TrainConfig,
+        *,
+        fit: Fit | None = None,
+        full: nn.Module | None = None,
+        teacher: nn.Module | None = None,
     ) -> ComparedRun:
-        """Train in `path`, go on there, or read what is finished."""
+        """Train in `path`, go on there, or read what is finished. teacher: of a network that another tool cut."""
         run = Run(path)
         known = run.config_file.is_file() and without_machine(run.config) == without_machine(settings)
         if not known and run.config_file.is_file():
             raise DynpruneError(f"{path} was trained with other settings. Choose another --out, or remove it.")
         recorded = run.results.get("train", {}) if known else {}
         if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
-            session = Session(settings, self.data, fit=fit, full=full)
+            resume = known and run.has_checkpoint
+            session = Session(settings, self.data, fit=fit, full=full, teacher=teacher, repaired=not resume)
             run = run if known else Run.create(path, settings, overwrite=False)
-            result = train(
-                settings, run, session=session, resume=known and run.has_checkpoint, report=self.report, stop=self.stop
-            )
+            result = train(settings, run, session=session, resume=resume, report=self.report, stop=self.stop)
             recorded = {**dataclasses.asdict(result), "params": session.graph.params(session.widths)}
             run.record("train", recorded)
         return ComparedRun(
@@ -291,7 +296,8 @@ class Trial:
             small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
             if isinstance(length, ComparedRun):
                 length = affordable(length.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
-            return self.finish(self.path, dataclasses.replace(settings, epochs=length), full=small)
+            teacher = self.given_model().eval() if settings.distill else None  # as its rivals have it
+            return self.finish(self.path, dataclasses.replace(settings, epochs=length), full=small, teacher=teacher)
         dense_epoch = self.per_epoch(graph.macs({}))
         before = max(1, length // 2) if isinstance(length, int) else affordable(length.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))

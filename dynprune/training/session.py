@@ -59,10 +59,12 @@ class Session:
         ranks: Ranks = ALONE,
         full: nn.Module | None = None,
         teacher: nn.Module | None = None,
+        repaired: bool | None = None,
     ):
         """fit: the widths to begin with, where they are known already; else they are found, which `report` follows.
         full: the network, with its weights, in place of the one that the settings name. teacher: from whose scores it
-        learns; else that is the untouched network, where the settings give weights."""
+        learns; else that is the untouched network, where the settings give weights. repaired: whether a trained network
+        begins repaired; where `fit` is given only if asked for, since a checkpoint or other weights may follow."""
         self.config, self.ranks = config.resolved(len(data.train), ranks.count), ranks
         config = self.config
         self.part = ranks.part(config.batch_size)
@@ -90,13 +92,13 @@ class Session:
             )
         trained = bool(config.weights) and not given
         untouched = copied(full).to(self.device).eval() if trained else None
-        self.teacher = teacher or (untouched if self.distills else None)
+        self.teacher = teacher.to(self.device) if teacher else untouched if self.distills else None
         begins = None
-        if untouched is not None and fit is None and self.begins_repaired:
+        if untouched is not None and self.begins_repaired and (fit is None if repaired is None else repaired):
             report("calibrating the trained network", 0, 0)
             begins = begin_trained(untouched, self.graph, data, config.seed, self.device)
         self.fit = self.first_fit = fit or self.find_widths()
-        if begins and config.searches and not self.loaded.anew:
+        if begins and fit is None and config.searches and not self.loaded.anew:
             self.fit = self.first_fit = self.search_widths(begins, report)
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
