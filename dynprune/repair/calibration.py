@@ -33,6 +33,7 @@ from dynprune.state.copies import generator
 
 ROWS, ROWS_PER_COLUMN = 4096, 16  # places of a layer's output that are looked at: so many, and for wide layers more
 MOST_ROWS = 16384  # but for those with so many columns that this is not three for each
+LEAST_ROWS, MOST_NUMBERS = 4, 2**25  # rows for each column at least; numbers in the patches of a grouped layer at most
 MOST_COLUMNS = 8192  # of a Gram matrix; beyond, columns count as independent
 
 
@@ -61,7 +62,8 @@ def sample_rows(layer: Layer, images: int, positions: int, seed: int, scale: flo
     scale: of how many there are, for a quicker look.
     """
     columns = matrix_of(layer).shape[1] + 1
-    wanted = scale * min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
+    wanted = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
+    wanted = scale * min(wanted, max(LEAST_ROWS * columns, MOST_NUMBERS // (groups_of(layer) * columns)))
     each = min(positions, max(1, math.ceil(wanted / images)))
     if each == positions:
         return torch.arange(images * positions)
