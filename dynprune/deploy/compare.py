@@ -282,8 +282,8 @@ class Trial:
 
     def prune_and_train_on(self, settings: TrainConfig, length: int | ComparedRun) -> ComparedRun:
         """Half of the epochs (or of the cost) dense, then cut, then the rest at the settings' schedule from half of its
-        learning rate; a tenth was two points worse (`tests/ablations.md`). Where --weights gives a trained network, it
-        is cut at once and trained on like its rivals."""
+        learning rate; a tenth was two points worse (`tests/measure/ablations.md`). Where --weights gives a trained
+        network, it is cut at once and trained on like its rivals."""
         graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
         if settings.weights:
             small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
