@@ -132,10 +132,8 @@ def bench(
         bool,
         typer.Option(
             "--training",
-            help="Time training steps instead: dense, static and "
-            "dynamic, side by side, with the training "
-            "settings below. Answers what a run would save "
-            "before it starts.",
+            help="Time training steps instead: dense, static and dynamic, side by side, with the training settings "
+            "below. Answers what a run would save before it starts.",
         ),
     ] = False,
     steps: Annotated[int, typer.Option("--steps", help="Steps of each kind that --training times.")] = 40,

@@ -44,6 +44,23 @@ FinetuneEpochs = Annotated[
     int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")
 ]
 FinetuneLr = Annotated[float, typer.Option("--finetune-lr", help="Learning rate at the start of fine-tuning.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")]
+Network = Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")]
+Input = Annotated[
+    str,
+    typer.Option(
+        "--input",
+        help="Input of one example, such as 3x224x224. [default: what the source is used to]",
+        show_default=False,
+    ),
+]
+Classes = Annotated[
+    int,
+    typer.Option(
+        "--classes",
+        help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
+    ),
+]
 Opset = Annotated[
     int | None,
     typer.Option(
@@ -128,6 +145,11 @@ def setting_option(field: dataclasses.Field, panel: str | None) -> python_inspec
     return python_inspect.Parameter(
         field.name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, option]
     )
+
+
+def meaning(name: str) -> str:
+    """What a setting of `train` means, for an option of a command that takes it without the others."""
+    return TrainConfig.__dataclass_fields__[name].metadata["help"]
 
 
 def in_panel(annotation: object) -> object:
