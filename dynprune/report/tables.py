@@ -448,9 +448,13 @@ def plan_table(result: Plan) -> Table:
 
 
 def beside(first: str, layer: str) -> str:
-    """A layer's name, short (".conv2") where it lies in the same module as `first`."""
-    parent, dot, _ = first.rpartition(".")
-    return f".{layer.removeprefix(parent + dot)}" if dot and layer.startswith(parent + dot) else layer
+    """A layer's name, short (".conv2", ".branch.3") where it lies in the module that also holds `first`, or the
+    numbered layers of which `first` is one."""
+    *path, last = first.split(".")
+    while path and last.isdecimal():
+        last = path.pop()
+    module = "".join(f"{name}." for name in path)
+    return f".{layer.removeprefix(module)}" if module and layer.startswith(module) else layer
 
 
 def inspect_tables(result: Inspection) -> list:

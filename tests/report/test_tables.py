@@ -332,6 +332,13 @@ def test_one_seed_has_no_spread():
     assert list(table.columns[1].cells) == ["70.49 %"]
 
 
+def test_layers_beside_a_groups_first_have_short_names():
+    assert tables.beside("layer1.0.conv1", "layer1.0.bn1") == ".bn1"
+    assert tables.beside("layer1.0.conv1", "layer1.1.conv1") == "layer1.1.conv1"
+    assert tables.beside("stage2.1.branch2.0", "stage2.1.branch2.3") == ".branch2.3"
+    assert [tables.beside("conv1.0", name) for name in ("conv1.0", "conv1.1", "fc")] == ["conv1.0", "conv1.1", "fc"]
+
+
 def test_times_have_three_digits_and_no_exponent():
     assert [tables.digits(ms) for ms in (0.5512, 28.14, 999.4, 999.6, 12_345.0)] == [
         "0.551",
