@@ -9,15 +9,16 @@ from typing import Annotated
 import typer
 
 from dynprune.budgets.limits import Budget
-from dynprune.cli.options import Classes, InputShape, Json, Network
+from dynprune.cli.options import Classes, Input, Json, Network, meaning
 from dynprune.cli.process import finish, listening, told
+from dynprune.runs.config import TrainConfig
 
 Budgets = Annotated[list[str], typer.Option("--budget", "-b", help="As for `train`; several hold at once.")]
 
 
 def inspect(
-    model: Network = "vgg16",
-    input_shape: InputShape = "",
+    model: Network = TrainConfig.model,
+    input_shape: Input = "",
     classes: Classes = 0,
     check: Annotated[
         bool, typer.Option("--check", help="Remove random channels and prove that the compact copy computes the same.")
@@ -42,7 +43,7 @@ def inspect(
 
 
 def plan(
-    model: Network = "vgg16",
+    model: Network = TrainConfig.model,
     budget: Budgets = ["0.25"],  # noqa: B006 (Typer reads it)
     allocation: Annotated[
         str, typer.Option("--allocation", help="uniform or balanced; with --from, learned.")
@@ -53,21 +54,13 @@ def plan(
     latency: Annotated[
         bool, typer.Option(help="Predict milliseconds in onnxruntime; layers are timed once and kept.")
     ] = True,
-    align: Annotated[
-        str,
-        typer.Option(
-            "--align",
-            help="Widths are multiples of this; auto: 16 (8 without AVX-512), or 8 or 4 where a layer is narrow.",
-        ),
-    ] = "auto",
-    min_width: Annotated[int, typer.Option("--min-width", help="No layer gets narrower than this.")] = 1,
+    align: Annotated[str, typer.Option("--align", help=meaning("align"))] = TrainConfig.align,
+    min_width: Annotated[int, typer.Option("--min-width", help=meaning("min_width"))] = TrainConfig.min_width,
     max_width_share: Annotated[
-        float, typer.Option("--max-width-share", help="No layer keeps more than this share of its channels.")
-    ] = 1.0,
-    keep: Annotated[
-        list[str] | None, typer.Option("--keep", help="Layers that are never narrowed, by name or pattern.")
-    ] = None,
-    input_shape: InputShape = "",
+        float, typer.Option("--max-width-share", help=meaning("max_width_share"))
+    ] = TrainConfig.max_width_share,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help=meaning("keep"))] = None,
+    input_shape: Input = "",
     classes: Classes = 0,
     json_output: Json = False,
 ) -> None:

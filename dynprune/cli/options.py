@@ -44,23 +44,9 @@ FinetuneEpochs = Annotated[
     int, typer.Option("--finetune-epochs", help="Train the compact network on for so many epochs.")
 ]
 FinetuneLr = Annotated[float, typer.Option("--finetune-lr", help="Learning rate at the start of fine-tuning.")]
-Opset = Annotated[
-    int | None,
-    typer.Option(
-        "--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False
-    ),
-]
-Fold = Annotated[
-    bool,
-    typer.Option(
-        "--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1."
-    ),
-]
-Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
-BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
-
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")]
 Network = Annotated[str, typer.Option("--model", "-m", help="Network, named as for `train`.")]
-InputShape = Annotated[
+Input = Annotated[
     str,
     typer.Option(
         "--input",
@@ -75,6 +61,20 @@ Classes = Annotated[
         help="Number of classes; 0 takes 1000 for torchvision and timm (segmentation 21, detection 91), else 10.",
     ),
 ]
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        "--opset", help="ONNX opset; what was written is reported. [default: the exporter's]", show_default=False
+    ),
+]
+Fold = Annotated[
+    bool,
+    typer.Option(
+        "--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1."
+    ),
+]
+Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
+BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 
 MACHINE = {"precision", "device", "threads", "seed", "checkpoint_every", "no_onnx", "reservoir", "compile"}
 
@@ -146,6 +146,11 @@ def panel_of(name: str) -> str | None:
     if name in {field.name for field in dataclasses.fields(Task)}:
         return "Model and data"
     return "Training recipe" if name in {field.name for field in dataclasses.fields(Recipe)} else "Method"
+
+
+def meaning(name: str) -> str:
+    """What a setting of `train` means, for an option of a command that takes it without the others."""
+    return TrainConfig.__dataclass_fields__[name].metadata["help"]
 
 
 def in_panel(annotation: object) -> object:

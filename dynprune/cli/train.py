@@ -20,6 +20,7 @@ from dynprune.cli.options import (
     Opset,
     Out,
     Overwrite,
+    Resume,
     Trust,
     parse_batches,
     with_settings,
@@ -34,9 +35,7 @@ def train(
     given: dict,
     out: Out = None,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
-    ] = False,
+    resume: Resume = False,
     trust: Trust = False,
     override: Annotated[
         bool, typer.Option("--override", help="With --resume: go on with the settings given here where they differ.")
@@ -49,8 +48,8 @@ def train(
     """
     if override and not resume:
         raise DynpruneError(
-            "--override changes the settings of a run that is resumed. Pass --resume with it, or "
-            "--overwrite to begin anew."
+            "--override changes the settings of a run that is resumed. Pass --resume with it, or --overwrite to begin "
+            "anew."
         )
     config = TrainConfig(**given).validate()
     from dynprune.commands import train as verb
@@ -90,9 +89,7 @@ def gate(
         typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the stopped run in --out, with its settings.")
-    ] = False,
+    resume: Resume = False,
     trust: Trust = False,
     json_output: Json = False,
 ) -> None:
@@ -199,10 +196,8 @@ def compare(
         str,
         typer.Option(
             "--policies",
-            help="Ways to train, separated by commas, yours "
-            "first: cucb, cucb-paper, random, static, "
-            "static-ours, dense, dense+prune. With settings "
-            "of its own: cucb:explore=0.03.",
+            help="Ways to train, separated by commas, yours first: cucb, cucb-paper, random, static, static-ours, "
+            "dense, dense+prune. With settings of its own: cucb:explore=0.03.",
         ),
     ] = "cucb,random,static",
     seeds: Annotated[

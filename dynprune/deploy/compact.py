@@ -171,58 +171,11 @@ def write(
     graph, widths = reservoir.graph, reservoir.widths
     met = [] if config.policy == "dense" else budgets_met(graph, config.budget, widths, latency)
     if missed := first_missed(met):
-        if missed["budget"].startswith("latency"):
-            raise DynpruneError(
-                f"The compact model takes {missed['actual']:.3g} ms, above the budget "
-                f"{missed['budget']} ({missed['limit']:.3g} ms; predicted {missed['predicted']:.3g}). "
-                f"Nothing was written. If the machine is busy, compact again when it is quiet; if it "
-                f"is another machine than the one that planned the widths, train with a smaller "
-                f"latency budget."
-            )
-        raise DynpruneError(
-            f"The compact model costs {missed['actual']}, above the budget {missed['budget']} "
-            f"({missed['limit']:.0f}). Nothing was written. This is a mistake of dynprune: please "
-            f"report it."
-        )
+        raise missed_budget(missed)
     accuracy = evaluate(model, data, data.test)
-    kept = artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template))
-    facts = artifact.Facts(
-        asdict(config),
-        data.classes,
-        list(data.size),
-        list(data.mean),
-        list(data.std),
-        kept,
-        widths,
-        graph.macs(widths),
-        graph.params(widths),
-        graph.macs({}),
-        graph.params({}),
-        accuracy,
-        resize=asdict(data.resize),
-    )
-    before = run.compact_file.with_name("compact.unproven.safetensors")
-    try:
-        artifact.save(before, model, facts, within=paths_of(reservoir.full))
-        loaded = artifact.load(before, zoo.build(config.model, len(data.classes), size=data.size))
-        if not largest_difference(model, loaded, data) < TOLERANCE:
-            raise DynpruneError(
-                "The compact file, read back, gives other outputs than the model that was saved. "
-                "Nothing was kept. Please report the model's name."
-            )
-        before.replace(run.compact_file)
-        run.onnx_file.unlink(missing_ok=True)  # an export of an earlier compact model would be measured in its name
-    except OSError as error:
-        raise DynpruneError(
-            f"Cannot write {run.compact_file} ({error.strerror}). The file that was there before is unchanged."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            before.unlink(missing_ok=True)
-    params, dense_params = (
-        sum(p.numel() for p in loaded.parameters()),
-        sum(p.numel() for p in reservoir.full.parameters()),
-    )
+    facts = facts_of(config, data, reservoir, accuracy)
+    loaded = save_and_read_back(run, data, reservoir, model, facts)
+    params, dense_params = (sum(p.numel() for p in network.parameters()) for network in (loaded, reservoir.full))
     result = CompactResult(
         str(run.compact_file),
         facts.macs,
@@ -243,6 +196,67 @@ def write(
     )
     run.record("compact", asdict(result))
     return result
+
+
+def missed_budget(missed: dict) -> DynpruneError:
+    """What to say of a budget that the compact model misses."""
+    if missed["budget"].startswith("latency"):
+        return DynpruneError(
+            f"The compact model takes {missed['actual']:.3g} ms, above the budget {missed['budget']} "
+            f"({missed['limit']:.3g} ms; predicted {missed['predicted']:.3g}). Nothing was written. If the machine is "
+            f"busy, compact again when it is quiet; if it is another machine than the one that planned the widths, "
+            f"train with a smaller latency budget."
+        )
+    return DynpruneError(
+        f"The compact model costs {missed['actual']}, above the budget {missed['budget']} ({missed['limit']:.0f}). "
+        f"Nothing was written. This is a mistake of dynprune: please report it."
+    )
+
+
+def facts_of(config: TrainConfig, data: Data, reservoir: Reservoir, accuracy: float) -> artifact.Facts:
+    """What the compact file says of itself."""
+    graph, widths = reservoir.graph, reservoir.widths
+    return artifact.Facts(
+        asdict(config),
+        data.classes,
+        list(data.size),
+        list(data.mean),
+        list(data.std),
+        artifact.kept_as_json(graph.kept(reservoir.slots, reservoir.template)),
+        widths,
+        graph.macs(widths),
+        graph.params(widths),
+        graph.macs({}),
+        graph.params({}),
+        accuracy,
+        resize=asdict(data.resize),
+    )
+
+
+def save_and_read_back(
+    run: Run, data: Data, reservoir: Reservoir, model: nn.Module, facts: artifact.Facts
+) -> nn.Module:
+    """Write the compact file, and return the network that a stranger gets from it. Raises DynpruneError, and leaves
+    the file that was there before, if that one computes something else or cannot be written."""
+    before = run.compact_file.with_name("compact.unproven.safetensors")
+    try:
+        artifact.save(before, model, facts, within=paths_of(reservoir.full))
+        loaded = artifact.load(before, zoo.build(run.config.model, len(data.classes), size=data.size))
+        if not largest_difference(model, loaded, data) < TOLERANCE:
+            raise DynpruneError(
+                "The compact file, read back, gives other outputs than the model that was saved. "
+                "Nothing was kept. Please report the model's name."
+            )
+        before.replace(run.compact_file)
+        run.onnx_file.unlink(missing_ok=True)  # an export of an earlier compact model would be measured in its name
+    except OSError as error:
+        raise DynpruneError(
+            f"Cannot write {run.compact_file} ({error.strerror}). The file that was there before is unchanged."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            before.unlink(missing_ok=True)
+    return loaded
 
 
 def refuse_changed(run: Run, active: nn.Module, data: Data, scores: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
 from dynprune.files.onnxfile import run as execute
-from dynprune.runs.directory import CompactDirectory
+from dynprune.runs.directory import CompactDirectory, GateRun
 from dynprune.version import __version__
 from dynprune.zoo import runs_code
 
@@ -94,16 +95,10 @@ def export(
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
-    data = data or load_data(run.config.source)
-    check_classes(run.compact_file, facts, data.classes)
-    data = data.with_channels(facts.input_size[0])
-    path = out or run.onnx_file
-    wrapped = Normalised(model, facts.mean, facts.std) if fold_normalization else Scores(model)
-    if not path.name or path.is_dir():
-        raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
+    data, path = data_and_path(run, run.compact_file, facts, data, out)
+    wrapped = with_scores(model, facts, fold_normalization)
     partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, partial):
         write_onnx(wrapped.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
         difference, largest, agreement, count = parity(wrapped, partial, data, facts, fold_normalization)
         if not difference <= TOLERANCE * largest or agreement < 1:
@@ -113,11 +108,6 @@ def export(
                 f"another --opset, and please report the model's name."
             )
         partial.replace(path)
-    except OSError as error:
-        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     result = ExportResult(
         str(path),
         read_opset(path),
@@ -130,6 +120,39 @@ def export(
     )
     run.record("export", asdict(result))
     return result
+
+
+def data_and_path(
+    run: CompactDirectory | GateRun, file: Path, facts: artifact.Facts, data: Data | None, out: Path | None
+) -> tuple[Data, Path]:
+    """What every export begins with: the run's data (or those given) as `file` knows them, and where to write. Raises
+    DynpruneError for data of other classes, and for a folder."""
+    data = data or load_data(run.config.source)
+    check_classes(file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
+    path = out or run.onnx_file
+    if not path.name or path.is_dir():
+        raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
+    return data, path
+
+
+def with_scores(model: nn.Module, facts: artifact.Facts, folded: bool) -> nn.Module:
+    """The network as its graph is written: it returns scores, and takes pixels in 0..1 if normalisation is `folded`."""
+    return Normalised(model, facts.mean, facts.std) if folded else Scores(model)
+
+
+@contextlib.contextmanager
+def writing(path: Path, *partial: Path) -> Iterator[None]:
+    """Around writing `path`: makes its folder, says what to do where that fails, and leaves no `partial` file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
+    finally:
+        for file in partial:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:

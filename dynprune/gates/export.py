@@ -9,7 +9,6 @@ often both open the same is reported too.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dynprune.budgets.latency import Report, interleaved, silent
-from dynprune.data.loading import Data, load_data, some
-from dynprune.data.scores import Scores, logits
-from dynprune.deploy.export import TOLERANCE, Normalised, check_classes, metadata
+from dynprune.data.loading import Data, some
+from dynprune.data.scores import logits
+from dynprune.deploy.export import TOLERANCE, data_and_path, metadata, with_scores, writing
 from dynprune.errors import DynpruneError
 from dynprune.files.artifact import Facts
 from dynprune.files.disk import write_bytes
@@ -92,20 +91,11 @@ def export_gated(
             f"{run.path} has random gates, which only serve to compare with. Export one of "
             f"--estimator reinforce or gumbel."
         )
-    data = data or load_data(run.config.source)
-    check_classes(run.gated_file, facts, data.classes)
-    data = data.with_channels(facts.input_size[0])
-    path = out or run.onnx_file
-    if not path.name or path.is_dir():
-        raise DynpruneError(f"--out got {path}, which is a folder. Expected a file name such as {path / 'model.onnx'}.")
+    data, path = data_and_path(run, run.gated_file, facts, data, out)
     small = cut_closed(model, data.example)
-    ungated, cut = (
-        Normalised(own.network, facts.mean, facts.std) if fold_normalization else Scores(own.network)
-        for own in (model, small)
-    )
+    ungated, cut = (with_scores(own.network, facts, fold_normalization) for own in (model, small))
     partial, base = (run.ungated_onnx_file.with_name(f"{name}.onnx.partial") for name in ("ungated", "cut"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, partial, base):
         report("exporting the network without gates", 0, 0)
         for network, file in ((ungated, partial), (cut, base)):
             write_onnx(network.eval(), data.example, file, opset, metadata(facts, fold_normalization))
@@ -126,12 +116,6 @@ def export_gated(
             )
         write_bytes(path, content)
         partial.replace(run.ungated_onnx_file)
-    except OSError as error:
-        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
-    finally:
-        for file in (partial, base):
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
     units = [sum(len(gate.sizes) for gate in own.gates) for own in (model, small)]
     result = GatedExportResult(
         str(path),

@@ -22,6 +22,7 @@ TOPICS = {
     "runs": "run directories, files, resuming, several processes",
     "python": "everything without the command line",
     "evidence": "what was measured, and what did not help",
+    "ablations": "what each setting is worth",
     "troubleshooting": "messages and symptoms, their causes, what to do",
     "words": "every term in one sentence",
     "contributing": "how to add a rule, an option, a command",

@@ -62,8 +62,8 @@ def sample_rows(layer: Layer, images: int, positions: int, seed: int, scale: flo
     scale: of how many there are, for a quicker look.
     """
     columns = matrix_of(layer).shape[1] + 1
-    wanted = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
-    wanted = scale * min(wanted, max(LEAST_ROWS * columns, MOST_NUMBERS // (groups_of(layer) * columns)))
+    most = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
+    wanted = scale * min(most, max(LEAST_ROWS * columns, MOST_NUMBERS // (groups_of(layer) * columns)))
     each = min(positions, max(1, math.ceil(wanted / images)))
     if each == positions:
         return torch.arange(images * positions)

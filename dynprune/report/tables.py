@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # these import torch
 
 
 def million(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e6:,.2f} M"
+    return "-" if count is None else f"{count / 1e6:,.{2 if count < 1e9 else 0}f} M"
 
 
 def mebibytes(size: int) -> str:
@@ -41,6 +41,11 @@ def mebibytes(size: int) -> str:
 
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def digits(number: float) -> str:
+    """Three digits that count, and never an exponent."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -119,8 +124,18 @@ class Display:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def titled(title: str, *columns: str) -> Table:
+    """An empty table. Where the terminal is narrow, words go to the next line, and so do long names, whole: rich would
+    cut those, and a name that is cut cannot be typed (`--keep`, a path)."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def pairs(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table = titled(title, "", "")
+    table.show_header = False
     for name, value in rows:
         table.add_row(name, value)
     return table
@@ -149,7 +164,7 @@ def train_table(result: TrainResult) -> Table:
 
 
 def compact_table(result: CompactResult) -> Table:
-    table = Table("", "dense", "compact", "ratio", title="compact", title_justify="left", title_style="bold")
+    table = titled("compact", "", "dense", "compact", "ratio")
     table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
     table.add_row(
         "parameters",
@@ -164,13 +179,14 @@ def compact_table(result: CompactResult) -> Table:
         f"{result.dense_size_bytes / result.size_bytes:.2f}x",
     )
     table.add_section()
-    table.add_row(
-        "test accuracy", "", percent(result.accuracy), f"{percent(result.accuracy_executed)} as executed in training"
-    )
-    table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference from what was executed")
+    table.add_row("test accuracy", "", percent(result.accuracy), f"executed: {percent(result.accuracy_executed)}")
+    table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference")
     for line in result.budgets:
         table.add_row("budget", line["budget"], used(line), "met" if line["met"] else "MISSED")
-    table.caption, table.caption_justify = f"tested on {result.test_data}; written to {result.path}", "left"
+    table.caption = (
+        f"tested on {result.test_data}; proof: compact against what training executed; written to {result.path}"
+    )
+    table.caption_justify = "left"
     return table
 
 
@@ -247,37 +263,33 @@ def export_table(result: ExportResult) -> Table:
     return pairs(
         "export",
         [
-            ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset})"),
-            (
-                "parity with torch",
-                f"largest difference {result.max_abs_diff:.1e}, same class on "
-                f"{percent(result.top1_agreement)} of {result.images} images",
-            ),
+            ("file", result.path),
+            ("size", f"{mebibytes(result.size_bytes)}, opset {result.opset}"),
+            ("parity with torch", f"largest difference {result.max_abs_diff:.1e}"),
+            ("same class", f"{percent(result.top1_agreement)} of {result.images} images"),
         ],
     )
 
 
 def bench_table(result: BenchResult) -> Table:
-    table = Table(
+    table = titled(
+        f"bench: onnxruntime, {result.threads or 'default'} thread(s)",
         "batch",
         "dense, ms\np50 / p95",
         "\nimages/s",
         "compact, ms\np50 / p95",
         "\nimages/s",
         "speed-up\np50",
-        "runs",
-        title=f"bench: onnxruntime, {result.threads or 'default'} thread(s)",
-        title_justify="left",
-        title_style="bold",
     )
     for row in result.rows:
         cells = [
             cell
             for side in (row.dense, row.compact)
-            for cell in (f"{side.p50_ms:.3g} / {side.p95_ms:.3g}", f"{side.images_per_second:,.0f}")
+            for cell in (f"{digits(side.p50_ms)} / {digits(side.p95_ms)}", digits(side.images_per_second))
         ]
-        table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x", str(len(row.dense.samples_ms)))
+        table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x")
     facts = [
+        f"runs {', '.join(str(len(row.dense.samples_ms)) for row in result.rows)}",
         f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
         f"parameters {million(result.dense_params)} to {million(result.compact_params)}",
         f"files {mebibytes(result.dense_bytes)} to {mebibytes(result.compact_bytes)}",
@@ -293,16 +305,13 @@ def bench_table(result: BenchResult) -> Table:
 
 
 def training_table(result: TrainingBench) -> Table:
-    table = Table(
+    table = titled(
+        f"training {result.model}, batch {result.batch_size}, {result.image_size}, budget {result.budget}, "
+        f"{result.precision}",
         "",
         "ms per step",
         "against static",
         "peak memory",
-        title=f"training {result.model}, batch "
-        f"{result.batch_size}, "
-        f"{result.image_size}x{result.image_size}, budget {result.budget}, {result.precision}",
-        title_justify="left",
-        title_style="bold",
     )
 
     def peak(mib: float | None) -> str:
@@ -330,7 +339,7 @@ def training_table(result: TrainingBench) -> Table:
         f"{result.speedup_over_dense:.2f}x the dense speed at {percent(result.macs_ratio)} of the MACs; "
         f"reservoir {result.reservoir_mib:,.1f} MiB; ms per step: {costs}; medians of "
         f"{len(result.samples_ms['dense'])} interleaved steps; "
-        f"{environment['gpu'] or environment['processor']}, {environment['threads']} threads, torch "
+        f"{environment['gpu'] or environment['processor']}, {environment['threads']} thread(s), torch "
         f"{environment['torch']}"
     )
     table.caption_justify = "left"
@@ -338,32 +347,27 @@ def training_table(result: TrainingBench) -> Table:
 
 
 def comparison_table(result: Comparison) -> Table:
-    table = Table(
-        "policy",
-        "test accuracy",
-        "spread",
-        "MACs",
-        "parameters",
-        "training MACs",
-        "training time",
-        "seeds",
-        title=f"{result.model} on {result.data}, budget {result.budget}, equal {result.equal}",
-        title_justify="left",
-        title_style="bold",
+    table = titled(
+        f"{result.model} on {result.data}, budget {result.budget}, equal {result.equal}",
+        "\npolicy",
+        "\ntest accuracy",
+        "\nMACs",
+        "\nparameters",
+        "training\nMACs",
+        "\ntime",
     )
     for line in result.policies:
         table.add_row(
-            line.policy,
-            percent(line.accuracy),
-            "-" if line.spread is None else percent(line.spread),
+            line.policy.replace(":", "\n:"),  # its settings below it, as they are typed
+            f"{100 * line.accuracy:.2f}{'' if line.spread is None else f' ± {100 * line.spread:.2f}'} %",
             million(line.macs),
             million(line.params),
-            f"{line.train_macs / 1e12:.3g} T",
+            f"{digits(line.train_macs / 1e12)} T",
             duration(line.train_seconds),
-            str(line.seeds),
         )
     table.caption, table.caption_justify = (
-        f"means over seeds, tested on {result.test_data}" + (f"; {result.plot}" if result.plot else ""),
+        f"means over {result.policies[0].seeds} seed(s), tested on {result.test_data}"
+        + (f"; {result.plot}" if result.plot else ""),
         "left",
     )
     return table
@@ -372,7 +376,7 @@ def comparison_table(result: Comparison) -> Table:
 def used(line: dict) -> str:
     """A budget's line: what is used of what is allowed."""
     if line["budget"].startswith("latency"):
-        return f"{line['actual']:.3g} of {line['limit']:.3g} ms (predicted {line['predicted']:.3g})"
+        return f"{digits(line['actual'])} of {digits(line['limit'])} ms (predicted {digits(line['predicted'])})"
     return f"{line['actual']:,} of {line['limit']:,.0f}"
 
 
@@ -408,17 +412,7 @@ def gate_tables(result: GateResult) -> list:
             ("file", result.path),
         ],
     )
-    table = Table(
-        "group",
-        "gates",
-        "open",
-        "vary",
-        "entropy",
-        "information on the class",
-        title="gates",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = titled("gates", "group", "gates", "open", "vary", "entropy", "information\non the class")
     for line in stats.layers:
         table.add_row(
             line.group,
@@ -435,7 +429,8 @@ def gated_export_table(result: GatedExportResult) -> Table:
     return pairs(
         "export",
         [
-            ("file", f"{result.path} ({mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time)"),
+            ("file", result.path),
+            ("size", f"{mebibytes(result.size_bytes)}, opset {result.opset}, one image at a time"),
             (
                 "cut",
                 f"{result.closed_for_good:,} of {result.units:,} gates, which hardly any image opens; what is left "
@@ -446,42 +441,37 @@ def gated_export_table(result: GatedExportResult) -> Table:
                 ", ".join(f"{count} {form}" for form, count in sorted(result.forms.items()))
                 + " (the quickest of each was measured)",
             ),
-            (
-                "parity with torch",
-                f"largest difference {result.max_abs_diff:.1e} with the same gates, same class on "
-                f"{percent(result.top1_agreement)} of {result.images} images",
-            ),
+            ("parity with torch", f"largest difference {result.max_abs_diff:.1e}, with the same gates"),
+            ("same class", f"{percent(result.top1_agreement)} of {result.images} images"),
             ("gates", f"opened alike on {percent(result.gates_agree)} of the images"),
         ],
     )
 
 
 def gated_bench_tables(result: GatedBenchResult) -> list:
-    table = Table(
+    table = titled(
+        f"bench: {result.images} real images one by one, {result.threads or 'default'} thread(s)",
         "",
         "MACs",
         "p50",
         "p95",
         "mean",
         "speed-up",
-        title=f"bench: {result.images} real images one by one, {result.threads or 'default'} thread(s)",
-        title_justify="left",
-        title_style="bold",
     )
     for kind, rows in (("onnxruntime", result.rows), ("torch", result.torch_rows)):
         for row in rows:
             table.add_row(
                 f"{kind}, {row.network}",
                 million(row.macs),
-                f"{row.p50_ms:.3g} ms",
-                f"{row.p95_ms:.3g} ms",
-                f"{row.mean_ms:.3g} ms",
+                f"{digits(row.p50_ms)} ms",
+                f"{digits(row.p95_ms)} ms",
+                f"{digits(row.mean_ms)} ms",
                 f"{row.speedup_p50:.2f}x",
             )
         table.add_section()
     environment = result.environment
     table.caption = (
-        f"gated images from {result.quick_ms:.3g} ms (cheapest tenth) to {result.slow_ms:.3g} ms "
+        f"gated images from {digits(result.quick_ms)} ms (cheapest tenth) to {digits(result.slow_ms)} ms "
         f"(dearest tenth); accuracy {percent(result.accuracy)} on {result.test_data}, "
         f"{percent(result.accuracy_onnx)} of the timed images in onnxruntime; "
         f"{environment['processor']}, onnxruntime {environment['onnxruntime']}"
@@ -492,13 +482,7 @@ def gated_bench_tables(result: GatedBenchResult) -> list:
 
 def cost_table(stats: GateStats) -> Table:
     """Who pays what."""
-    table = Table(
-        "images",
-        "mean cost",
-        title="cost of an image over the ungated network",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = titled("cost of an image over the ungated network", "images", "mean cost")
     table.add_row(
         "all",
         f"{percent(stats.share)} ({', '.join(f'{p}th {percent(value)}' for p, value in stats.percentiles.items())})",
@@ -514,22 +498,14 @@ def cost_table(stats: GateStats) -> Table:
 
 
 def plan_table(result: Plan) -> Table:
-    table = Table(
-        "",
-        "smallest",
-        "chosen",
-        "full",
-        title=f"plan for {result.model} at {result.input}",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = titled(f"plan for {result.model} at {result.input}", "", "smallest", "chosen", "full")
     table.add_row("MACs", million(result.smallest_macs), million(result.macs), million(result.dense_macs))
     table.add_row("parameters", million(result.smallest_params), million(result.params), million(result.dense_params))
     if result.dense_latency_ms is not None:
         table.add_row(
             "onnxruntime, batch 1",
             *(
-                ("-" if ms is None else f"{ms:.3g} ms")
+                ("-" if ms is None else f"{digits(ms)} ms")
                 for ms in (result.smallest_latency_ms, result.latency_ms, result.dense_latency_ms)
             ),
         )
@@ -541,21 +517,30 @@ def plan_table(result: Plan) -> Table:
     return table
 
 
+def beside(first: str, layer: str) -> str:
+    """A layer's name, short (".conv2", ".branch.3") where it lies in the module that also holds `first`, or the
+    numbered layers of which `first` is one."""
+    *path, last = first.split(".")
+    while path and last.isdecimal():
+        last = path.pop()
+    module = "".join(f"{name}." for name in path)
+    return f".{layer.removeprefix(module)}" if module and layer.startswith(module) else layer
+
+
 def inspect_tables(result: Inspection) -> list:
     """Groups, pins and the outcome of the check."""
-    table = Table(
+    table = titled(
+        f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
         "group",
         "arms",
         "layers",
         "MACs",
         "parameters",
         "removal",
-        title=f"{result.model} at {result.input}: {result.groups} groups, {result.arms} arms",
-        title_justify="left",
-        title_style="bold",
     )
     for line in result.lines:
-        layers = ", ".join(line.layers[:3]) + (f" and {len(line.layers) - 3} more" if len(line.layers) > 3 else "")
+        names = [beside(line.name, layer) for layer in line.layers[:3]]
+        layers = ", ".join(names) + (f" and {len(line.layers) - 3} more" if len(line.layers) > 3 else "")
         table.add_row(
             line.name,
             str(line.arms),
@@ -568,13 +553,12 @@ def inspect_tables(result: Inspection) -> list:
         (
             f"{million(result.macs)} MACs, {million(result.params)} parameters; "
             f"{percent(result.prunable_params_share)} of the parameters lie in an arm "
-            f"that can be removed. An arm's share counts all layers that it touches."
+            f"that can be removed. An arm's share counts all layers that it touches. "
+            f"Names that begin with a dot lie beside the group's own."
         ),
         "left",
     )
-    pins = Table(
-        "pinned by", "in layer", "channels", title="cannot be removed", title_justify="left", title_style="bold"
-    )
+    pins = titled("cannot be removed", "pinned by", "in layer", "channels")
     for pin in result.pinned:
         pins.add_row(pin.op, pin.layer, str(pin.channels))
     items: list = [table, pins]

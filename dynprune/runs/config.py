@@ -80,8 +80,8 @@ class Task:
 
     model: str = setting(
         "vgg16",
-        "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), "
-        "torchvision:NAME, timm:NAME, or package.module:factory for your own code.",
+        "Network: a zoo name (vgg16, vgg19, resnet20, resnet56, resnet164, densenet40), torchvision:NAME, timm:NAME, "
+        "or package.module:factory for your own code.",
     )
     weights: str = setting(
         "",
@@ -90,14 +90,14 @@ class Task:
     )
     data: str = setting(
         "digits",
-        "digits (embedded), a folder of photos (train/ with val/ or valid/ and/or test/, or "
-        "one folder per class), cifar10, cifar100, svhn, or fashion-mnist.",
+        "digits (embedded), a folder of photos (train/ with val/ or valid/ and/or test/, or one folder per class), "
+        "cifar10, cifar100, svhn, or fashion-mnist.",
     )
     data_root: str = setting("data", "Where torchvision's datasets are kept; downloaded there only if absent.")
     image_size: str = setting(
         "auto",
-        "Size of the images in pixels: 224, or 96x64 (height x width); auto picks a "
-        "square from the data (32 or 64 for small images, 224 for photos).",
+        "Size of the images in pixels: 224, or 96x64 (height x width); auto picks a square from the data (32 or 64 for "
+        "small images, 224 for photos).",
         check=lambda v: (
             v == "auto"
             or re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", v) is not None
@@ -282,10 +282,9 @@ class Limited:
 
     budget: tuple[str, ...] = setting(
         ("0.25",),
-        "What may be executed: 0.25 or macs=0.25 (share of the dense "
-        "network's multiply-accumulates), macs=80M, params=0.11, "
-        "params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 "
-        "on one thread), latency=2ms. Several hold at once.",
+        "What may be executed: 0.25 or macs=0.25 (share of the dense network's multiply-accumulates), macs=80M, "
+        "params=0.11, params=1.5M, latency=0.3 (share of its onnxruntime time at batch 1 on one thread), latency=2ms. "
+        "Several hold at once.",
     )
     min_width: int = setting(1, "No layer gets narrower than this.", check=positive, expected="at least 1")
     max_width_share: float = setting(
@@ -297,8 +296,8 @@ class Limited:
     keep: tuple[str, ...] = setting((), "Layers that are never narrowed, by name or pattern such as layer1.*.")
     align: str = setting(
         "auto",
-        "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 "
-        "(8 without AVX-512), or 8 or 4 where a layer is narrow.",
+        "Widths are multiples of this number; auto takes what onnxruntime runs fastest: 16 (8 without AVX-512), or 8 "
+        "or 4 where a layer is narrow.",
         check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0,
         expected="auto or a number from 1",
     )
@@ -344,8 +343,8 @@ class TrainConfig(Limited, Recipe):
     )
     explore: float = setting(
         0.005,
-        "Share of the steps in which the bandit explores before it settles; as many as "
-        "playing every channel once takes, at least; 0 explores nothing.",
+        "Share of the steps in which the bandit explores before it settles; as many as playing every channel once "
+        "takes, at least; 0 explores nothing.",
         check=fraction,
         expected="a share in [0, 1)",
     )
@@ -363,9 +362,9 @@ class TrainConfig(Limited, Recipe):
     )
     grow: float = setting(
         0.0,
-        "Share of the steps, from the first, in which layers are narrower than the budget "
-        "allows, at half of its multiplications; then they grow to their widths. Training gets "
-        "cheaper: 0.667 saves a third, worth half as many epochs again.",
+        "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its "
+        "multiplications; then they grow to their widths. Training gets cheaper: 0.667 saves a third, worth half as "
+        "many epochs again.",
         check=fraction,
         expected="a share in [0, 1)",
     )
@@ -518,23 +517,22 @@ class GateConfig(Recipe):
     base: str = setting("", "Run whose compact (or dense) network gets the gates; empty for a new network.")
     target: float = setting(
         0.33,
-        "Mean share of the ungated network's multiply-accumulates that an image may cost, "
-        "gates included; 1 leaves every gate open: the ungated network on the same schedule.",
+        "Mean share of the ungated network's multiply-accumulates that an image may cost, gates included; 1 leaves "
+        "every gate open: the ungated network on the same schedule.",
         check=lambda v: 0 < v <= 1,
         expected="a share in (0, 1]",
     )
     estimator: str = setting(
         "gumbel",
-        "How gates learn: gumbel (straight-through), reinforce (policy gradient, with "
-        "a forward pass more per step), or random (gates that learn nothing, to "
-        "compare with).",
+        "How gates learn: gumbel (straight-through), reinforce (policy gradient, with a forward pass more per step), "
+        "or random (gates that learn nothing, to compare with).",
         choices=ESTIMATORS,
     )
     block: int = setting(
         16,
-        "Neighbouring channels that share a gate. 16 is what onnxruntime computes at once; 1 "
-        "gates every channel, which keeps most accuracy and saves least time; 0 gates whole "
-        "layers, and blocks of 16 in layers that the network cannot do without.",
+        "Neighbouring channels that share a gate. 16 is what onnxruntime computes at once; 1 gates every channel, "
+        "which keeps most accuracy and saves least time; 0 gates whole layers, and blocks of 16 in layers that the "
+        "network cannot do without.",
         check=lambda v: 0 <= v <= 4096,
         expected="0 to 4096",
     )
@@ -562,9 +560,8 @@ class GateConfig(Recipe):
     )
     distill: float = setting(
         0.7,
-        "Of a trained network (RUN or --weights): weight in the loss of what it said before "
-        "it had gates; the labels have the rest. Closed gates lose less, for one more "
-        "forward pass per step.",
+        "Of a trained network (RUN or --weights): weight in the loss of what it said before it had gates; the labels "
+        "have the rest. Closed gates lose less, for one more forward pass per step.",
         check=lambda v: 0 <= v <= 1,
         expected="a share in [0, 1]",
     )
