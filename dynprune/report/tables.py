@@ -163,8 +163,9 @@ def train_table(result: TrainResult) -> Table:
     )
 
 
-def compact_table(result: CompactResult) -> Table:
-    table = titled("compact", "", "dense", "compact", "ratio")
+def sizes_table(before: str, result: CompactResult | TrainedResult) -> Table:
+    """What a compact network saves; the column `before` is of the network that it was."""
+    table = titled("compact", "", before, "compact", "ratio")
     table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
     table.add_row(
         "parameters",
@@ -179,6 +180,11 @@ def compact_table(result: CompactResult) -> Table:
         f"{result.dense_size_bytes / result.size_bytes:.2f}x",
     )
     table.add_section()
+    return table
+
+
+def compact_table(result: CompactResult) -> Table:
+    table = sizes_table("dense", result)
     table.add_row("test accuracy", "", percent(result.accuracy), f"executed: {percent(result.accuracy_executed)}")
     table.add_row("proof", "", f"{result.max_rel_diff:.1e}", "largest difference")
     for line in result.budgets:
@@ -191,26 +197,12 @@ def compact_table(result: CompactResult) -> Table:
 
 
 def trained_table(result: TrainedResult) -> Table:
-    table = Table("", "untouched", "compact", "ratio", title="compact", title_justify="left", title_style="bold")
-    table.add_row("MACs", million(result.dense_macs), million(result.macs), f"{result.dense_macs / result.macs:.2f}x")
-    table.add_row(
-        "parameters",
-        million(result.dense_params),
-        million(result.params),
-        f"{result.dense_params / result.params:.2f}x",
-    )
-    table.add_row(
-        "size",
-        mebibytes(result.dense_size_bytes),
-        mebibytes(result.size_bytes),
-        f"{result.dense_size_bytes / result.size_bytes:.2f}x",
-    )
-    table.add_section()
+    table = sizes_table("untouched", result)
     change = f"{100 * (result.accuracy - result.accuracy_before):+.2f} points"
     table.add_row("test accuracy", percent(result.accuracy_before), percent(result.accuracy), change)
     if result.tune_steps:
         table.add_row("before tuning", "", percent(result.accuracy_repaired), f"{result.tune_steps} steps of tuning")
-    table.add_row("distance", "0", f"{result.distance:.3f}", "nats from the untouched, before tuning")
+    table.add_row("distance", "0", f"{result.distance:.3f}", "nats, before tuning")
     if result.pulls:
         fell = f"distance {result.distance_at_start:.3f} to {result.curve[-1][1]:.3f}"
         table.add_row("widths", "", f"{result.pulls} tried", fell)
@@ -225,18 +217,7 @@ def trained_table(result: TrainedResult) -> Table:
 
 
 def curve_table(result: Curve) -> Table:
-    table = Table(
-        "MACs",
-        "parameters",
-        "validation",
-        "test",
-        "lost",
-        "ms",
-        "dense, ms",
-        title="curve, before any tuning",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = titled("curve, before any tuning", "MACs", "parameters", "validation", "test", "lost", "ms", "dense, ms")
     before = percent(result.val_accuracy_before), percent(result.accuracy_before)
     table.add_row(f"{million(result.macs)} (1.000)", million(result.params), *before, "", "", "")
     for point in result.points:
@@ -246,8 +227,8 @@ def curve_table(result: Curve) -> Table:
             percent(point.val_accuracy),
             percent(point.accuracy),
             f"{100 * (result.accuracy_before - point.accuracy):.2f}",
-            f"{point.ms:.3g}",
-            f"{point.dense_ms:.3g}",
+            digits(point.ms),
+            digits(point.dense_ms),
         )
     table.caption, table.caption_justify = f"tested on {result.test_data}; plot: {result.plot or 'none'}", "left"
     return table

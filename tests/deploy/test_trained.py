@@ -210,23 +210,3 @@ def test_a_curve_before_anybody_decides(weights, tmp_path):
     assert curve["plot"] is None or (tmp_path / "curve" / "curve.png").stat().st_size > 1000
     assert not (tmp_path / "curve" / "compact.safetensors").exists()
     assert "--curve expects shares" in refused("compact", *given, "--curve", "2,half")
-
-
-def test_tables_fit_80_columns(compacted):
-    """Large networks, long names: nothing is cut off, no line is longer."""
-    from rich.console import Console
-
-    from dynprune.deploy.trained import Curve, CurvePoint, TrainedResult
-    from dynprune.report.tables import curve_table, trained_table
-
-    result = TrainedResult(**{**compacted[1], "macs": 1_234_567_890, "dense_macs": 4_089_184_256, "params": 25_557_032})
-    point = CurvePoint(0.5, 1_234_567_890, 25_557_032, 0.7612, 0.7588, 123.4, 456.7, 0.1234)
-    curve = Curve(
-        [point] * 3, 4_089_184_256, 44_549_160, 0.8, 0.79, "val/", "runs/torchvision-resnet101-photos-curve/curve.png"
-    )
-    for table in (trained_table(result), curve_table(curve)):
-        console = Console(width=80, record=True, file=open("/dev/null", "w"))
-        console.print(table)
-        text = console.export_text()
-        assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-        assert "1,234.57 M" in text or "1234.57 M" in text or "1.23 G" in text

@@ -13,6 +13,7 @@ from dynprune.deploy.bench import BenchResult, BenchRow, Latency
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compare import Comparison, PolicySummary
 from dynprune.deploy.export import ExportResult
+from dynprune.deploy.trained import Curve, CurvePoint, TrainedResult
 from dynprune.gates.bench import GatedBenchResult, GatedRow
 from dynprune.gates.export import GatedExportResult
 from dynprune.gates.stats import GateLine, GateStats
@@ -94,6 +95,42 @@ def compact():
             widths={},
         )
     )
+
+
+def trained():
+    return tables.trained_table(
+        TrainedResult(
+            run=RUN,
+            path=f"{RUN}/compact.safetensors",
+            macs=708_429_184,
+            params=2_010_000,
+            size_bytes=8_212_480,
+            dense_macs=2_834_161_664,
+            dense_params=7_978_856,
+            dense_size_bytes=32_254_976,
+            budgets=[MACS, LATENCY],
+            accuracy_before=0.7522,
+            accuracy_repaired=0.7101,
+            accuracy=0.7444,
+            test_data=TEST,
+            distance_at_start=0.234,
+            distance=0.123,
+            pulls=57,
+            curve=[(1.0, 0.234), (60.0, 0.123)],
+            tune_steps=1_220,
+            max_rel_diff=4.2e-16,
+            mixed_groups=[],
+            left={LONG: "its inputs are few"},
+            seconds={"calibrate": 5.2, "search": 60.0, "repair": 31.4, "tune": 180.3},
+            widths={},
+        )
+    )
+
+
+def curve():
+    point = CurvePoint(0.5, 1_417_080_832, 4_010_000, 0.7612, 0.7588, 123.4, 1_456.7, 0.1234)
+    small = CurvePoint(0.25, 708_429_184, 2_010_000, 0.5, 0.4922, 61.2, 1_456.7, 0.9)
+    return tables.curve_table(Curve([point, small], 2_834_161_664, 7_978_856, 1.0, 0.79, TEST, f"{RUN}/curve.png"))
 
 
 def export():
@@ -294,7 +331,21 @@ def inspect():
     )
 
 
-TABLES = (inspect, plan, train, compact, export, bench, bench_training, compare, gate, gated_export, gated_bench)
+TABLES = (
+    inspect,
+    plan,
+    train,
+    compact,
+    trained,
+    curve,
+    export,
+    bench,
+    bench_training,
+    compare,
+    gate,
+    gated_export,
+    gated_bench,
+)
 
 
 def rendered(width: int) -> dict[str, str]:
