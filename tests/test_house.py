@@ -1,6 +1,7 @@
 """Rooms: imports between folders run one way (contracts in pyproject.toml), and each folder says what it is for."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,28 @@ def test_an_import_that_runs_up_is_found(room, line, tmp_path):
 def test_every_room_says_what_goes_in_and_what_comes_out(room):
     words = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
     assert len(words.split()) > 8, room
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_what_a_room_says_that_others_use_is_there_and_used(room):
+    words = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    names = set(re.findall(r"`(\w+)`", words.partition("Others use")[2]))
+    assert names or room.name in ("cli", "commands")  # the top: dynprune/__init__.py exports what these have
+    own, others = [], []
+    for path in (ROOT / "dynprune").rglob("*.py"):
+        (own if room in path.parents else others).append(path)
+    trees = [ast.parse(path.read_text(encoding="utf-8")).body for path in own]
+    made = {getattr(node, "name", None) for tree in trees for node in tree} | {path.stem for path in own}
+    made |= {
+        getattr(target, "id", None)
+        for tree in trees
+        for node in tree
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+    }
+    assert names <= made
+    text = "\n".join(path.read_text(encoding="utf-8") for path in others)
+    assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
 def test_every_room_is_on_a_floor():

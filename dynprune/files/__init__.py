@@ -2,4 +2,7 @@
 
 In: tensors and facts, or a network. Out: safetensors (`disk.py`), the compact file and the network in it
 (`artifact.py`), ONNX and its sessions (`onnxfile.py`). Read `artifact.py` first.
+
+Others use `artifact`, `read_tensors`, `write_tensors` and `write_text` (`disk.py`), `write_onnx` and `open_session`
+(`onnxfile.py`).
 """

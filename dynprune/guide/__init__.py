@@ -2,6 +2,8 @@
 
 In: a topic. Out: its page as Markdown. The pages lie here, beside this file, and their code and commands are run or
 parsed by the tests.
+
+Others use `page` and `TOPICS`.
 """
 
 from __future__ import annotations

@@ -4,4 +4,7 @@ In: an untouched network with its channel graph, some images, a budget. Out: a n
 without a step of training, and training for some seconds if they are given. Read `trained.py` first: it is the whole
 way in one function. Then `choice.py` (what repair cannot replace), `refit.py` (ridge regression layer after layer) and
 `widths.py` (the bandit on frozen weights).
+
+Others use `Compaction` (`trained.py`), `repair` (`refit.py`), `tune` and `divergence` (`distill.py`), `sample_images`
+(`images.py`).
 """

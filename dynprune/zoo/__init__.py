@@ -3,6 +3,8 @@
 
 Takes the name and the number of classes, returns a freshly initialised module. Arguments may follow the name:
 `timm:resnet18?in_chans=1`. `weights.py` fills it from a checkpoint.
+
+Others use `build` and `runs_code`, `load_trained` (`weights.py`).
 """
 
 from __future__ import annotations
