@@ -208,8 +208,8 @@ class Recipe(Task):
     epochs: int = setting(20, "Passes over the training images.", check=positive, expected="at least 1")
     batch_size: int = setting(
         0,
-        "Images per step; auto takes 128, or less where there are so few images that a run "
-        "would have too few steps to learn from.",
+        "Images per step; auto takes 128, or less where there are so few images that a run would have too few steps to "
+        "learn from.",
         check=lambda v: v == 0 or v > 1,
         expected="auto, or at least 2",
         auto=0,
@@ -217,8 +217,8 @@ class Recipe(Task):
     optimizer: str = setting("sgd", "sgd (Nesterov momentum) or adamw.", choices=("sgd", "adamw"))
     lr: float = setting(
         0.0,
-        "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, half of it with --weights, and less "
-        "for smaller ones, by the square root.",
+        "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, half of it with --weights, and less for "
+        "smaller ones, by the square root.",
         check=lambda v: v >= 0,
         expected="auto, or more than 0",
         auto=0.0,
@@ -311,18 +311,16 @@ class TrainConfig(Limited, Recipe):
 
     policy: str = setting(
         "cucb",
-        "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), "
-        "static (a thin network of the same widths; with --weights, of the largest "
-        "channels), dense (everything).",
+        "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a thin network of "
+        "the same widths; with --weights, of the largest channels), dense (everything).",
         choices=POLICIES,
     )
     allocation: str = setting(
         "auto",
-        "How widths are spread: uniform (the same share of every layer), balanced "
-        "(uses several budgets at once by narrowing layers with many parameters per "
-        "MAC more), learned (balanced, then moved half-way through exploration by "
-        "what the bandit found a channel of each layer to be worth), or searched (of a trained network: by a bandit "
-        "that tries widths on its frozen weights); auto searches with --weights, and else is uniform.",
+        "How widths are spread: uniform (the same share of every layer), balanced (uses several budgets at once by "
+        "narrowing layers with many parameters per MAC more), learned (balanced, then moved half-way through "
+        "exploration by what the bandit found a channel of each layer to be worth), or searched (of a trained network: "
+        "by a bandit that tries widths on its frozen weights); auto searches with --weights, and else is uniform.",
         choices=("auto", "uniform", "balanced", "learned", "searched"),
     )
     search_time: str = setting(
