@@ -98,9 +98,10 @@ def calibrate(
         for parameter in model.parameters():
             context.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        images = sum(map(len, batches))
         for name in follow(model, (batches[0][:2],)):
             layer = layer_at(model, name)
-            context.callback(layer.register_forward_hook(watching(name, result, seed)).remove)
+            context.callback(layer.register_forward_hook(watching(name, result, seed, images)).remove)
         for number, inputs in enumerate(batches):
             with torch.enable_grad():
                 own_loss(scores(model(inputs.detach().requires_grad_(True))), seed + number).backward()
@@ -110,14 +111,14 @@ def calibrate(
     return result
 
 
-def watching(name: str, result: Calibration, seed: int) -> Callable:
-    """The hook that adds what one layer reads and the gradients of what it says."""
+def watching(name: str, result: Calibration, seed: int, images: int) -> Callable:
+    """The hook that adds what one layer reads and the gradients of what it says; `images` will come in all."""
 
     def hook(layer: Layer, inputs: tuple, output: Tensor) -> None:
         if name in result.left:
             return
         x, groups = inputs[0].detach(), groups_of(layer)
-        at = sample_rows(layer, len(x), positions_of(layer, output), seed).to(x.device)
+        at = sample_rows(layer, len(x), positions_of(layer, output), seed, len(x) / images).to(x.device)
         if name not in result.moments and not explains(layer, x, output.detach(), at[:256]):
             result.left[name] = "says something else than the product of its input with its weight"
             return

@@ -26,7 +26,7 @@ from dynprune.state.copies import generator
 from dynprune.structure.channels import ChannelGraph
 
 DAMPING = 0.01  # of A's mean diagonal, added to it
-STEPS = 64  # in which a group's arms go; a wide one loses several at once
+STEPS = 32  # in which a group's arms go; a wide one loses several at once
 SHRINK = 0.8  # share of a group's arms at which what is known of those that are gone is dropped
 CHOICES = ("repairable", "magnitude", "random")
 
@@ -173,8 +173,8 @@ def read(layer: Layer, moments: Moments, number: int, columns: Mapping[str, Tens
         for name, own in columns.items():
             readers[name].append(LooseReader(each[own].sum(1)))
         return
-    inverse = torch.cholesky_inverse(factor(gram, DAMPING))
-    weights = root @ weights
+    inverse = torch.cholesky_inverse(factor(gram, DAMPING)).float()  # what is updated many times is in float32
+    weights = (root @ weights).float()
     for name, own in columns.items():
         places = own.reshape(-1)
         readers[name].append(

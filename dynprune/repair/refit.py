@@ -38,7 +38,7 @@ from dynprune.structure.record import AxisKey
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 RIDGE = 0.01  # of the mean square of a column of inputs: how much a weight is held where it was
-ROUNDS = 8  # of the regression behind a rectifier
+ROUNDS = 4  # of the regression behind a rectifier
 LEAST_SLOPE = 1e-3  # of a channel on the way to a sum: with less, what it says does not reach it
 
 

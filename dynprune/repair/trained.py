@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,13 +25,15 @@ from dynprune.repair.calibration import calibrate
 from dynprune.repair.choice import orders
 from dynprune.repair.distill import tune
 from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
+from dynprune.repair.scores import refit_scores, scores_layer
 from dynprune.repair.widths import Found, Moves, search
 from dynprune.state.copies import copied
 from dynprune.structure.channels import ChannelGraph, Selection
+from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 
 FEWEST = 32  # images without which nothing can be calibrated
-PULL_SCALE = 0.5  # of the places that a repair within the search looks at
+PULL_SCALE = 0.25  # of the places that a repair within the search looks at
 PULL_ROUNDS = 2  # of the regression behind a rectifier, there
 
 
@@ -59,8 +61,11 @@ class Compaction:
         self.calibration.moments.clear()  # the largest thing there is, and of no more use
         self.targets = targets_of(model, images.repair, seed=seed)
         self.quick = targets_of(model, images.pull, seed=seed, scale=PULL_SCALE)
+        self.fitted = [*images.moments, *images.repair.split(128)]
+        self.head = scores_layer(model, images.judge[:2], logits)
         with torch.no_grad():
             self.said = logits(model(images.judge)).float()
+            self.taught = torch.cat([logits(model(part)).float() for part in self.fitted]) if self.head else self.said
 
     def selection(self, widths: dict[str, int]) -> Selection:
         return {name: self.orders[name].kept(width) for name, width in widths.items()}
@@ -70,10 +75,20 @@ class Compaction:
         return slim(self.model, self.graph.kept(self.selection(widths))).eval()
 
     def repaired(self, widths: dict[str, int], targets: Targets | None = None, rounds: int = ROUNDS) -> nn.Module:
-        """A copy with these widths, refitted."""
+        """A copy with these widths, refitted; with `targets` in a hurry, as the search does."""
         narrow = self.cut(widths)
-        repair(narrow, self.graph.kept(self.selection(widths)), targets or self.targets, rounds=rounds)
+        kept = self.graph.kept(self.selection(widths))
+        if targets:
+            repair(narrow, kept, targets, rounds=rounds)
+        else:
+            self.repair(narrow, kept)
         return narrow
+
+    def repair(self, narrow: nn.Module, kept: Mapping[AxisKey, np.ndarray]) -> None:
+        """Refit a network that holds the `kept` positions, which is in eval mode, in place."""
+        repair(narrow, kept, self.targets)
+        if self.head:
+            refit_scores(narrow, self.head, self.fitted, self.taught)
 
     @torch.no_grad()
     def distance(self, narrow: nn.Module) -> float:
@@ -106,7 +121,9 @@ class Compaction:
         """Better widths than `start` within the budget; see `widths.search`."""
         cost = cost or CostModel(self.graph)
         bounds = [(limit, limit.value(cost.dense(limit.quantity))) for limit in map(parse_limit, budget.limits)]
-        moves = Moves(cost, bounds, constraints_for(self.graph, budget))
+        in_ms = any(limit.quantity == "latency" for limit, _ in bounds)  # which says itself what a width costs
+        fine = budget if in_ms or budget.align != "auto" else replace(budget, align="fine")
+        moves = Moves(cost, bounds, constraints_for(self.graph, fine))
         worth = self.worth(cost, bounds, start)
         return search(
             start, moves, self.pull, seconds=seconds, policy=policy, worth=worth, seed=self.seed, report=report

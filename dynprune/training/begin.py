@@ -17,7 +17,6 @@ from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Data
 from dynprune.execution.reservoir import Reservoir
 from dynprune.repair.images import sample_images
-from dynprune.repair.refit import repair
 from dynprune.repair.trained import Compaction
 from dynprune.repair.widths import Found
 from dynprune.structure.channels import ChannelGraph
@@ -46,7 +45,7 @@ class Beginning:
         """Refit the active model, in place, at its selection."""
         kept = reservoir.graph.kept(reservoir.slots, reservoir.template)
         with evaluating(reservoir.active):
-            repair(reservoir.active, kept, self.compaction.targets)
+            self.compaction.repair(reservoir.active, kept)
 
 
 def begin_trained(full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device) -> Beginning:

@@ -153,6 +153,7 @@ def test_alignment_falls_back_for_narrow_layers():
     assert widest in (8, 16)  # what the processor's vectors hold
     assert [alignment(arms) for arms in (512, 64, 48, 32, 16, 12, 6)] == [widest, widest, 8, 8, 4, 4, 1]
     assert [alignment(arms, "12") for arms in (512, 6)] == [12, 6]
+    assert [alignment(arms, "fine") for arms in (256, 128, 64, 16, 6)] == [widest, 8, 4, 4, 1]
 
 
 def test_learned_widths_follow_the_worth_of_a_channel(graphs):
