@@ -8,7 +8,10 @@ but loading.
     --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,150   --parts
     --policies bandit,greedy,random,none   (ways to find widths; the first gives the tuned rows)
 
+
 --parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, each on and off, untuned.
+--curves 20,60,120 prints another table instead: for every policy, distance and test accuracy of the best widths that it
+had found after so many seconds.
 """
 
 from __future__ import annotations
@@ -54,8 +57,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--align", default="auto")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--curves", default="")
     parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--no-ours", action="store_true")
+    parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
+    torch.set_num_threads(given.threads or torch.get_num_threads())
     data = load_data(Source(given.data, image_size=given.image_size))
     model = zoo.build(given.model, len(data.classes), size=data.size)
     data = fitting(model, data)
@@ -63,8 +70,8 @@ def main() -> None:
     model.eval()
     untouched = evaluate(model, data, data.test)
     print(f"{given.model}, untouched {100 * untouched:.2f} % on {len(data.test)} test images", flush=True)
-    if given.parts:
-        ablate(model, data, given)
+    if given.parts or given.curves:
+        (ablate if given.parts else draw)(model, data, given)
         return
     print(
         "| MACs kept | seed | how | "
@@ -88,6 +95,9 @@ def main() -> None:
 def candidates(model: nn.Module, data: Data, budget: str, seed: int, given) -> dict[str, tuple[nn.Module, float]]:
     """Compact networks within the budget, with the seconds that each took."""
     graph, found = trace(model, data.example), {}
+    if given.no_ours:
+        bound = parse_limit(budget).value(graph.macs({}))
+        return {"Torch-Pruning": best_rival(model, data, bound, seed, given.images)}
     began = time.perf_counter()
     compaction = Compaction(model, graph, sample_images(model, data, given.images, seed, CPU), seed=seed)
     calibrated = time.perf_counter() - began
@@ -208,6 +218,47 @@ def ablate(model: nn.Module, data: Data, given) -> None:
                         repair(narrow, kept, compaction.targets, **options)
                     accuracy, far = 100 * evaluate(narrow, data, data.test), compaction.distance(narrow)
                     print(f"| {budget} | {seed} | {choice} | {words} | {accuracy:.2f} | {far:.3f} |", flush=True)
+
+
+def watched(compaction: Compaction) -> list[tuple[float, float, dict[str, int]]]:
+    """Seconds from now, distance and widths of every pull that will be."""
+    seen: list[tuple[float, float, dict[str, int]]] = []
+    began = time.perf_counter()
+
+    def pull(widths: dict[str, int]) -> float:
+        far = Compaction.pull(compaction, widths)
+        seen.append((time.perf_counter() - began, far, widths))
+        return far
+
+    compaction.pull = pull  # type: ignore[method-assign]
+    return seen
+
+
+def draw(model: nn.Module, data: Data, given) -> None:
+    """Distance and accuracy of the best widths over the seconds of the search, by every policy."""
+    graph, times = trace(model, data.example), [float(text) for text in given.curves.split(",")]
+    print("| MACs kept | seed | policy | seconds | pulls | distance, quick | distance | test accuracy, % |")
+    print("|---|---|---|---|---|---|---|---|")
+    for budget, seed in itertools.product(given.budgets.split(","), range(given.seeds)):
+        compaction = Compaction(model, graph, sample_images(model, data, given.images, seed, CPU), seed=seed)
+        allowed = Budget((budget,), align=given.align)
+        start = allocate(graph, [budget], allowed=constraints_for(graph, allowed))
+        for policy in given.policies.split(","):
+            seen = watched(compaction)
+            if policy == "none":
+                compaction.pull(start)
+            else:
+                compaction.find_widths(start, allowed, max(times), policy=policy)
+            for until in times if policy != "none" else times[:1]:
+                until_then = [entry for entry in seen if entry[0] <= until] or seen[:1]
+                _, quick, widths = min(until_then, key=lambda entry: entry[1])
+                narrow = compaction.repaired(widths)
+                accuracy, far = 100 * evaluate(narrow, data, data.test), compaction.distance(narrow)
+                print(
+                    f"| {budget} | {seed} | {policy} | {until:g} | {len(until_then)} | {quick:.4f} | {far:.4f} "
+                    f"| {accuracy:.2f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
