@@ -197,7 +197,8 @@ def compare(
         typer.Option(
             "--policies",
             help="Ways to train, separated by commas, yours first: cucb, cucb-paper, random, static, static-ours, "
-            "dense, dense+prune. With settings of its own: cucb:explore=0.03.",
+            "dense, dense+prune. With settings of its own: cucb:explore=0.03, or dense+prune:importance=hessian "
+            "(magnitude, taylor, hessian, isomorphic).",
         ),
     ] = "cucb,random,static",
     seeds: Annotated[
@@ -223,17 +224,25 @@ def compare(
     """Train what you would do instead, side by side: random channels, thin networks from scratch, dense, dense and
     pruned.
 
-    Stopped comparisons go on where they were. Example:
+    Stopped comparisons go on where they were. With `--weights` and `--epochs 0`, what each makes of the trained network
+    before any training. Example:
     `dynprune compare --data photos/ --model resnet56 --budget 0.25 --policies cucb,random,static --seeds 3`
     """
     if "policy" in given or "paper" in given:
         raise DynpruneError("compare takes --policies, several of them, in place of --policy.")
-    config = TrainConfig(**given).validate()
+    untrained = given.get("epochs") == 0
+    config = TrainConfig(**given | ({"epochs": 1} if untrained else {})).validate()
     from dynprune.commands import compare as verb
     from dynprune.report.tables import comparison_table
 
     with stoppable() as listener:
         result = verb.compare(
-            config, [name.strip() for name in policies.split(",")], seeds, out, equal=equal, listener=listener
+            config,
+            [name.strip() for name in policies.split(",")],
+            seeds,
+            out,
+            equal=equal,
+            untrained=untrained,
+            listener=listener,
         )
     finish(json_output, dataclasses.asdict(result), lambda: [comparison_table(result), result.verdict])

@@ -75,8 +75,8 @@ def compact(what, *args, listener: Listener = SILENT, **options):
 
     *A module*, with example inputs as `trace` takes them and data, batches of images or of (images, labels) as a
     DataLoader gives them: the same, and nothing is written. budget: as `--budget`, several in a list, or a `Budget`.
-    images: how many each of calibration, repair and measuring look at. search, tune: seconds. The module stays as it
-    is.
+    images: how many calibration and measuring look at; repair looks at twice as many. search, tune: seconds. The module
+    stays as it is.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 

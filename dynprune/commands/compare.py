@@ -18,11 +18,13 @@ def compare(
     out: str | Path = "runs/comparison",
     *,
     equal: str = "images",
+    untrained: bool = False,
     listener: Listener = SILENT,
 ) -> Comparison:
     """Train every policy with every seed, in OUT/POLICY-SEED, and say whether the difference is larger than the spread.
 
     policies: yours first; see `dynprune compare --help`. equal: "images" that are seen, or "cost" in multiplications.
+    untrained: compare what each makes of the trained network that the settings name, before any training.
     What is finished in `out` is not repeated. Raises DynpruneError for comparisons that make no sense, before any
     training.
 
@@ -34,6 +36,7 @@ def compare(
         seeds,
         Path(out),
         equal=equal,
+        untrained=untrained,
         report=listener.step,
         say=listener.say,
         stop=listener.stop,

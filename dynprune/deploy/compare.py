@@ -12,10 +12,11 @@ about ours.
     static-ours  a thin network of the widths that cucb ended with, from scratch
     dense        the whole network
     dense+prune  the whole network for half of the training cost, cut to the budget by Torch-Pruning, trained on for the
-                 rest; where --weights gives a trained network, cut at once
+                 rest; where --weights gives a trained network, cut at once. dense+prune:importance=hessian has
+                 another of its importances: magnitude, taylor, hessian, isomorphic
 
 A policy with other settings is a rival too: `cucb:explore=0.03:hold=40` is cucb with these two changed. That is how a
-setting's worth is shown.
+setting's worth is shown. Where --weights gives a trained network, --epochs 0 shows what each makes of it untrained.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +36,14 @@ from dynprune import zoo
 from dynprune.budgets.fit import Fit
 from dynprune.budgets.limits import parse_limit
 from dynprune.data.loading import Data, load_data
-from dynprune.data.scores import fitting
+from dynprune.data.scores import evaluate, fitting
+from dynprune.deploy.rivals import IMPORTANCES, prune, torch_pruning
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
 from dynprune.machine import environment
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
-from dynprune.state.copies import copied
+from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import trace
 from dynprune.training.checkpoint import fill_full, fit_in
 from dynprune.training.session import PASSES, Session
@@ -67,7 +70,8 @@ COMMON = (
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """accuracy: on the test images, of the last step's model. train_macs: of all steps, forward and backward."""
+    """accuracy: on the test images, of the last step's model. train_macs: of all steps, forward and backward.
+    train_seconds: with what came before the first step, such as calibration and repair."""
 
     policy: str
     seed: int
@@ -116,6 +120,7 @@ def compare(
     out: Path,
     *,
     equal: str = "images",
+    untrained: bool = False,
     report: Callable[[Progress], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
@@ -124,8 +129,9 @@ def compare(
     before any training.
 
     equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
+    untrained: compare what each makes of a trained network before any training.
     """
-    check(config, policies, seeds, equal, out)
+    check(config, policies, seeds, equal, out, untrained)
     found = []
     if any(policy.startswith("dense+prune") for policy in policies):
         torch_pruning()
@@ -137,7 +143,7 @@ def compare(
         reference: ComparedRun | None = None
         for policy in policies:
             length = config.epochs if equal == "images" or reference is None else reference
-            one = Trial(own, policy, out, data, report, stop).run(length)
+            one = Trial(own, policy, out, data, report, stop, untrained).run(length)
             reference = reference or one
             found.append(one)
             say(
@@ -162,7 +168,11 @@ def compare(
     return result
 
 
-def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path) -> None:
+def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path, untrained: bool) -> None:
+    if untrained and not config.weights:
+        raise DynpruneError("--epochs 0 compares what is made of a trained network. Pass its --weights, or train.")
+    if untrained and (equal == "cost" or "static-ours" in (policy.split(":")[0] for policy in policies)):
+        raise DynpruneError("--epochs 0 trains nothing. Leave out --equal cost and static-ours.")
     for policy in policies:
         if policy.partition(":")[0] not in POLICIES:
             raise DynpruneError(
@@ -200,7 +210,7 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
         if field.name not in COMMON and (kind := type(getattr(TrainConfig, field.name))) in (int, float, str)
     }
     changed: dict[str, Any] = {}
-    for change in changes:
+    for change in changes if name != "dense+prune" else without_importance(policy):
         key, _, value = change.partition("=")
         key = key.replace("-", "_")
         try:
@@ -220,6 +230,20 @@ def variant(config: TrainConfig, policy: str) -> TrainConfig:
     ).validate()
 
 
+def importance_of(policy: str) -> str:
+    """Of Torch-Pruning's importances, the one that a policy such as dense+prune:importance=hessian names."""
+    given = [change.partition("=")[2] for change in policy.split(":")[1:] if change.startswith("importance=")]
+    found = given[-1] if given else IMPORTANCES[0]
+    if found not in IMPORTANCES:
+        raise DynpruneError(f'--policies got "{policy}". Its importance is one of: {", ".join(IMPORTANCES)}.')
+    return found
+
+
+def without_importance(policy: str) -> list[str]:
+    importance_of(policy)
+    return [change for change in policy.split(":")[1:] if not change.startswith("importance=")]
+
+
 class Trial:
     """One policy with one seed."""
 
@@ -231,7 +255,9 @@ class Trial:
         data: Data,
         report: Callable[[Progress], None],
         stop: Callable[[], bool],
+        untrained: bool = False,
     ):
+        self.untrained = untrained
         self.config, self.policy, self.out, self.data, self.report, self.stop = config, policy, out, data, report, stop
         self.path = out / f"{policy.replace(':', ',')}-{config.seed}"
 
@@ -262,20 +288,30 @@ class Trial:
         fit: Fit | None = None,
         full: nn.Module | None = None,
         teacher: nn.Module | None = None,
+        before: float = 0.0,
     ) -> ComparedRun:
-        """Train in `path`, go on there, or read what is finished. teacher: of a network that another tool cut."""
+        """Train in `path`, go on there, or read what is finished. teacher: of a network that another tool cut; before:
+        the seconds that it took."""
         run = Run(path)
         known = run.config_file.is_file() and without_machine(run.config) == without_machine(settings)
         if not known and run.config_file.is_file():
             raise DynpruneError(f"{path} was trained with other settings. Choose another --out, or remove it.")
-        recorded = run.results.get("train", {}) if known else {}
+        record = "untrained" if self.untrained else "train"
+        recorded = run.results.get(record, {}) if known else {}
         if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
-            resume = known and run.has_checkpoint
+            resume, began = known and run.has_checkpoint, time.perf_counter()
             session = Session(settings, self.data, fit=fit, full=full, teacher=teacher, repaired=not resume)
+            before += time.perf_counter() - began
             run = run if known else Run.create(path, settings, overwrite=False)
-            result = train(settings, run, session=session, resume=resume, report=self.report, stop=self.stop)
-            recorded = {**dataclasses.asdict(result), "params": session.graph.params(session.widths)}
-            run.record("train", recorded)
+            if self.untrained:
+                accuracy = evaluate(session.model, self.data, self.data.test, session.device)
+                recorded = {"accuracy": accuracy, "macs": session.macs, "train_macs": 0, "seconds": before}
+            else:
+                result = train(settings, run, session=session, resume=resume, report=self.report, stop=self.stop)
+                recorded = dataclasses.asdict(result)
+                recorded["seconds"] += before
+            recorded["params"] = session.graph.params(session.widths)
+            run.record(record, recorded)
         return ComparedRun(
             self.policy,
             settings.seed,
@@ -284,7 +320,7 @@ class Trial:
             recorded["params"],
             recorded["train_macs"],
             recorded["seconds"],
-            settings.epochs,
+            0 if self.untrained else settings.epochs,
         )
 
     def prune_and_train_on(self, settings: TrainConfig, length: int | ComparedRun) -> ComparedRun:
@@ -293,15 +329,16 @@ class Trial:
         network, it is cut at once and trained on like its rivals."""
         graph = trace(zoo.build(settings.model, len(self.data.classes), size=self.data.size), self.data.example)
         if settings.weights:
-            small = prune(self.given_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
+            small, seconds = self.pruned(self.given_model(), settings, graph)
             if isinstance(length, ComparedRun):
                 length = affordable(length.train_macs, self.per_epoch(trace(small, self.data.example).macs({})))
             teacher = self.given_model().eval() if settings.distill else None  # as its rivals have it
-            return self.finish(self.path, dataclasses.replace(settings, epochs=length), full=small, teacher=teacher)
+            settings = dataclasses.replace(settings, epochs=length)
+            return self.finish(self.path, settings, full=small, teacher=teacher, before=seconds)
         dense_epoch = self.per_epoch(graph.macs({}))
         before = max(1, length // 2) if isinstance(length, int) else affordable(length.train_macs / 2, dense_epoch)
         first = self.finish(self.path / "dense", dataclasses.replace(settings, epochs=before))
-        small = prune(self.dense_model(), self.data, parse_limit(settings.budget[0]).value(graph.macs({})))
+        small, seconds = self.pruned(self.dense_model(), settings, graph)
         macs = trace(small, self.data.example).macs({})
         after = (
             max(1, length - before)
@@ -309,7 +346,10 @@ class Trial:
             else affordable(length.train_macs - first.train_macs, self.per_epoch(macs))
         )
         second = self.finish(
-            self.path / "pruned", dataclasses.replace(settings, epochs=after, lr=settings.lr / 2), full=small
+            self.path / "pruned",
+            dataclasses.replace(settings, epochs=after, lr=settings.lr / 2),
+            full=small,
+            before=seconds,
         )
         return dataclasses.replace(
             second,
@@ -317,6 +357,12 @@ class Trial:
             train_seconds=first.train_seconds + second.train_seconds,
             epochs=before + after,
         )
+
+    def pruned(self, model: nn.Module, settings: TrainConfig, graph: ChannelGraph) -> tuple[nn.Module, float]:
+        """What Torch-Pruning makes of it within the budget, and the seconds that took."""
+        began, macs = time.perf_counter(), parse_limit(settings.budget[0]).value(graph.macs({}))
+        small = prune(model, self.data, macs, importance_of(self.policy), settings.seed)
+        return small, time.perf_counter() - began
 
     def given_model(self) -> nn.Module:
         model = zoo.build(self.config.model, len(self.data.classes), self.config.seed, size=self.data.size)
@@ -337,54 +383,6 @@ def without_machine(config: TrainConfig) -> TrainConfig:
 def affordable(train_macs: float, per_epoch: int) -> int:
     """Whole epochs that cost closest to this, at least one."""
     return max(1, round(train_macs / per_epoch))
-
-
-def torch_pruning():
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise DynpruneError(
-            '--policies dense+prune needs Torch-Pruning. Install it: pip install "dynprune[compare]".'
-        ) from error
-    return tp
-
-
-def prune(model: nn.Module, data: Data, macs: float) -> nn.Module:
-    """Torch-Pruning's usual choice (magnitude of whole groups, the same ratio in every layer), with the largest ratio
-    of channels kept that meets the MACs."""
-    tp, low, high = torch_pruning(), 0.0, 1.0
-    best = None
-    for _ in range(12):
-        ratio = (low + high) / 2
-        small = copied(model).eval()
-        outputs = [
-            module
-            for module in small.modules()
-            if isinstance(module, nn.Linear) and module.out_features == len(data.classes)
-        ]
-        tp.pruner.BasePruner(
-            small,
-            data.example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=ratio,
-            ignored_layers=outputs,
-        ).step()
-        try:
-            cost = trace(small, data.example).macs({})
-        except DynpruneError as error:
-            raise DynpruneError(
-                f"What Torch-Pruning makes of this network does not run ({error}) Leave dense+prune out."
-            ) from error
-        if cost <= macs:
-            best, high = small, ratio
-        else:
-            low = ratio
-    if best is None:
-        raise DynpruneError(
-            f"Torch-Pruning cannot cut this network to {macs:.0f} MACs. Leave dense+prune out, or "
-            f"choose a larger budget."
-        )
-    return best
 
 
 def summarise(runs: list[ComparedRun], policies: list[str]) -> list[PolicySummary]:
@@ -430,16 +428,21 @@ def verdict(summaries: list[PolicySummary]) -> str:
 
 
 def draw(runs: list[ComparedRun], path: Path, say: Callable[[str], None]) -> str | None:
-    """Accuracy over training cost and over MACs, as a PNG; None without matplotlib."""
+    """Accuracy over seconds, over training cost and over MACs, as a PNG; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
         return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, field, label in zip(
-        figure.subplots(1, 2), ("train_macs", "macs"), ("multiplications in training", "multiplications per image")
-    ):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    labels = {
+        "train_seconds": "seconds of training, and before it",
+        "train_macs": "multiplications in training",
+        "macs": "multiplications per image",
+    }
+    if not any(run.train_macs for run in runs):
+        del labels["train_macs"]
+    for axes, (field, label) in zip(figure.subplots(1, len(labels)), labels.items()):
         for policy in dict.fromkeys(run.policy for run in runs):
             own = [run for run in runs if run.policy == policy]
             axes.scatter(

@@ -29,7 +29,7 @@ from dynprune.files import artifact
 from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import tune
-from dynprune.repair.images import sample_images
+from dynprune.repair.images import enough, sample_images
 from dynprune.repair.trained import FEWEST, Compaction
 from dynprune.repair.widths import Found
 from dynprune.runs.config import CompactConfig, seconds_in
@@ -129,8 +129,9 @@ def prepare(config: CompactConfig, timer: Timer, listener: Listener) -> Bench:
     fit = fitter.fit()
     full = full.to(device).eval()
     before = check_knows_classes(full, data, device, listener)
-    timer("calibrate", f"calibrating on {config.images} training images")
-    images = sample_images(full, data, config.images, config.seed, device)
+    count = config.images or enough(graph.macs({}))
+    timer("calibrate", f"calibrating on {min(count, len(data.train) // 2)} training images")
+    images = sample_images(full, data, count, config.seed, device)
     compaction = Compaction(full, graph, images, choice=config.arms, seed=config.seed)
     return Bench(config, data, full, device, graph, cut_before, fitter, fit, compaction, before)
 

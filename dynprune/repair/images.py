@@ -15,18 +15,28 @@ from dynprune.data.loading import Images as Split
 from dynprune.repair.trained import Images
 from dynprune.state.copies import generator
 
+FEWEST, MOST = 512, 1024  # training images for calibration; twice as many for repair
+MULTIPLICATIONS = 6e11  # that calibration may take in one forward pass of them all, unless they are the fewest
+PULL = 256  # training images that a repair within the search looks at
 JUDGES = 512  # validation images that measure the distance from the untouched network
 ACTIVATIONS = 2**31  # bytes that the images of one repair may take where its activations are largest
 
 
-def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: torch.device) -> Images:
-    """Training images without augmentation, as many for calibration as for repair, and validation images to judge by.
+def enough(macs: int) -> int:
+    """How many training images to calibrate a network of so many multiply-accumulates on: more is better, and takes
+    longer."""
+    return int(min(MOST, max(FEWEST, MULTIPLICATIONS / max(1, macs))))
 
-    model: in eval mode, on the device. count: of training images for each of the two, at most.
+
+def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: torch.device) -> Images:
+    """Training images without augmentation for calibration, twice as many for repair, and validation images to judge
+    by.
+
+    model: in eval mode, on the device. count: of training images for calibration, at most.
     """
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     most = max(16, int(ACTIVATIONS // activation_bytes(model, data.example.to(device, dtype))))
-    count = min(count, len(data.train) // 2)
+    count, others = min(count, len(data.train) // 2), min(2 * count, len(data.train) - len(data.train) // 2)
     order = torch.randperm(len(data.train), generator=generator(seed, 7))
     judging = torch.randperm(len(data.val), generator=generator(seed, 8))[: min(JUDGES, most)]
 
@@ -34,9 +44,12 @@ def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: t
         batches = [batch for batch, _ in data.eval_batches(split.take(indices))]
         return torch.cat(batches).to(device, dtype, memory_format=torch.channels_last)
 
-    calibration, repair = take(data.train, order[:count]), take(data.train, order[count : count + min(count, most)])
+    calibration, repair = take(data.train, order[:count]), take(data.train, order[count : count + min(others, most)])
     return Images(
-        list(calibration.split(min(128, most))), repair, repair[: max(16, len(repair) // 2)], take(data.val, judging)
+        list(calibration.split(min(128, most))),
+        repair,
+        repair[: max(16, min(PULL, len(repair) // 2))],
+        take(data.val, judging),
     )
 
 

@@ -184,14 +184,15 @@ def compact_module(
     device = next(model.parameters()).device
     began = time.perf_counter()
     report("collecting images")
-    taken = collect(batches, 3 * images, device)
+    taken = collect(batches, 4 * images, device)
     if len(taken) < FEWEST:
         raise DynpruneError(f"data gave {len(taken)} images. Expected at least {FEWEST}; a few hundred are better.")
-    parts = taken.tensor_split(3)
+    part = len(taken) // 4
+    moments, refitted, judge = taken.split([part, len(taken) - 2 * part, part])
     cost = CostModel(graph)
     start = allocate(graph, budget.limits, budget.allocation, constraints_for(graph, budget), cost=cost)
     report(f"calibrating on {len(taken)} images")
-    sample = Images(list(parts[0].split(128)), parts[1], parts[1][: max(16, len(parts[1]) // 2)], parts[2])
+    sample = Images(list(moments.split(128)), refitted, refitted[: max(16, min(256, len(refitted) // 2))], judge)
     compaction = Compaction(model, graph, sample, choice=choice, seed=seed)
     seconds["calibrate"], began = time.perf_counter() - began, time.perf_counter()
     at_start = compaction.pull(start)

@@ -27,6 +27,7 @@ BONUS = 0.05  # scale of the exploration bonus
 GAIN = 5.0  # reward = 1/2 + GAIN * relative fall of the distance, between 0 and 1
 MEMORY = 8  # rewards that a mean looks back on: kept moves change what the next ones are worth
 STEP, LEAST_STEP = 0.25, 0.05  # share of a group's width by which it moves; halved where nothing helps any more
+KICK, KICK_TRIALS = 3, 50  # moves by chance from widths that no move makes better; how often that is tried
 
 
 @dataclass
@@ -85,8 +86,9 @@ def search(
     the bandit tries what it has not tried. report: seconds, least distance, pulls.
     """
     names, groups = list(start), len(start)
-    widths, began = np.array(list(start.values()), dtype=np.int64), clock()
-    best, curve, tried, failed = distance(start), [], {tuple(widths.tolist())}, 0
+    widths, began, first_step = np.array(list(start.values()), dtype=np.int64), clock(), moves.step
+    near, curve, tried, failed = distance(start), [], {tuple(widths.tolist())}, 0
+    best, best_widths = near, widths
     curve.append((clock() - began, best))
     state = bandit.Bandit.new(2 * groups)  # wider, then narrower
     prior = np.zeros(groups) if worth is None else np.asarray(worth, dtype=np.float64)
@@ -96,25 +98,49 @@ def search(
         move = next_move(moves, widths, index, tried)
         if move is None:
             moves.step /= 2
-            if moves.step < LEAST_STEP / 2:
-                break
+            if moves.step < LEAST_STEP / 2:  # no neighbour is better: begin again a few moves from the best widths
+                moves.step = first_step
+                aside = kicked(moves, best_widths, tried, rng)
+                if aside is None:
+                    break
+                widths, near, failed = aside, distance(dict(zip(names, aside.tolist()))), 0
+                tried.add(tuple(aside.tolist()))
+                state = bandit.Bandit.new(2 * groups)
+                if near < best:
+                    best, best_widths = near, widths
+                curve.append((clock() - began, best))
             continue
         wider, narrower, moved = move
         tried.add(tuple(moved.tolist()))
         here = distance(dict(zip(names, moved.tolist())))
-        reward = min(1.0, max(0.0, 0.5 + GAIN * (best - here) / max(best, 1e-30)))
+        reward = min(1.0, max(0.0, 0.5 + GAIN * (near - here) / max(near, 1e-30)))
         played = torch.tensor([wider, groups + narrower])
         state.counts[played] = state.counts[played].clamp(max=MEMORY - 1)
         bandit.update(state, played, torch.full((2,), reward))
-        if here < best:
-            best, widths, failed = here, moved, 0
+        if here < near:
+            near, widths, failed = here, moved, 0
+            if near < best:
+                best, best_widths = near, widths
         else:
             failed += 1
         if failed >= 2 * groups:
             moves.step, failed = max(LEAST_STEP, moves.step / 2), 0
         curve.append((clock() - began, best))
         report(curve[-1][0], best, len(curve) - 1)
-    return Found(dict(zip(names, widths.tolist())), best, curve)
+    return Found(dict(zip(names, best_widths.tolist())), best, curve)
+
+
+def kicked(moves: Moves, widths: np.ndarray, tried: set[tuple], rng: torch.Generator) -> np.ndarray | None:
+    """Widths a few moves by chance from these, not tried yet; None where there seem to be none."""
+    for _ in range(KICK_TRIALS):
+        moved = widths
+        for _ in range(KICK):
+            wider, narrower = torch.randint(len(widths), (2,), generator=rng).tolist()
+            after = moves.apply(moved, wider, narrower)
+            moved = moved if after is None else after
+        if tuple(moved.tolist()) not in tried:
+            return moved
+    return None
 
 
 def index_of(policy: str, state: bandit.Bandit, worth: np.ndarray, rng: torch.Generator) -> np.ndarray:

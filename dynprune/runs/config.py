@@ -477,10 +477,12 @@ class CompactConfig(Limited, Task):
     )
     no_repair: bool = setting(False, "Leave the weights as they are cut, to compare with.")
     images: int = setting(
-        512,
-        "Training images that calibration and repair look at, fewer where they are large.",
-        check=lambda v: 16 <= v <= 100_000,
-        expected="16 to 100000",
+        0,
+        "Training images that calibration looks at; repair looks at twice as many others, or fewer where they are "
+        "large. auto takes 1024, or down to 512 where one takes long.",
+        check=lambda v: v == 0 or 16 <= v <= 100_000,
+        expected="auto, or 16 to 100000",
+        auto=0,
     )
     tune_lr: float = setting(
         0.05, "Learning rate at the start of tuning.", check=lambda v: v > 0, expected="more than 0"

@@ -16,13 +16,11 @@ from dynprune.budgets.fit import Fit, Fitter
 from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Data
 from dynprune.execution.reservoir import Reservoir
-from dynprune.repair.images import sample_images
+from dynprune.repair.images import enough, sample_images
 from dynprune.repair.trained import Compaction
 from dynprune.repair.widths import Found
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import evaluating
-
-IMAGES = 512  # training images for calibration, and as many for repair
 
 
 @dataclass
@@ -50,7 +48,8 @@ class Beginning:
 
 def begin_trained(full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device) -> Beginning:
     """Calibrate the untouched network, which is in eval mode on the device and stays as it is."""
-    return Beginning(Compaction(full, graph, sample_images(full, data, IMAGES, seed, device), seed=seed))
+    images = sample_images(full, data, enough(graph.macs({})), seed, device)
+    return Beginning(Compaction(full, graph, images, seed=seed))
 
 
 def searched(

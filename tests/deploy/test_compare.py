@@ -1,17 +1,22 @@
 """Policies side by side: what is equal, what is repeated, and what the numbers are allowed to say."""
 
+import copy
 import dataclasses
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from dynprune import zoo
+from dynprune.data.loading import load_data
 from dynprune.deploy import compare as comparing
 from dynprune.deploy.compare import ComparedRun, compare, summarise, verdict
+from dynprune.deploy.rivals import IMPORTANCES, estimate_norms, prune
 from dynprune.errors import DynpruneError
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
+from dynprune.structure.tracing import trace
 from dynprune.training.train import train
 from tests.cli.test_commands import TINY, dynprune, refused
 
@@ -125,6 +130,46 @@ def test_torch_pruning_cuts_at_once_where_weights_are_given(tmp_path):
         assert (found.train_macs > 3 * found.macs * 2 * 21 * 64) == (not given)
 
 
+def test_without_training_each_shows_what_it_makes_of_a_trained_network(tmp_path):
+    pytest.importorskip("torch_pruning")
+    weights = tmp_path / "trained.pt"
+    torch.save(zoo.build("resnet20", 10).state_dict(), weights)
+    config = dataclasses.replace(CONFIG, model="resnet20", epochs=1, weights=str(weights))
+    policies = ["static", "dense+prune:importance=hessian", "dense"]
+    found = compare(config, policies, 1, tmp_path / "c", untrained=True)
+    assert [run.epochs for run in found.runs] == [0, 0, 0] == [run.train_macs for run in found.runs]
+    ours, theirs, dense = found.runs
+    assert max(ours.macs, theirs.macs) <= 0.3 * dense.macs and min(ours.train_seconds, theirs.train_seconds) > 0
+    assert compare(config, policies, 1, tmp_path / "c", untrained=True).runs == found.runs
+    done = dynprune(
+        "compare", "--model", "resnet20", "--weights", weights, "--image-size", 8, "--epochs", 0, "--seeds", 1,
+        "--policies", "static,dense", "--out", tmp_path / "d", "--json",
+    )  # fmt: skip
+    assert [run["epochs"] for run in json.loads(done.stdout)["runs"]] == [0, 0]
+
+
+def test_every_importance_meets_the_budget_and_leaves_the_model_alone():
+    pytest.importorskip("torch_pruning")
+    data = load_data(dataclasses.replace(CONFIG, model="resnet20", image_size="16").source)
+    model = zoo.build("resnet20", 10, size=data.size).eval()
+    before, dense = copy.deepcopy(model.state_dict()), trace(model, data.example).macs({})
+    for importance in IMPORTANCES:
+        small = prune(model, data, 0.4 * dense, importance)
+        assert 0.15 * dense < trace(small, data.example).macs({}) <= 0.4 * dense, importance
+        assert not small.training and all(parameter.grad is None for parameter in small.parameters())
+        assert all(float(norm.running_var.min()) > 0 for norm in small.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_norms_are_estimated_as_the_mean_over_batches():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5))
+    batches = [torch.randn(16, 2, 4, 4) * scale + 1 for scale in (1.0, 3.0)]
+    estimate_norms(model, batches)
+    assert model[0].momentum == 0.1 and not model[0].training and not model[1].training
+    torch.testing.assert_close(model[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
+
+
 def test_a_policy_with_other_settings_is_a_rival(tmp_path):
     compare(CONFIG, ["cucb", "cucb:explore=0.5:hold=3", "static"], 1, tmp_path)
     plain, other = (
@@ -167,6 +212,9 @@ def test_the_command_prints_every_run(tmp_path):
         (["--policies", "cucb,static:lr=-1"], "--lr got -1"),
         (["--policy", "dense"], "compare takes --policies"),
         (["--policies", "cucb,dense+prune", "--budget", "params=0.5"], "cuts to a budget of MACs alone"),
+        (["--policies", "cucb,dense+prune:importance=best"], "Its importance is one of: magnitude, taylor"),
+        (["--epochs", "0"], "--epochs 0 compares what is made of a trained network"),
+        (["--epochs", "0", "--weights", "w.pt", "--equal", "cost"], "--epochs 0 trains nothing"),
     ],
 )
 def test_comparisons_that_make_no_sense_are_refused(tmp_path, options, message):

@@ -6,8 +6,7 @@ images prefer). Needs `pip install torch-pruning==1.6.1`. Prints Markdown rows a
 but loading.
 
     --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,150   --parts
-    --policies bandit,greedy,random,none   (ways to find widths; the first gives the tuned rows)
-
+    --policies bandit,greedy,random,none   (ways to find widths)
 
 --parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, each on and off, untuned.
 --curves 20,60,120 prints another table instead: for every policy, distance and test accuracy of the best widths that it
@@ -28,6 +27,7 @@ from dynprune.budgets.allocation import allocate, constraints_for
 from dynprune.budgets.limits import Budget, parse_limit
 from dynprune.data.loading import Data, Source, load_data
 from dynprune.data.scores import evaluate, fitting, logits
+from dynprune.deploy.rivals import IMPORTANCES, prune
 from dynprune.repair.choice import CHOICES, orders
 from dynprune.repair.distill import tune
 from dynprune.repair.images import sample_images
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--policies", default="bandit,none")
     parser.add_argument("--tune", default="0")
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--align", default="auto")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--curves", default="")
@@ -97,7 +97,7 @@ def candidates(model: nn.Module, data: Data, budget: str, seed: int, given) -> d
     graph, found = trace(model, data.example), {}
     if given.no_ours:
         bound = parse_limit(budget).value(graph.macs({}))
-        return {"Torch-Pruning": best_rival(model, data, bound, seed, given.images)}
+        return {"Torch-Pruning": best_rival(model, data, bound, seed)}
     began = time.perf_counter()
     compaction = Compaction(model, graph, sample_images(model, data, given.images, seed, CPU), seed=seed)
     calibrated = time.perf_counter() - began
@@ -113,76 +113,20 @@ def candidates(model: nn.Module, data: Data, budget: str, seed: int, given) -> d
         found[name] = network, calibrated + time.perf_counter() - began
     if not given.no_rivals:
         bound = parse_limit(budget).value(graph.macs({}))
-        found["Torch-Pruning"] = best_rival(model, data, bound, seed, given.images)
+        found["Torch-Pruning"] = best_rival(model, data, bound, seed)
     return found
 
 
-def best_rival(model: nn.Module, data: Data, macs: float, seed: int, images: int) -> tuple[nn.Module, float]:
+def best_rival(model: nn.Module, data: Data, macs: float, seed: int) -> tuple[nn.Module, float]:
     """Torch-Pruning's importances, each with BatchNorm re-estimated; the one with the best validation accuracy."""
-    import torch_pruning as tp
-
-    ratio, tried = ratio_for(tp, model, data, macs), []
-    sample = sample_images(model, data, images, seed, CPU)
-    for importance in (
-        tp.importance.GroupMagnitudeImportance(p=2),
-        tp.importance.GroupTaylorImportance(),
-        tp.importance.GroupHessianImportance(),
-    ):
+    tried = []
+    for importance in IMPORTANCES:
         began = time.perf_counter()
-        small = cut_by(tp, importance, model, data, ratio, seed)
-        reestimate(small, torch.cat(sample.moments + [sample.repair]))
+        small = prune(model, data, macs, importance, seed)
         seconds = time.perf_counter() - began
         tried.append((evaluate(small, data, data.val), seconds, small))
     _, seconds, small = max(tried, key=lambda entry: entry[0])
     return small, seconds
-
-
-def ratio_for(tp, model: nn.Module, data: Data, macs: float) -> float:
-    """The smallest uniform ratio of removed channels that meets the MACs; it does not depend on which ones go."""
-    low, high = 0.0, 1.0
-    for _ in range(10):
-        ratio = (low + high) / 2
-        small = cut_by(tp, tp.importance.GroupMagnitudeImportance(p=2), model, data, ratio, 0)
-        low, high = (low, ratio) if trace(small, data.example).macs({}) <= macs else (ratio, high)
-    return high
-
-
-def cut_by(tp, importance, model: nn.Module, data: Data, ratio: float, seed: int) -> nn.Module:
-    small = copied(model).eval()
-    outputs = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == len(data.classes)]
-    pruner = tp.pruner.BasePruner(
-        small, data.example, importance=importance, pruning_ratio=ratio, ignored_layers=outputs
-    )
-    gather(tp, importance, small, data, seed)
-    pruner.step()
-    return small.eval()
-
-
-def gather(tp, importance, small: nn.Module, data: Data, seed: int) -> None:
-    """Gradients of labelled training images, as its importances ask for them."""
-    if isinstance(importance, tp.importance.GroupHessianImportance):
-        images, labels = next(data.train_batches(64, seed, 0))
-        importance.zero_grad()
-        for one in nn.functional.cross_entropy(logits(small(images)), labels, reduction="none"):
-            small.zero_grad()
-            one.backward(retain_graph=True)
-            importance.accumulate_grad(small)
-    elif isinstance(importance, tp.importance.GroupTaylorImportance):
-        for images, labels in itertools.islice(data.train_batches(128, seed, 0), 4):
-            nn.functional.cross_entropy(logits(small(images)), labels).backward()
-
-
-@torch.no_grad()
-def reestimate(small: nn.Module, images: torch.Tensor) -> None:
-    """BatchNorm's statistics anew, as an average over batches."""
-    norms = [m for m in small.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    small.train()
-    for part in images.split(128):
-        small(part)
-    small.eval()
 
 
 def learn(narrow: nn.Module, teacher: nn.Module, data: Data, seconds: float, lr: float, seed: int) -> None:

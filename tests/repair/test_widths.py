@@ -58,13 +58,22 @@ def test_the_same_seed_finds_the_same(graph):
     assert run(graph, "bandit", seed=3)[1].curve != run(graph, "bandit", seed=4)[1].curve
 
 
-def test_nothing_is_tried_twice_and_the_search_ends_by_itself(graph):
-    tried, ticks = [], itertools.count()
-    moves = moves_for(graph, "0.3")
+def test_nothing_is_tried_twice_and_the_best_is_kept(graph):
+    """Where no move helps, the search begins again near the best widths, until the time is up."""
+    tried, ticks, start = [], itertools.count(), allocate(graph, ["0.3"])
 
     def distance(widths):
         tried.append(tuple(widths.values()))
-        return 1.0  # nothing helps
+        return 0.5 if len(tried) == 700 else 1.0
 
-    found = search(allocate(graph, ["0.3"]), moves, distance, seconds=10**9, clock=lambda: float(next(ticks)))
-    assert len(tried) == len(set(tried)) > 20 and found.widths == allocate(graph, ["0.3"])
+    found = search(start, moves_for(graph, "0.3"), distance, seconds=2000, clock=lambda: float(next(ticks)))
+    assert len(tried) == len(set(tried)) > 700
+    assert tuple(found.widths.values()) == tried[699] and found.distance == 0.5
+
+
+def test_a_search_with_nothing_to_try_ends_by_itself(graph):
+    start, ticks = allocate(graph, ["0.3"]), itertools.count()
+    moves = moves_for(graph, "0.3")
+    moves.allowed.largest[:] = moves.allowed.smallest[:] = list(start.values())
+    found = search(start, moves, lambda _: 1.0, seconds=10**9, clock=lambda: float(next(ticks)))
+    assert found.widths == start and len(found.curve) == 1
