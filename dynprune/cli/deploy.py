@@ -96,6 +96,8 @@ def compact(
             return
         with listening() as listener:
             trained = verb.compact(config, out=out, overwrite=overwrite, listener=listener)
+        if trained is None:  # torchrun's first process tells
+            return
         finish(
             json_output,
             dataclasses.asdict(trained),

@@ -21,6 +21,7 @@ from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.tracing import trace
+from dynprune.training import distributed
 from dynprune.training.recipe import use_bfloat16
 
 
@@ -40,7 +41,7 @@ def compact(
 @overload
 def compact(
     what: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
-) -> TrainedResult: ...
+) -> TrainedResult | None: ...
 
 
 @overload
@@ -119,11 +120,13 @@ def of_run(
 
 def of_trained(
     config: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
-) -> TrainedResult:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DynpruneError("compact works in one process. Start it without torchrun.")
-    path = Path(out) if out else run_name(config, "compact")
-    return compact_trained(config.validate(), path, overwrite=overwrite, listener=listener)
+) -> TrainedResult | None:
+    path = Path(out) if out else run_name(config.validate(), "compact")
+    ranks = distributed.join(os.environ, config.device)
+    try:
+        return compact_trained(config, path, overwrite=overwrite, listener=listener, ranks=ranks)
+    finally:
+        distributed.leave()
 
 
 def of_module(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.budgets.fit import Fit, Fitter, budgets_met, first_missed
+from dynprune.budgets.limits import parse_limit
 from dynprune.data.loading import Data, load_data, some
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.compact import TOLERANCE, largest_difference
@@ -30,6 +31,7 @@ from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import tune
 from dynprune.repair.images import enough, sample_images
+from dynprune.repair.shares import Share
 from dynprune.repair.trained import FEWEST, Compaction
 from dynprune.repair.widths import Found
 from dynprune.runs.config import CompactConfig, seconds_in
@@ -41,6 +43,7 @@ from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
+from dynprune.training.distributed import ALONE, Ranks, norms_shared
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
 from dynprune.training.train import threads
@@ -102,7 +105,8 @@ class Timer:
 
 @dataclass
 class Bench:
-    """A trained network, calibrated once, ready to be cut at any budget. before: its accuracy on the test images."""
+    """A trained network, calibrated once, ready to be cut at any budget. before: its accuracy on the test images, nan
+    in processes that do not test."""
 
     config: CompactConfig
     data: Data
@@ -114,47 +118,54 @@ class Bench:
     fit: Fit
     compaction: Compaction
     before: float
+    ranks: Ranks = ALONE
 
 
-def prepare(config: CompactConfig, timer: Timer, listener: Listener) -> Bench:
+def prepare(config: CompactConfig, timer: Timer, listener: Listener, ranks: Ranks = ALONE) -> Bench:
     """Read, check and calibrate. Raises DynpruneError for weights, data and budgets that make no sense before anything
     is computed."""
     timer("load", "loading images and weights")
     data = load_data(config.source)
     full, data, cut_before = trained_network(config, data)
     refuse_few(data, config)
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks.local)
     graph = trace_images(full, data.example)
     fitter = Fitter(full, graph, data.example, config.allowed, listener.work)
     fit = fitter.fit()
     full = full.to(device).eval()
-    before = check_knows_classes(full, data, device, listener)
+    before = check_knows_classes(full, data, device, listener) if ranks.first else math.nan
     count = config.images or enough(graph.macs({}))
     timer("calibrate", f"calibrating on {min(count, len(data.train) // 2)} training images")
-    images = sample_images(full, data, count, config.seed, device)
+    images = sample_images(full, data, count, config.seed, device, Share(ranks.rank, ranks.count))
     compaction = Compaction(full, graph, images, choice=config.arms, seed=config.seed)
-    return Bench(config, data, full, device, graph, cut_before, fitter, fit, compaction, before)
+    return Bench(config, data, full, device, graph, cut_before, fitter, fit, compaction, before, ranks)
 
 
 def compact_trained(
-    config: CompactConfig, run_path: Path, *, overwrite: bool = False, listener: Listener = SILENT
-) -> TrainedResult:
-    """Write a run directory with compact.safetensors."""
-    CompactRun.refuse_existing(run_path, overwrite)
+    config: CompactConfig, run_path: Path, *, overwrite: bool = False, listener: Listener = SILENT, ranks: Ranks = ALONE
+) -> TrainedResult | None:
+    """Write a run directory with compact.safetensors. Of several processes each calls this; the first one alone proves,
+    tests and writes, the others get None."""
+    if ranks.several:
+        refuse_shared(config)
+    if ranks.first:
+        CompactRun.refuse_existing(run_path, overwrite)
     timer = Timer(listener)
     with threads(config.threads), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        bench = prepare(config, timer, listener)
+        bench = prepare(config, timer, listener, ranks)
         if config.max_drop:
             bench = within_drop(bench, timer, listener)
             config = bench.config
         found = find_widths(bench, seconds_in(config.search_time), timer, listener)
         timer("repair", "cutting and repairing")
-        difference, unproven = prove_cut(bench, found.widths)
+        difference, unproven = prove_cut(bench, found.widths) if ranks.first else (0.0, [])
         narrow = made(bench, found.widths)
         distance = bench.compaction.distance(narrow)
-        repaired = evaluate(narrow, bench.data, bench.data.test, bench.device)
+        repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
         steps = tuned(bench, narrow, timer, listener)
+        if not ranks.first:
+            return None
         timer("write", "writing, and proving that what was written is what was made")
         told = dict(
             accuracy_before=bench.before,
@@ -165,6 +176,15 @@ def compact_trained(
             mixed_groups=unproven,
         )
         return write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+
+
+def refuse_shared(config: CompactConfig) -> None:
+    """What several processes cannot decide together: each would measure other times, or other answers."""
+    if config.max_drop or any(parse_limit(text).quantity == "latency" for text in config.budget):
+        raise DynpruneError(
+            "Several processes share a --budget in macs or params. Start compact without torchrun for --max-drop and "
+            "for milliseconds."
+        )
 
 
 def made(bench: Bench, widths: dict[str, int]) -> nn.Module:
@@ -178,16 +198,20 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
     if not seconds:
         return 0
     timer("tune", f"tuning for {config.tune}")
-    return tune(
-        narrow,
-        bench.full,
-        endless(bench.data, config, bench.device),
-        seconds,
-        lr=config.tune_lr,
-        bfloat16=use_bfloat16(config.precision, bench.device),
-        scores=logits,
-        report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
-    )
+    share = bench.compaction.images.share
+    with norms_shared(narrow, bench.ranks):
+        return tune(
+            narrow,
+            bench.full,
+            endless(bench.data, config, bench.device, bench.ranks),
+            seconds,
+            lr=config.tune_lr,
+            bfloat16=use_bfloat16(config.precision, bench.device),
+            scores=logits,
+            report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
+            clock=share.clock(bench.device),
+            share=share,
+        )
 
 
 # -- a bound on what is lost, in place of a budget ---------------------------------------------------------------------
@@ -414,11 +438,14 @@ def prove_cut(bench: Bench, widths: dict[str, int]) -> tuple[float, list[str]]:
     return difference, sorted(set(selection) - set(proven))
 
 
-def endless(data: Data, config: CompactConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training batches, epoch after epoch."""
+def endless(
+    data: Data, config: CompactConfig, device: torch.device, ranks: Ranks = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented training batches, epoch after epoch; of several processes, each one's part."""
     batch, epoch = min(128, max(8, len(data.train) // 8)), 0
+    batch = max(2, batch // ranks.count) * ranks.count
     while True:
-        for images, labels in data.train_batches(batch, config.seed, epoch):
+        for images, labels in data.train_batches(batch, config.seed, epoch, part=ranks.part(batch)):
             yield images.to(device, memory_format=torch.channels_last), labels.to(device)
         epoch += 1
 

@@ -29,6 +29,7 @@ from dynprune.repair.patches import (
     positions_of,
     size_of,
 )
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.state.copies import generator
 
 ROWS, ROWS_PER_COLUMN = 4096, 16  # places of a layer's output that are looked at: so many, and for wide layers more
@@ -56,41 +57,51 @@ class Calibration:
     left: dict[str, str]
 
 
-def sample_rows(layer: Layer, images: int, positions: int, seed: int, scale: float = 1.0) -> Tensor:
+def sample_rows(
+    layer: Layer, images: int, positions: int, seed: int, scale: float = 1.0, share: Share = WHOLE
+) -> Tensor:
     """Sorted numbers (image * positions + position) of the places that are looked at, as many of every image.
 
-    scale: of how many there are, for a quicker look.
+    images: of this process. scale: of how many there are, for a quicker look.
     """
     columns = matrix_of(layer).shape[1] + 1
     most = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
     wanted = scale * min(most, max(LEAST_ROWS * columns, MOST_NUMBERS // (groups_of(layer) * columns)))
-    each = min(positions, max(1, math.ceil(wanted / images)))
+    every = images * share.count
+    each = min(positions, max(1, math.ceil(wanted / every)))
     if each == positions:
         return torch.arange(images * positions)
-    chance = torch.rand(images, positions, generator=generator(seed, images, positions))
+    chance = share.own(torch.rand(every, positions, generator=generator(seed, every, positions)))
     place = chance.topk(each, dim=1).indices.sort(dim=1).values
     return (place + torch.arange(images)[:, None] * positions).reshape(-1)
 
 
-def own_loss(output: Tensor, seed: int) -> Tensor:
+def own_loss(output: Tensor, seed: int, share: Share = WHOLE) -> Tensor:
     """A loss whose gradients, squared and averaged, say how much every output matters, summed over images.
 
     Of class scores (images, classes): cross-entropy with a class drawn from them. Of other outputs: a random
     projection, as of a squared error.
     """
     if output.ndim == 2 and output.shape[1] > 1:
-        drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator(seed))[:, 0]
-        return F.cross_entropy(output, drawn.to(output.device), reduction="sum")
-    return (output * torch.randn(output.shape, generator=generator(seed)).to(output)).sum()
+        chance = torch.empty(len(output) * share.count, output.shape[1]).exponential_(generator=generator(seed))
+        drawn = (output.detach().softmax(1) / share.own(chance).to(output.device)).argmax(1)
+        return F.cross_entropy(output, drawn, reduction="sum")
+    shape = (len(output) * share.count, *output.shape[1:])
+    return (output * share.own(torch.randn(shape, generator=generator(seed))).to(output)).sum()
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Tensor], scores: Callable[[object], Tensor], *, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    scores: Callable[[object], Tensor],
+    *,
+    seed: int = 0,
+    share: Share = WHOLE,
 ) -> Calibration:
     """Moments of every layer that runs once and is a plain product of its input with its weight.
 
-    model: in eval mode; it stays as it is. batches: of inputs, (images, ...). scores: the tensor in the model's output
-    that matters.
+    model: in eval mode; it stays as it is. batches: of inputs, (images, ...), this process's share of them. scores: the
+    tensor in the model's output that matters.
     """
     batches = list(batches)
     result = Calibration({}, {})
@@ -101,25 +112,25 @@ def calibrate(
         images = sum(map(len, batches))
         for name in follow(model, (batches[0][:2],)):
             layer = layer_at(model, name)
-            context.callback(layer.register_forward_hook(watching(name, result, seed, images)).remove)
+            context.callback(layer.register_forward_hook(watching(name, result, seed, images, share)).remove)
         for number, inputs in enumerate(batches):
             with torch.enable_grad():
-                own_loss(scores(model(inputs.detach().requires_grad_(True))), seed + number).backward()
+                own_loss(scores(model(inputs.detach().requires_grad_(True))), seed + number, share).backward()
     for moments in result.moments.values():
-        moments.inputs /= max(1, moments.rows)
-        moments.gradients /= sum(map(len, batches))
+        moments.inputs = share.total(moments.inputs) / max(1, moments.rows * share.count)
+        moments.gradients = share.total(moments.gradients) / (images * share.count)
     return result
 
 
-def watching(name: str, result: Calibration, seed: int, images: int) -> Callable:
+def watching(name: str, result: Calibration, seed: int, images: int, share: Share) -> Callable:
     """The hook that adds what one layer reads and the gradients of what it says; `images` will come in all."""
 
     def hook(layer: Layer, inputs: tuple, output: Tensor) -> None:
         if name in result.left:
             return
         x, groups = inputs[0].detach(), groups_of(layer)
-        at = sample_rows(layer, len(x), positions_of(layer, output), seed, len(x) / images).to(x.device)
-        if name not in result.moments and not explains(layer, x, output.detach(), at[:256]):
+        at = sample_rows(layer, len(x), positions_of(layer, output), seed, len(x) / images, share).to(x.device)
+        if name not in result.moments and not share.everywhere(explains(layer, x, output.detach(), at[:256]), x.device):
             result.left[name] = "says something else than the product of its input with its weight"
             return
         rows = patches(layer, x, size_of(layer, output), at)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynprune.repair.shares import WHOLE, Share
+
 TEMPERATURE = 2.0
 WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
 
@@ -53,10 +55,12 @@ def tune(
     scores: Callable[[object], Tensor],
     report: Callable[[float, float, int], None] = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
+    share: Share = WHOLE,
 ) -> int:
     """Train `narrow` in place, SGD with Nesterov momentum, until the seconds are over. Returns the number of steps.
 
-    batches: endless; on the networks' device. report: seconds so far, loss, steps.
+    batches: endless; on the networks' device; of several processes, each one's share. report: seconds so far, loss,
+    steps.
     """
     device = next(narrow.parameters()).device
     optimizer = torch.optim.SGD(
@@ -77,8 +81,11 @@ def tune(
         loss = loss_of(output.float(), labels, said.float(), weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in narrow.parameters():
+            if share.count > 1 and parameter.grad is not None:
+                parameter.grad = share.total(parameter.grad) / share.count
         optimizer.step()
         steps += 1
-        report(clock() - began, float(loss.detach()), steps)
+        report((1 - left) * seconds, float(loss.detach()), steps)
     narrow.eval()
     return steps

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynprune.data.loading import Data
 from dynprune.data.loading import Images as Split
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.trained import Images
 from dynprune.state.copies import generator
 
@@ -28,11 +29,14 @@ def enough(macs: int) -> int:
     return int(min(MOST, max(FEWEST, MULTIPLICATIONS / max(1, macs))))
 
 
-def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: torch.device) -> Images:
+def sample_images(
+    model: nn.Module, data: Data, count: int, seed: int, device: torch.device, share: Share = WHOLE
+) -> Images:
     """Training images without augmentation for calibration, twice as many for repair, and validation images to judge
     by.
 
-    model: in eval mode, on the device. count: of training images for calibration, at most.
+    model: in eval mode, on the device. count: of training images for calibration, at most, in all processes together;
+    each reads its share.
     """
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     most = max(16, int(ACTIVATIONS // activation_bytes(model, data.example.to(device, dtype))))
@@ -41,15 +45,16 @@ def sample_images(model: nn.Module, data: Data, count: int, seed: int, device: t
     judging = torch.randperm(len(data.val), generator=generator(seed, 8))[: min(JUDGES, most)]
 
     def take(split: Split, indices: Tensor) -> Tensor:
-        batches = [batch for batch, _ in data.eval_batches(split.take(indices))]
+        batches = [batch for batch, _ in data.eval_batches(split.take(share.own(indices)))]
         return torch.cat(batches).to(device, dtype, memory_format=torch.channels_last)
 
-    calibration, repair = take(data.train, order[:count]), take(data.train, order[count : count + min(others, most)])
+    others = min(others, most * share.count)
     return Images(
-        list(calibration.split(min(128, most))),
-        repair,
-        repair[: max(16, min(PULL, len(repair) // 2))],
+        [take(data.train, batch) for batch in order[:count].split(min(128, most))],
+        take(data.train, order[count : count + others]),
+        take(data.train, order[count : count + max(16, min(PULL, others // 2))]),
         take(data.val, judging),
+        share,
     )
 
 

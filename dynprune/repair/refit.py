@@ -34,6 +34,7 @@ from dynprune.repair.patches import (
     size_of,
     weight_from,
 )
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.structure.record import AxisKey
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -55,29 +56,32 @@ class Target:
     intercept: Tensor | None = None
     added: Tensor | None = None
 
-    def end_is(self, branch: Tensor) -> None:
+    def end_is(self, branch: Tensor, share: Share) -> None:
         """Fit slope and intercept. branch: the branch's end at these places, (places, channels)."""
-        mean = self.values.mean(0)
+        mean, end = share.total(torch.stack([self.values.mean(0), branch.mean(0)])) / share.count
         centred = self.values - mean
-        self.slope = (centred * branch).sum(0) / centred.square().sum(0).clamp(min=1e-12)
-        self.intercept = branch.mean(0) - self.slope * mean
+        both, own = share.total(torch.stack([(centred * branch).sum(0), centred.square().sum(0)]))
+        self.slope = both / own.clamp(min=1e-12)
+        self.intercept = end - self.slope * mean
 
 
 @dataclass
 class Targets:
-    """What the untouched network says of `inputs`. left: layers that are not refitted, and why."""
+    """What the untouched network says of `inputs`, of which other processes have other shares. left: layers that are
+    not refitted, and why."""
 
     inputs: Tensor
     layers: dict[str, Target]
     following: dict[str, Following]
     left: dict[str, str]
+    share: Share = WHOLE
 
 
 @torch.no_grad()
-def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float = 1.0) -> Targets:
+def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float = 1.0, share: Share = WHOLE) -> Targets:
     """One forward pass of the untouched network, in eval mode. scale: of the number of places, see `sample_rows`."""
     following = follow(model, (inputs[:2],))
-    result = Targets(inputs, {}, following, {})
+    result = Targets(inputs, {}, following, {}, share)
     ending = {own.end: name for name, own in following.items()}
     wanted = {own.added for own in following.values() if own.added is not None}
     seen = {-1: inputs}
@@ -91,13 +95,13 @@ def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float 
     def reach_end(name: str, end: Tensor) -> None:
         layer, target, place = layer_at(model, name), result.layers[name], following[name].added
         added = None if place is None else seen.get(place)
-        target.end_is(by_position(layer, end).index_select(0, target.rows))
+        target.end_is(by_position(layer, end).index_select(0, target.rows), share)
         if added is not None and added.shape == end.shape:
             target.added = by_position(layer, added).index_select(0, target.rows)
 
     def look(name: str, layer: Layer, x: Tensor, output: Tensor) -> None:
-        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale).to(x.device)
-        if not explains(layer, x, output, rows[:256]):
+        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale, share).to(x.device)
+        if not share.everywhere(explains(layer, x, output, rows[:256]), x.device):
             result.left[name] = "says something else than the product of its input with its weight"
             return
         values = by_position(layer, output).index_select(0, rows)
@@ -146,7 +150,8 @@ def repair(
             if rounds and own.rectified:
                 edge = Edge(-(target.intercept[None] + (0 if added is None else added)) / slope, slope.sign())
         norm = norm_at(narrow, own.norm) if own.norm else None
-        solve(layer, patches(layer, x, target.size, target.rows), wanted, ridge, norm, edge, rounds)
+        rows = patches(layer, x, target.size, target.rows)
+        solve(layer, rows, wanted, ridge, norm, edge, rounds, targets.share)
 
     run_hooked(narrow, targets.inputs, Numbered(tell), before={name: refit for name in targets.layers})
 
@@ -227,7 +232,14 @@ class Edge:
 
 
 def solve(
-    layer: Layer, rows: Tensor, wanted: Tensor, ridge: float, norm: BatchNorm | None, edge: Edge | None, rounds: int
+    layer: Layer,
+    rows: Tensor,
+    wanted: Tensor,
+    ridge: float,
+    norm: BatchNorm | None,
+    edge: Edge | None,
+    rounds: int,
+    share: Share = WHOLE,
 ) -> None:
     """Refit one layer. rows: what it multiplies, (groups, places, columns). wanted: (places, channels). norm: takes the
     shift of a layer without bias; where there is neither, the fit goes through the origin."""
@@ -236,13 +248,16 @@ def solve(
     def by_group(values: Tensor) -> Tensor:
         return values.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
+    def mean_of(values: Tensor) -> Tensor:
+        return share.total(values.mean(1, keepdim=True)) / share.count
+
     shifts = layer.bias is not None or norm is not None
-    mean = rows.mean(1, keepdim=True) if shifts else rows.new_zeros(groups, 1, rows.shape[2])
+    mean = mean_of(rows) if shifts else rows.new_zeros(groups, 1, rows.shape[2])
     rows, wanted = rows - mean, by_group(wanted)
-    ridge_of = Ridge(rows, before, ridge)
+    ridge_of = Ridge(rows, before, ridge, share)
 
     def fit(target: Tensor) -> tuple[Tensor, Tensor]:
-        shift = target.mean(1, keepdim=True) if shifts else target.new_zeros(groups, 1, 1)
+        shift = mean_of(target) if shifts else target.new_zeros(groups, 1, 1)
         return ridge_of(target - shift), shift
 
     fitted, shift = fit(wanted)
@@ -266,14 +281,16 @@ class Ridge:
     """argmin |rows W - wanted|² + λ |W - before|² for several `wanted`. λ: a share of the mean square of a column.
 
     rows: (groups, places, columns). before: (groups, columns, channels). Factored once, in float64, over places or over
-    columns, whichever are fewer.
+    columns, whichever are fewer; over columns where several processes have shares of the places.
     """
 
-    def __init__(self, rows: Tensor, before: Tensor, share: float):
-        self.rows, self.before = rows, before
-        self.penalty = share * rows.square().sum((1, 2), dtype=torch.float64)[:, None] / rows.shape[2] + 1e-12
-        self.over_columns = rows.shape[1] >= rows.shape[2]
+    def __init__(self, rows: Tensor, before: Tensor, ridge: float, share: Share = WHOLE):
+        self.rows, self.before, self.share = rows, before, share
+        squares = share.total(rows.square().sum((1, 2), dtype=torch.float64))
+        self.penalty = ridge * squares[:, None] / rows.shape[2] + 1e-12
+        self.over_columns = rows.shape[1] >= rows.shape[2] or share.count > 1
         gram = (rows.transpose(1, 2) @ rows if self.over_columns else rows @ rows.transpose(1, 2)).double()
+        gram = share.total(gram)
         gram.diagonal(dim1=1, dim2=2).add_(self.penalty)
         self.factor = torch.linalg.cholesky(gram)
 
@@ -281,7 +298,7 @@ class Ridge:
         rows = self.rows.transpose(1, 2)
         gap = wanted - self.rows @ self.before
         if self.over_columns:
-            change = torch.cholesky_solve((rows @ gap).double(), self.factor)
+            change = torch.cholesky_solve(self.share.total((rows @ gap).double()), self.factor)
         else:
             change = rows.double() @ torch.cholesky_solve(gap.double(), self.factor)
         return self.before + change.to(self.before.dtype)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynprune.repair.shares import WHOLE, Share
+
 PENALTY = 0.003  # of the mean square of a feature: how much a weight is held where regression left it
 ITERATIONS = 30
 
@@ -36,13 +38,13 @@ def scores_layer(model: nn.Module, example: Tensor, scores: Callable[[object], T
     return found[0] if len(found) == 1 and names.count(found[0]) == 1 and said.ndim == 2 and said.shape[1] > 1 else None
 
 
-def refit_scores(narrow: nn.Module, name: str, batches: Sequence[Tensor], said: Tensor) -> None:
+def refit_scores(narrow: nn.Module, name: str, batches: Sequence[Tensor], said: Tensor, share: Share = WHOLE) -> None:
     """Refit one linear layer in place. narrow: in eval mode. batches: of inputs, (images, ...). said: the untouched
-    network's scores of them, (images, classes)."""
+    network's scores of them, (images, classes); both of this process's share."""
     layer = narrow.get_submodule(name)
     assert isinstance(layer, nn.Linear), name
-    rows = features(narrow, layer, batches).float()
-    wanted, bias = said.float().log_softmax(1), layer.bias is not None
+    rows = share.gathered(features(narrow, layer, batches).float())
+    wanted, bias = share.gathered(said.float()).log_softmax(1), layer.bias is not None
     penalty = PENALTY * rows.square().mean()
     start = layer.weight.detach().float()
     weight = start.clone().requires_grad_(True)

@@ -26,6 +26,7 @@ from dynprune.repair.choice import orders
 from dynprune.repair.distill import tune
 from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
 from dynprune.repair.scores import refit_scores, scores_layer
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.widths import Found, Moves, search
 from dynprune.state.copies import copied
 from dynprune.structure.channels import ChannelGraph, Selection
@@ -40,12 +41,14 @@ PULL_ROUNDS = 2  # of the regression behind a rectifier, there
 @dataclass
 class Images:
     """Inputs, each (images, ...), that no other shares. moments: batches for calibration. repair: for the final repair;
-    pull: the part of them that the search uses. judge: by which distances are measured."""
+    pull: the part of them that the search uses. judge: by which distances are measured. share: which part of all
+    images these are."""
 
     moments: list[Tensor]
     repair: Tensor
     pull: Tensor
     judge: Tensor
+    share: Share = WHOLE
 
 
 class Compaction:
@@ -56,11 +59,12 @@ class Compaction:
     ):
         """model: in eval mode; it stays as it is."""
         self.model, self.graph, self.images, self.seed = model, graph, images, seed
-        self.calibration = calibrate(model, images.moments, logits, seed=seed)
+        share = images.share
+        self.calibration = calibrate(model, images.moments, logits, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
         self.calibration.moments.clear()  # the largest thing there is, and of no more use
-        self.targets = targets_of(model, images.repair, seed=seed)
-        self.quick = targets_of(model, images.pull, seed=seed, scale=PULL_SCALE)
+        self.targets = targets_of(model, images.repair, seed=seed, share=share)
+        self.quick = targets_of(model, images.pull, seed=seed, scale=PULL_SCALE, share=share)
         self.fitted = [*images.moments, *images.repair.split(128)]
         self.head = scores_layer(model, images.judge[:2], logits)
         with torch.no_grad():
@@ -88,12 +92,12 @@ class Compaction:
         """Refit a network that holds the `kept` positions, which is in eval mode, in place."""
         repair(narrow, kept, self.targets)
         if self.head:
-            refit_scores(narrow, self.head, self.fitted, self.taught)
+            refit_scores(narrow, self.head, self.fitted, self.taught, self.images.share)
 
     @torch.no_grad()
     def distance(self, narrow: nn.Module) -> float:
         """How far what a network says is from what the untouched one says."""
-        return distance_between(logits(narrow(self.images.judge)).float(), self.said)
+        return distance_between(logits(narrow(self.images.judge)).float(), self.said, self.images.share)
 
     def pull(self, widths: dict[str, int]) -> float:
         return self.distance(self.repaired(widths, self.quick, rounds=PULL_ROUNDS))
@@ -126,18 +130,28 @@ class Compaction:
         moves = Moves(cost, bounds, constraints_for(self.graph, fine))
         worth = self.worth(cost, bounds, start)
         return search(
-            start, moves, self.pull, seconds=seconds, policy=policy, worth=worth, seed=self.seed, report=report
+            start,
+            moves,
+            self.pull,
+            seconds=seconds,
+            policy=policy,
+            worth=worth,
+            seed=self.seed,
+            report=report,
+            clock=self.images.share.clock(self.said.device),
         )
 
 
-def distance_between(said: Tensor, before: Tensor) -> float:
+def distance_between(said: Tensor, before: Tensor, share: Share = WHOLE) -> float:
     """Of class scores (images, classes): the mean Kullback-Leibler divergence, in nats. Of other outputs: the mean
     squared difference over the variance."""
     if said.ndim == 2 and said.shape[1] > 1:
         divergence = F.kl_div(said.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
+        value = float(share.total(divergence) / share.count)
     else:
-        divergence = (said - before).square().mean() / before.var().clamp(min=1e-12)
-    value = float(divergence)
+        mean = share.total(before.mean()) / share.count
+        gap, spread = share.total(torch.stack([(said - before).square().mean(), (before - mean).square().mean()]))
+        value = float(gap / spread.clamp(min=1e-12))
     return value if math.isfinite(value) else math.inf
 
 

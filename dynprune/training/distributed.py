@@ -9,8 +9,9 @@ as one process would. Plain torch.distributed: nccl on GPUs, gloo on CPUs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -183,6 +184,18 @@ def share_norms(model: nn.Module, ranks: Ranks) -> None:
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             vars(norm)["forward"] = functools.partial(norm_over_ranks, norm, ranks.count)
+
+
+@contextlib.contextmanager
+def norms_shared(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Context: `share_norms` where there are several processes, and as it was afterwards."""
+    if ranks.several:
+        share_norms(model, ranks)
+    try:
+        yield
+    finally:
+        for norm in model.modules() if ranks.several else ():
+            vars(norm).pop("forward", None)
 
 
 def lost_contact(error: BaseException) -> bool:

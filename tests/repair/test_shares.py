@@ -1,0 +1,94 @@
+"""One process and several, each with its share of the images, come to the same."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dynprune import zoo
+from dynprune.budgets.allocation import allocate
+from dynprune.data.loading import Source, load_data
+from dynprune.deploy.trained import compact_trained
+from dynprune.errors import DynpruneError
+from dynprune.repair.images import sample_images
+from dynprune.repair.shares import Share
+from dynprune.repair.trained import Compaction
+from dynprune.runs.config import CompactConfig
+from dynprune.structure.tracing import trace
+from dynprune.training.distributed import Ranks
+from tests.cli.test_commands import ROOT, dynprune
+from tests.models import perturb
+
+CPU = torch.device("cpu")
+
+
+def compacted(rank, count, file, out):
+    """Order, distance and repaired weights of one process."""
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+    data = load_data(Source("digits", image_size="16"))
+    torch.manual_seed(0)
+    model = perturb(zoo.build("resnet20", 10, size=data.size)).eval()
+    graph = trace(model, data.example)
+    compaction = Compaction(model, graph, sample_images(model, data, 256, 0, CPU, Share(rank, count)))
+    narrow = compaction.repaired(allocate(graph, ["0.4"]))
+    orders = {name: torch.from_numpy(order.arms) for name, order in compaction.orders.items()}
+    if rank == 0:
+        torch.save((orders, compaction.distance(narrow), narrow.state_dict()), out)
+    else:
+        compaction.distance(narrow)
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def test_calibration_and_repair_are_sums_over_images(tmp_path):
+    compacted(0, 1, None, tmp_path / "one.pt")
+    mp.spawn(compacted, (2, tmp_path / "rendezvous", tmp_path / "two.pt"), nprocs=2)
+    (orders, far, weights), (orders_2, far_2, weights_2) = (torch.load(tmp_path / f"{n}.pt") for n in ("one", "two"))
+    assert all(torch.equal(orders[name], orders_2[name]) for name in orders)
+    assert far_2 == pytest.approx(far, rel=1e-3)
+    for name, value in weights.items():
+        torch.testing.assert_close(weights_2[name], value, atol=2e-3, rtol=2e-2, msg=name)
+
+
+def test_shares_are_equal_and_parts_come_together():
+    values = torch.arange(11)
+    assert [Share(rank, 3).own(values).tolist() for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert Share().own(values) is not None and Share().gathered(values) is values
+
+
+def test_torchrun_compacts_like_one_process(tmp_path):
+    weights = tmp_path / "w.pt"
+    torch.manual_seed(0)
+    torch.save(perturb(zoo.build("resnet20", 10)).state_dict(), weights)
+    options = ["compact", "--model", "resnet20", "--weights", weights, "--image-size", 16, "--images", 128, "--json"]
+    options += ["--threads", 1, "--precision", "float32"]
+    exact = [*options, "--search", "none", "--tune", "0"]
+    one = json.loads(dynprune(*exact, "--out", tmp_path / "one").stdout)
+    two, hurried = (
+        subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dynprune",
+                *map(str, own), "--out", str(tmp_path / name),
+            ],
+            cwd=ROOT, capture_output=True, text=True, timeout=280,
+        )
+        for name, own in (("two", exact), ("hurried", [*options, "--search-time", "2s", "--tune", "2s"]))
+    )  # fmt: skip
+    assert two.returncode == hurried.returncode == 0, two.stderr + hurried.stderr
+    shared = json.loads(two.stdout)
+    assert shared["widths"] == one["widths"] and shared["distance"] == pytest.approx(one["distance"], rel=0.02)
+    found = json.loads(hurried.stdout)
+    assert found["pulls"] > 0 and found["tune_steps"] > 0 and found["max_rel_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("own", [{"max_drop": 1.0}, {"budget": ("latency=2ms",)}])
+def test_what_processes_cannot_decide_together_is_refused(own, tmp_path):
+    config = CompactConfig(model="resnet20", weights="w.pt", **own)
+    with pytest.raises(DynpruneError, match="Start compact without torchrun"):
+        compact_trained(config, tmp_path / "run", ranks=Ranks(0, 2))
