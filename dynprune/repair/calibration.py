@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynprune.errors import DynpruneError
 from dynprune.repair.following import follow
 from dynprune.repair.patches import (
     Layer,
@@ -119,6 +120,12 @@ def calibrate(
     for moments in result.moments.values():
         moments.inputs = share.total(moments.inputs) / max(1, moments.rows * share.count)
         moments.gradients = share.total(moments.gradients) / (images * share.count)
+    for name, moments in result.moments.items():
+        if not (moments.inputs.isfinite().all() and moments.gradients.isfinite().all()):
+            raise DynpruneError(
+                f"On the calibration images, what {name} reads or its gradient is not finite. Expected a network that "
+                "computes finite numbers on these images: are they normalised as it was trained?"
+            )
     return result
 
 

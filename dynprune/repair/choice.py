@@ -191,6 +191,7 @@ def factor(matrix: Tensor, share: float) -> Tensor:
     """The Cholesky factor of a Gram matrix with this share of its mean diagonal added to the diagonal; more where sums
     in float32 have left it with negative eigenvalues."""
     mean = matrix.diagonal().mean().clamp(min=1e-30)
+    assert matrix.isfinite().all()  # or no share would ever be enough
     while True:
         found, failed = torch.linalg.cholesky_ex(matrix + share * mean * torch.eye(len(matrix), dtype=matrix.dtype))
         if not failed:

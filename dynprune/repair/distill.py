@@ -7,6 +7,7 @@ within the time that is given, so that every length is a whole schedule.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,17 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynprune.errors import DynpruneError
 from dynprune.repair.shares import WHOLE, Share
 
 TEMPERATURE = 2.0
+STEEPEST = 1.0  # norm of the gradient of outputs that are no class scores
 WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
 
 
 def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """How far scores are from the teacher's, both softened, mean over images, on the scale of cross-entropy.
 
-    scores, teacher: (images, classes).
+    scores, teacher: (images, classes). Of other outputs: the mean squared difference over the teacher's variance.
     """
+    if not are_scores(scores):
+        return (scores - teacher).square().mean() / teacher.var().clamp(min=1e-12)
     return (
         F.kl_div(
             F.log_softmax(scores / temperature, 1),
@@ -36,10 +41,17 @@ def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE
     )
 
 
+def are_scores(output: Tensor) -> bool:
+    """Whether an output is (images, classes)."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
 def loss_of(scores: Tensor, labels: Tensor | None, teacher: Tensor, weight: float = WEIGHT) -> Tensor:
-    """Distillation beside the labels; alone where there are none."""
+    """Distillation beside the labels; alone where there are none, or where the outputs are no class scores."""
     told = divergence(scores, teacher)
-    return told if labels is None else weight * told + (1 - weight) * F.cross_entropy(scores, labels)
+    if labels is None or not are_scores(scores):
+        return told
+    return weight * told + (1 - weight) * F.cross_entropy(scores, labels)
 
 
 def tune(
@@ -58,6 +70,8 @@ def tune(
     share: Share = WHOLE,
 ) -> int:
     """Train `narrow` in place, SGD with Nesterov momentum, until the seconds are over. Returns the number of steps.
+
+    Raises DynpruneError where the loss does not stay finite; then `narrow` is of no use.
 
     batches: endless; on the networks' device; of several processes, each one's share. report: seconds so far, loss,
     steps.
@@ -84,8 +98,15 @@ def tune(
         for parameter in narrow.parameters():
             if share.count > 1 and parameter.grad is not None:
                 parameter.grad = share.total(parameter.grad) / share.count
+        if not are_scores(output):  # a squared difference has no bound on its slope, as a divergence has
+            torch.nn.utils.clip_grad_norm_(narrow.parameters(), STEEPEST)
         optimizer.step()
         steps += 1
-        report((1 - left) * seconds, float(loss.detach()), steps)
+        if not math.isfinite(now := float(loss.detach())):
+            raise DynpruneError(
+                f"The loss became {now} after {steps} steps of tuning at rate {lr:g}. Choose a smaller --tune-lr, "
+                "or --tune 0."
+            )
+        report((1 - left) * seconds, now, steps)
     narrow.eval()
     return steps

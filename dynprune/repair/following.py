@@ -100,10 +100,10 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
         return lambda *_: stack.append(name)
 
     def leave(name: str, layer: bool) -> Callable:
-        def hook(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        def hook(_module: nn.Module, given: tuple, output: object) -> None:
             stack.pop()
-            if layer:
-                ran.setdefault(name, []).append(made.get(id(output)))
+            if layer:  # one that is given its input by name does not show it to hooks
+                ran.setdefault(name, []).append(made.get(id(output)) if given else None)
 
         return hook
 

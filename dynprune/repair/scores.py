@@ -22,11 +22,13 @@ ITERATIONS = 30
 @torch.no_grad()
 def scores_layer(model: nn.Module, example: Tensor, scores: Callable[[object], Tensor]) -> str | None:
     """The linear layer whose output is the class scores (images, classes), if there is one and it runs once."""
-    outputs: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[str, Tensor | None]] = []
+
+    def note(name: str) -> Callable:  # one that is given its input by name does not show it to hooks
+        return lambda _layer, given, output: outputs.append((name, output if given else None))
+
     hooks = [
-        layer.register_forward_hook(lambda _layer, _given, output, name=name: outputs.append((name, output)))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
     ]
     try:
         said = scores(model(example))

@@ -23,7 +23,7 @@ from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.repair.calibration import calibrate
 from dynprune.repair.choice import orders
-from dynprune.repair.distill import tune
+from dynprune.repair.distill import are_scores, tune
 from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
 from dynprune.repair.scores import refit_scores, scores_layer
 from dynprune.repair.shares import WHOLE, Share
@@ -145,7 +145,7 @@ class Compaction:
 def distance_between(said: Tensor, before: Tensor, share: Share = WHOLE) -> float:
     """Of class scores (images, classes): the mean Kullback-Leibler divergence, in nats. Of other outputs: the mean
     squared difference over the variance."""
-    if said.ndim == 2 and said.shape[1] > 1:
+    if are_scores(said):
         divergence = F.kl_div(said.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
         value = float(share.total(divergence) / share.count)
     else:
@@ -194,11 +194,12 @@ def compact_module(
 ) -> Compacted:
     """The whole way for a module and batches of the user's own; see `dynprune.compact`."""
     seconds: dict[str, float] = {}
+    refuse_not_finite(model)
     model = copied(model).eval()
     device = next(model.parameters()).device
     began = time.perf_counter()
     report("collecting images")
-    taken = collect(batches, 4 * images, device)
+    taken, labels = collect(batches, 4 * images, device)
     if len(taken) < FEWEST:
         raise DynpruneError(f"data gave {len(taken)} images. Expected at least {FEWEST}; a few hundred are better.")
     part = len(taken) // 4
@@ -208,6 +209,7 @@ def compact_module(
     report(f"calibrating on {len(taken)} images")
     sample = Images(list(moments.split(128)), refitted, refitted[: max(16, min(256, len(refitted) // 2))], judge)
     compaction = Compaction(model, graph, sample, choice=choice, seed=seed)
+    refuse_labels(labels, compaction.said)
     seconds["calibrate"], began = time.perf_counter() - began, time.perf_counter()
     at_start = compaction.pull(start)
     found = Found(start, at_start, [(0.0, at_start)])
@@ -240,6 +242,21 @@ def compact_module(
     )
 
 
+def refuse_not_finite(model: nn.Module) -> None:
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not value.isfinite().all():
+            raise DynpruneError(f"{name} holds numbers that are not finite. Expected trained weights.")
+
+
+def refuse_labels(labels: Tensor | None, said: Tensor) -> None:
+    """Labels that are no classes of the network's."""
+    if labels is not None and are_scores(said) and len(labels) and not 0 <= int(labels.max()) < said.shape[1]:
+        raise DynpruneError(
+            f"data gave the label {int(labels.max())}, and the network has {said.shape[1]} classes. Expected labels "
+            f"from 0 to {said.shape[1] - 1}, or images alone."
+        )
+
+
 def parts_of(batch: object) -> tuple[Tensor, Tensor | None]:
     """Images, and labels where a batch has them."""
     if isinstance(batch, Tensor):
@@ -252,14 +269,17 @@ def parts_of(batch: object) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def collect(batches: Iterable, wanted: int, device: torch.device) -> Tensor:
-    """The first images, as one tensor."""
+def collect(batches: Iterable, wanted: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The first images, as one tensor, and their labels where there are any."""
     found: list[Tensor] = []
+    labels: list[Tensor] = []
     for batch in batches:
-        found.append(parts_of(batch)[0].to(device))
+        images, own = parts_of(batch)
+        found.append(images.to(device))
+        labels += [] if own is None else [own]
         if sum(map(len, found)) >= wanted:
             break
-    return torch.cat(found)[:wanted] if found else torch.empty(0)
+    return torch.cat(found)[:wanted] if found else torch.empty(0), torch.cat(labels) if labels else None
 
 
 def endless(batches: Iterable, device: torch.device, taken: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
