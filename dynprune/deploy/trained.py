@@ -43,7 +43,7 @@ from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
-from dynprune.training.distributed import ALONE, Ranks, norms_shared
+from dynprune.training.distributed import ALONE, Ranks, meet, norms_shared
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
 from dynprune.training.train import threads
@@ -165,6 +165,7 @@ def compact_trained(
         repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
         steps = tuned(bench, narrow, timer, listener)
         if not ranks.first:
+            meet(ranks)
             return None
         timer("write", "writing, and proving that what was written is what was made")
         told = dict(
@@ -175,7 +176,9 @@ def compact_trained(
             max_rel_diff=difference,
             mixed_groups=unproven,
         )
-        return write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+        written = write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+        meet(ranks)
+        return written
 
 
 def refuse_shared(config: CompactConfig) -> None:

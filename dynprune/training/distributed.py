@@ -64,6 +64,12 @@ def join(environment: Mapping[str, str], device: str) -> Ranks:
     return ranks
 
 
+def meet(ranks: Ranks) -> None:
+    """Wait until all processes are here, so that none ends while another still writes."""
+    if ranks.several:
+        dist.barrier()
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
