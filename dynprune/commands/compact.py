@@ -121,7 +121,8 @@ def of_run(
 def of_trained(
     config: CompactConfig, *, out: str | Path | None = None, overwrite: bool = False, listener: Listener = SILENT
 ) -> TrainedResult | None:
-    path = Path(out) if out else run_name(config.validate(), "compact")
+    config = config.validate()
+    path = Path(out) if out else run_name(config, "compact")
     ranks = distributed.join(os.environ, config.device)
     try:
         return compact_trained(config, path, overwrite=overwrite, listener=listener, ranks=ranks)

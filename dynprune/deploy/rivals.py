@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynprune.data.loading import Data
+from dynprune.data.loading import Data, some
 from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.state.copies import copied
@@ -26,7 +26,7 @@ IMPORTANCES = ("magnitude", "taylor", "hessian", "isomorphic")
 TRIALS = 12  # of the bisection for the ratio
 GRADIENT_BATCHES, GRADIENT_BATCH = 4, 128  # labelled images for Taylor
 SQUARED = 64  # labelled images whose gradients are squared one by one
-NORM_IMAGES = 1024  # with which BatchNorm's statistics are estimated
+NORM_IMAGES = 1024  # training images, not augmented, with which BatchNorm's statistics are estimated
 
 
 def torch_pruning():
@@ -68,8 +68,8 @@ def prune(
             f"choose a larger budget."
         )
     if norms:
-        images = itertools.islice(data.train_batches(128, seed, 0), NORM_IMAGES // 128)
-        estimate_norms(best, (batch for batch, _ in images))
+        images = some(data.train, NORM_IMAGES)
+        estimate_norms(best, (batch for batch, _ in data.eval_batches(images, 128)))
     return best
 
 

@@ -43,7 +43,7 @@ from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
-from dynprune.training.distributed import ALONE, Ranks, meet, norms_shared
+from dynprune.training.distributed import ALONE, Ranks, average, meet, norms_shared
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
 from dynprune.training.train import threads
@@ -201,19 +201,25 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
     if not seconds:
         return 0
     timer("tune", f"tuning for {config.tune}")
-    share = bench.compaction.images.share
-    with norms_shared(narrow, bench.ranks):
+    ranks = bench.ranks
+    none = torch.empty(0, device=bench.device)
+
+    def equal_gradients() -> None:
+        if ranks.several:
+            average(narrow.parameters(), none, ranks)
+
+    with norms_shared(narrow, ranks):
         return tune(
             narrow,
             bench.full,
-            endless(bench.data, config, bench.device, bench.ranks),
+            endless(bench.data, config, bench.device, ranks),
             seconds,
             lr=config.tune_lr,
             bfloat16=use_bfloat16(config.precision, bench.device),
             scores=logits,
             report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
-            clock=share.clock(bench.device),
-            share=share,
+            clock=bench.compaction.images.share.clock(bench.device),
+            average=equal_gradients,
         )
 
 

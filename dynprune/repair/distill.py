@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.repair.shares import WHOLE, Share
 
 TEMPERATURE = 2.0
 STEEPEST = 1.0  # norm of the gradient of outputs that are no class scores
@@ -67,14 +66,14 @@ def tune(
     scores: Callable[[object], Tensor],
     report: Callable[[float, float, int], None] = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
-    share: Share = WHOLE,
+    average: Callable[[], object] = lambda: None,
 ) -> int:
     """Train `narrow` in place, SGD with Nesterov momentum, until the seconds are over. Returns the number of steps.
 
     Raises DynpruneError where the loss does not stay finite; then `narrow` is of no use.
 
-    batches: endless; on the networks' device; of several processes, each one's share. report: seconds so far, loss,
-    steps.
+    batches: endless; on the networks' device; of several processes, each one's part. report: seconds so far, loss,
+    steps. average: called after each backward pass, so that several processes can make their gradients equal.
     """
     device = next(narrow.parameters()).device
     optimizer = torch.optim.SGD(
@@ -95,9 +94,7 @@ def tune(
         loss = loss_of(output.float(), labels, said.float(), weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for parameter in narrow.parameters():
-            if share.count > 1 and parameter.grad is not None:
-                parameter.grad = share.total(parameter.grad) / share.count
+        average()
         if not are_scores(output):  # a squared difference has no bound on its slope, as a divergence has
             torch.nn.utils.clip_grad_norm_(narrow.parameters(), STEEPEST)
         optimizer.step()

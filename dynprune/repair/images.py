@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynprune.data.loading import Data
 from dynprune.data.loading import Images as Split
+from dynprune.errors import DynpruneError
 from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.trained import Images
 from dynprune.state.copies import generator
@@ -40,19 +41,32 @@ def sample_images(
     """
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     most = max(16, int(ACTIVATIONS // activation_bytes(model, data.example.to(device, dtype))))
-    count, others = min(count, len(data.train) // 2), min(2 * count, len(data.train) - len(data.train) // 2)
+
+    def even(images: int) -> int:
+        """So many that all processes have equal shares."""
+        if images < share.count:
+            raise DynpruneError(
+                f"{share.count} processes cannot share {images} images. Expected at least one for each, to calibrate, "
+                "to repair and to measure with. Start fewer processes."
+            )
+        return images // share.count * share.count
+
+    half = len(data.train) // 2
+    others = even(min(2 * count, len(data.train) - half, most * share.count))
+    count = even(min(count, half))
     order = torch.randperm(len(data.train), generator=generator(seed, 7))
-    judging = torch.randperm(len(data.val), generator=generator(seed, 8))[: min(JUDGES, most)]
+    judging = torch.randperm(len(data.val), generator=generator(seed, 8))
+    judging = judging[: even(min(JUDGES, most, len(judging)))]
 
     def take(split: Split, indices: Tensor) -> Tensor:
         batches = [batch for batch, _ in data.eval_batches(split.take(share.own(indices)))]
         return torch.cat(batches).to(device, dtype, memory_format=torch.channels_last)
 
-    others = min(others, most * share.count)
+    pull = even(min(others, max(16, min(PULL, others // 2))))
     return Images(
-        [take(data.train, batch) for batch in order[:count].split(min(128, most))],
+        [take(data.train, batch) for batch in order[:count].split(even(max(share.count, min(128, most))))],
         take(data.train, order[count : count + others]),
-        take(data.train, order[count : count + max(16, min(PULL, others // 2))]),
+        take(data.train, order[count : count + pull]),
         take(data.val, judging),
         share,
     )

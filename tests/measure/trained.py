@@ -1,12 +1,12 @@
 """A trained network, compacted: `python -m tests.measure.trained --model M --weights W --data D [options]`.
 
 For every budget and calibration seed: test accuracy untuned and after each length of tuning, beside Torch-Pruning (each
-importance, BatchNorm re-estimated on the same images, the same seconds of the same tuning; the one that validation
+importance, BatchNorm re-estimated on as many images, the same seconds of the same tuning; the one that validation
 images prefer). Needs `pip install torch-pruning==1.6.1`. Prints Markdown rows as they come; seconds include everything
 but loading.
 
     --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,150   --parts
-    --policies bandit,greedy,random,none   (ways to find widths)
+    --policies bandit,greedy,random,none   (ways to find widths)   --no-rivals   --no-ours   --threads 1
 
 --parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, each on and off, untuned.
 --curves 20,60,120 prints another table instead: for every policy, distance and test accuracy of the best widths that it

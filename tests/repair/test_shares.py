@@ -59,7 +59,18 @@ def test_calibration_and_repair_are_sums_over_images(tmp_path):
 def test_shares_are_equal_and_parts_come_together():
     values = torch.arange(11)
     assert [Share(rank, 3).own(values).tolist() for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert Share().own(values) is not None and Share().gathered(values) is values
+    assert torch.equal(Share().own(values), values) and Share().gathered(values) is values
+
+
+def test_every_process_gets_as_many_images_whatever_their_number():
+    data = load_data(Source("digits", image_size="8"))
+    model = zoo.build("resnet20", 10, size=data.size).eval()
+    parts = [sample_images(model, data, 129, 0, CPU, Share(rank, 2)) for rank in range(2)]
+    sizes = [([len(x) for x in own.moments], len(own.repair), len(own.pull), len(own.judge)) for own in parts]
+    assert sizes[0] == sizes[1] and all(size > 0 for size in sizes[0][0]) and sum(sizes[0][0]) == 64
+    assert not torch.equal(parts[0].pull, parts[1].pull)
+    with pytest.raises(DynpruneError, match="2000 processes cannot share .* Start fewer processes"):
+        sample_images(model, data, 129, 0, CPU, Share(0, 2000))
 
 
 def test_torchrun_compacts_like_one_process(tmp_path):
