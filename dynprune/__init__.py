@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynprune.commands.plan import plan
     from dynprune.commands.save import save
     from dynprune.commands.train import train
+    from dynprune.execution.dynamic import DynamicExecution
     from dynprune.gates.file import load
     from dynprune.runs.config import CompactConfig, GateConfig, TrainConfig
     from dynprune.structure.tracing import trace
@@ -37,6 +38,7 @@ WHERE = {
     "bench": "commands.bench",
     "gate": "commands.gate",
     "compare": "commands.compare",
+    "DynamicExecution": "execution.dynamic",
     "Budget": "budgets.limits",
     "CompactConfig": "runs.config",
     "TrainConfig": "runs.config",
@@ -46,6 +48,7 @@ WHERE = {
 __all__ = [
     "Budget",
     "CompactConfig",
+    "DynamicExecution",
     "GateConfig",
     "TrainConfig",
     "__version__",

@@ -29,7 +29,7 @@ def test_imports_between_rooms_run_one_way():
     "room, line",
     [
         ("structure", "from dynprune.training.train import train"),
-        ("execution", "from dynprune.budgets.limits import Budget"),
+        ("budgets", "from dynprune.execution.bandit import Bandit"),
         ("data", "from dynprune.runs.config import TrainConfig"),
         ("training", "from dynprune.gates.gating import GatedNetwork"),
     ],

@@ -328,7 +328,9 @@ def finetune(
     warm-up."""
     settings = dataclasses.replace(config, epochs=epochs, lr=lr, warmup=0.0, policy="static")
     session = Session(settings, data, fit=Fit(reservoir.widths))
-    session.install(session.new_reservoir(reservoir.full, reservoir.slots, reservoir.template))
+    execution = session.execution
+    execution.install(execution.new_reservoir(reservoir.full, reservoir.slots, reservoir.template))
+    session.installed()
     train(settings, Run.create(run.path / "finetune", settings, overwrite=True), report=report, session=session)
     return session.reservoir
 

@@ -96,6 +96,13 @@ class Explorer:
     def changes_at(self, step: int) -> bool:
         return 0 < step <= self.steps and step % self.hold == 0
 
+    def round_is_over(self, step: int) -> bool:
+        """Whether a round has ended after so many steps, and its rewards were not given to the bandits yet."""
+        if not self.changes_at(step):
+            return False
+        state = next(iter(self.bandits.values()), None)
+        return state is None or state.rounds - self.told_rounds < step // self.hold
+
     def explores_at(self, step: int) -> bool:
         return step < self.steps
 

@@ -15,43 +15,64 @@ the full one is kept on the host, so a GPU is never waited for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.state.tensors import loose_to, named_tensors
+from dynprune.execution.momentum import FRESH
+from dynprune.state.tensors import carry_over, loose_to, named_tensors
 from dynprune.structure.channels import ChannelGraph, Selection
-from dynprune.structure.numbers import is_number
+from dynprune.structure.numbers import is_number, parse_number
 from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 
 SWAP_BLOCKS = 2**15  # exchanged at once: enough to keep copies few, little enough not to show in peak memory
-OPTIMIZER_STATE = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+# what is there before the first step: a fused SGD fails where some parameters get their first gradient later
+OPTIMIZER_STATE = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+}
+
+
+@dataclass
+class State:
+    """What the optimizer keeps of every element. live: like `Buffers.live`. store: of all arms, like `Buffers.store`;
+    None where newcomers begin anew."""
+
+    live: Tensor
+    store: Tensor | None
 
 
 @dataclass
 class Buffers:
     """Tensors with blocks of one size and one type. store: full-width, (blocks, size); live: narrow; states: the
-    optimizer's, like live."""
+    optimizer's, by name."""
 
     store: Tensor
     live: Tensor
-    states: list[Tensor]
+    states: dict[str, State]
 
 
 @dataclass
 class Span:
-    """One narrowed tensor. start: its first block in the active buffer; source: the block of the full buffer that each
-    of its blocks holds now, int32 where that reaches, of the narrow shape's leading dimensions; full_strides: blocks
-    per step along each of them there."""
+    """One narrowed tensor. start: its first block in the active buffer; origin: in the full one; source: the block of
+    the full buffer that each of its blocks holds now, int32 where that reaches, of the narrow shape's leading
+    dimensions; full_strides: blocks per step along each of them there."""
 
     buffers: Buffers
     start: int
+    origin: int
     source: np.ndarray
     full_strides: tuple[int, ...]
+
+    @property
+    def rows(self) -> slice:
+        """Its blocks in the active buffer."""
+        return slice(self.start, self.start + self.source.size)
 
 
 @dataclass
@@ -104,6 +125,7 @@ class Reservoir:
         store_device: torch.device | str | None = None,
     ):
         self.full, self.graph = full, graph
+        self.optimizer: torch.optim.Optimizer | None = None
         self.slots = {name: np.array(arms) for name, arms in selection.items()}
         self.template = {name: np.sort(arms) for name, arms in (template or selection).items()}
         self.places = graph.slot_places(self.template)
@@ -142,7 +164,7 @@ class Reservoir:
                     pin_memory=pin,
                 ),
                 torch.empty(sum(live[name].numel() for name in names) // block, block, dtype=dtype, device=device),
-                [],
+                {},
             )
             start = full_start = 0
             for name in names:
@@ -158,7 +180,7 @@ class Reservoir:
                 source = (full_start + positions(index, strides)).astype(
                     np.int32 if len(buffers.store) < 2**31 else np.int64
                 )
-                self.spans[name] = Span(buffers, start, source, strides)
+                self.spans[name] = Span(buffers, start, full_start, source, strides)
                 start, full_start = start + blocks, full_start + full_blocks
         for name, tensor in live.items():
             if name not in kept:
@@ -168,7 +190,7 @@ class Reservoir:
     def write_back(self) -> None:
         """Copy every active tensor into its place in the full one."""
         for span in self.spans.values():
-            rows = span.buffers.live[span.start : span.start + span.source.size]
+            rows = span.buffers.live[span.rows]
             span.buffers.store.index_copy_(
                 0,
                 self._indices([span.source], rows.device).to(span.buffers.store.device),
@@ -179,9 +201,10 @@ class Reservoir:
     def swap(self, selection: Mapping[str, np.ndarray]) -> int:
         """Make the active model execute `selection`; returns the number of arms exchanged.
 
-        Arms that stay keep their slots. A newcomer brings its parameters and statistics from the reservoir, and its
-        momentum starts at zero: what it was when the arm left no longer fits (measured: worth a point of accuracy).
+        Arms that stay keep their slots. A newcomer brings its parameters, statistics and what the optimizer knows of
+        them from the reservoir; only its momentum starts at zero (see `momentum.FRESH`).
         """
+        self.adopt()
         moves: dict[str, list[Move]] = {}
         exchanged = 0
         for name, arms in selection.items():
@@ -215,19 +238,22 @@ class Reservoir:
     def _exchange(self, moves: list[Move]) -> None:
         """Write the blocks under these moves back to the full buffer, and load what belongs there now. All moves of one
         tensor come together, and all belong to one pair of buffers."""
-        store, live = moves[0].span.buffers.store, moves[0].span.buffers.live
-        here = self._indices([move.targets() for move in moves], live.device)
-        store.index_copy_(
-            0,
-            self._indices([move.sources() for move in moves], store.device),
-            live.index_select(0, here).to(store.device),
-        )
+        buffers = moves[0].span.buffers
+        store = buffers.store
+        pairs = [(store, buffers.live)]
+        pairs += [(state.store, state.live) for state in buffers.states.values() if state.store is not None]
+        here = self._indices([move.targets() for move in moves], buffers.live.device)
+        left = self._indices([move.sources() for move in moves], store.device)
+        for all_arms, live in pairs:
+            all_arms.index_copy_(0, left, live.index_select(0, here).to(store.device))
         for move in moves:
             move.advance()
-        newcomers = store.index_select(0, self._indices([move.sources() for move in moves], store.device))
-        live.index_copy_(0, here, newcomers.to(live.device))
-        for state in moves[0].span.buffers.states:
-            state.index_fill_(0, here, 0)
+        came = self._indices([move.sources() for move in moves], store.device)
+        for all_arms, live in pairs:
+            live.index_copy_(0, here, all_arms.index_select(0, came).to(live.device))
+        for state in buffers.states.values():
+            if state.store is None:
+                state.live.index_fill_(0, here, 0)
 
     @staticmethod
     def _indices(parts: list[np.ndarray], device: torch.device) -> Tensor:
@@ -235,22 +261,103 @@ class Reservoir:
             device, non_blocking=True
         )
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the optimizer's momenta flat buffers too, so that a swap forgets those of newcomers in one write."""
-        keys = OPTIMIZER_STATE.get(type(optimizer), ())
+    # -- the optimizer's state -----------------------------------------------------------------------------------------
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, kinds: Mapping[str, float] | None = None, fresh: Collection[str] = FRESH
+    ) -> None:
+        """Let what the optimizer keeps of every element follow its arms, in flat buffers too.
+
+        kinds: names and first values of such tensors (see `momentum.state_kinds`), those of SGD and Adam if none are
+        given. fresh: the names of those with which newcomers begin at zero.
+        """
+        begins = OPTIMIZER_STATE.get(type(optimizer), ())
+        self.optimizer, self.fresh = optimizer, fresh
+        self.kinds = dict.fromkeys(begins, 0.0) if kinds is None else dict(kinds)
         for buffers in self.buffers.values():
-            buffers.states = [torch.zeros_like(buffers.live) for _ in keys]
+            buffers.states = {}
         for name, parameter in self.active.named_parameters():
-            span = self.spans.get(name)
-            for i, key in enumerate(keys):
-                optimizer.state[parameter][key] = (
-                    torch.zeros_like(parameter)
-                    if span is None
-                    else span.buffers.states[i][span.start : span.start + span.source.size].view(parameter.shape)
-                )
-            if "exp_avg" in keys:
+            for key in begins:
+                if key in self.kinds:
+                    span = self.spans.get(name)
+                    optimizer.state[parameter][key] = (
+                        torch.zeros_like(parameter) if span is None else self._view(span, key, parameter)
+                    )
+            if "exp_avg" in begins and "exp_avg" in self.kinds:
                 # where the fused kernel reads it
                 optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+
+    def _view(self, span: Span, key: str, like: Tensor) -> Tensor:
+        """The place of a parameter's state in its buffer, which is made where there is none yet."""
+        state = span.buffers.states.get(key)
+        if state is None or state.live.dtype != like.dtype:
+            first, store, live = self.kinds[key], span.buffers.store, span.buffers.live
+            state = span.buffers.states[key] = State(
+                torch.full_like(live, first, dtype=like.dtype),
+                None if key in self.fresh else torch.full_like(store, first, dtype=like.dtype),
+            )
+        return state.live[span.rows].view(like.shape)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Move into the buffers what the optimizer has made since, or has loaded."""
+        if self.optimizer is None:
+            return
+        for name, parameter in self.active.named_parameters():
+            span, own = self.spans.get(name), self.optimizer.state.get(parameter)
+            if span is None or not own:
+                continue
+            for key in self.kinds:
+                value = own.get(key)
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    view = self._view(span, key, value)
+                    if value.data_ptr() != view.data_ptr():
+                        own[key] = view.copy_(value)
+
+    @torch.no_grad()
+    def carried(self) -> dict[str, Tensor]:
+        """Of all arms, what the optimizer knows of them and gives back to them, as KEY.PARAMETER at full width."""
+        self.adopt()
+        found = {}
+        for name, parameter in self.active.named_parameters():
+            if (span := self.spans.get(name)) is None:
+                continue
+            for key, state in span.buffers.states.items():
+                if state.store is not None and self.optimizer is not None and self.optimizer.state.get(parameter):
+                    rows = state.live[span.rows].to(state.store.device)
+                    state.store.index_copy_(0, self._indices([span.source], state.store.device), rows)
+                    found[f"{key}.{name}"] = self._whole(span, state.store, name)
+        return found
+
+    @torch.no_grad()
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `carried` gave. Raises ValueError for other shapes."""
+        self.adopt()
+        for name, value in tensors.items():
+            key, _, own = name.partition(".")
+            span = self.spans.get(own)
+            if span is None or key not in span.buffers.states or (store := span.buffers.states[key].store) is None:
+                raise ValueError(f"state of the optimizer for {own}, which has none")
+            place = self._whole(span, store, own)
+            if place.shape != value.shape:
+                raise ValueError(f"state of the optimizer of another shape for {own}")
+            place.copy_(value)
+
+    def _whole(self, span: Span, store: Tensor, name: str) -> Tensor:
+        """A tensor's part of a full-width buffer, in its full shape."""
+        full = named_tensors(self.full)[name]
+        return store[span.origin : span.origin + full.numel() // store.shape[1]].view(full.shape)
+
+
+def up_to_date(reservoir: Reservoir) -> nn.Module:
+    """The full-width network with all that training changed in the active one: parameters, statistics, attributes."""
+    reservoir.write_back()
+    carry_over(
+        reservoir.active,
+        reservoir.full,
+        sizes={parse_number(name)[0].path for name, dim in reservoir.graph.axes if dim < 0},
+    )
+    return reservoir.full
 
 
 def positions(index: list[np.ndarray], strides: tuple[int, ...]) -> np.ndarray:

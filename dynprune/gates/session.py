@@ -111,7 +111,7 @@ class GateSession:
                 f"possible an image costs {self.model.least_share:.3f} of the ungated network. Choose "
                 f"more, or gate a compact network."
             )
-        self.weights = make_optimizer(config, self.network, self.device)
+        self.weights = make_optimizer(config, list(self.network.parameters()), self.device)
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
         # a forward pass each

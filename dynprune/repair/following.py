@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dynprune.repair.patches import is_layer
+from dynprune.structure import calling
 from dynprune.structure.labels import tensors_in
 from dynprune.structure.rules import named
 
@@ -112,7 +113,7 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
             context.callback(module.register_forward_pre_hook(enter(name)).remove)
             context.callback(module.register_forward_hook(leave(name, is_layer(module))).remove)
         context.enter_context(Numbered(tell))
-        model(*inputs)
+        calling.call(model, inputs)
     readers: dict[int, list[int]] = {}
     for number, call in enumerate(calls):
         for source in dict.fromkeys(call.given):

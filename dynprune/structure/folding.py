@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.state.copies import cloned
+from dynprune.structure.calling import call
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.labels import tensors_in
 from dynprune.structure.numbers import Source
@@ -108,7 +109,7 @@ def unused(model: nn.Module, sources: list[Source], inputs: tuple, outputs: list
         for source in sources:
             setattr(model.get_submodule(source.module), source.attribute, UNUSED)
         torch.manual_seed(0)
-        found = list(tensors_in(model(*cloned(inputs))))
+        found = list(tensors_in(call(model, cloned(inputs))))
     except Exception:
         return False
     finally:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError, ModelFails
 from dynprune.state.copies import cloned, copied, same_randomness
+from dynprune.structure.calling import Inputs, arguments, call
 from dynprune.structure.channels import ChannelGraph, Selection, build_graph
 from dynprune.structure.folding import sizes_for_later
 from dynprune.structure.labels import pinned_like, tensors_in
@@ -35,17 +36,17 @@ from dynprune.structure.tracer import LabelTracer
 WRONG = 1e-2  # a larger difference than this shows a wrong structure
 EXACT = 1e-4  # of the largest output, in float32: sums in another order differ by 1e-6 or so of it
 MOST_TRIALS = 64  # groups that are tried one by one, where nothing says which of them is to blame
-Inputs = Tensor | tuple
 
 
 def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
-    """Find the channel structure of `model` by running it once on `example_inputs` (a tensor or a tuple of arguments).
+    """Find the channel structure of `model` by running it once on `example_inputs`, which are what torch.onnx.export
+    takes as `args`: a tensor, or a tuple of arguments whose last one may be a dict of named ones.
 
     A copy runs, in eval mode without gradients: the model, the inputs and the random generators stay as they are. Any
     architecture gives a graph: what cannot be narrowed safely is pinned and named in `graph.pinned`. Raises
     DynpruneError when the model fails on the inputs, naming the layer.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = arguments(example_inputs)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise DynpruneError(
             "The model contains TorchScript modules, which hide their functions. Pass the original nn.Module."
@@ -72,7 +73,7 @@ def run_on_labels(model: nn.Module, inputs: tuple) -> Record:
             for value in tensors_in(inputs):
                 tracer.set(value, pinned_like(value))
             torch.manual_seed(0)
-            output = model(*inputs)
+            output = call(model, inputs)
             tracer.record.outputs = list(tensors_in(output))
             pin_outputs(tracer, output)
     except Exception as error:
@@ -119,7 +120,7 @@ def follow_training_branches(model: nn.Module, inputs: tuple, tracer: LabelTrace
             with tracer.watching():
                 for value in tensors_in(inputs):
                     tracer.set(value, pinned_like(value))
-                pin_outputs(tracer, model(*inputs))
+                pin_outputs(tracer, call(model, inputs))
         # it needs labels or a larger batch: what it would read stays whole only if eval mode reads it too
         except Exception:
             pass
@@ -278,7 +279,7 @@ class Trials:
             with same_randomness(0):
                 model = copied(self.model)
                 with branching(model) if training else evaluating(model):
-                    return [value.shape for value in tensors_in(model(*cloned(self.inputs)))]
+                    return [value.shape for value in tensors_in(call(model, cloned(self.inputs)))]
         except Exception:
             return None
 
@@ -289,7 +290,7 @@ class Trials:
         running = RunningLayer(small)
         try:
             with same_randomness(0), branching(small), running.watched():
-                shapes = [value.shape for value in tensors_in(small(*cloned(self.inputs)))]
+                shapes = [value.shape for value in tensors_in(call(small, cloned(self.inputs)))]
         except Exception as error:
             return Failure(running.name, f"in training mode, {cause(error)}")
         return None if shapes == self.full_output(True) else Failure("", "in training mode, outputs of other shapes")
@@ -429,7 +430,7 @@ def run_compact(model: nn.Module, graph: ChannelGraph, selection: Selection, inp
     sizes = {name: value.shape for name, value in named_tensors(small)}
     try:
         with same_randomness(0), torch.no_grad(), running.watched():
-            small(*cloned(inputs))
+            call(small, cloned(inputs))
     except Exception as error:
         return Failure(running.name, cause(error))
     for name, value in named_tensors(small):
@@ -489,7 +490,7 @@ def compare_copies(
 def outputs_of(model: nn.Module, inputs: tuple) -> list[Tensor]:
     """The tensors that the model returns for inputs of its own, with the same random numbers each time."""
     torch.manual_seed(0)
-    return list(tensors_in(model(*cloned(inputs))))
+    return list(tensors_in(call(model, cloned(inputs))))
 
 
 def numbers_in(values: list[Tensor]) -> list[Tensor]:
@@ -538,7 +539,7 @@ def lively(model: nn.Module, inputs: tuple) -> tuple[nn.Module, tuple]:
     handles = [norm.register_forward_pre_hook(measure_statistics) for norm in norms]
     try:
         if norms:
-            model(*cloned(inputs))
+            call(model, cloned(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -114,7 +114,7 @@ def compare(
         started = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - started
-        if i >= WARM_UP and sessions["dynamic"].explorer.changes_at(sessions["dynamic"].step):
+        if i >= WARM_UP and sessions["dynamic"].explorer.changes_at(sessions["dynamic"].step + 1):
             swap_steps.append(i - WARM_UP)
         for name, session in sessions.items():
             elapsed = step_ms(session, *batch)

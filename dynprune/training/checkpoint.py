@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from dynprune.budgets.fit import Fit, Latency
 from dynprune.data.scores import exact_scores
 from dynprune.errors import DynpruneError
-from dynprune.execution.reservoir import Reservoir
+from dynprune.execution.reservoir import up_to_date
 from dynprune.files.disk import write_text
 from dynprune.runs.directory import RunDirectory
-from dynprune.state.tensors import carry_over, fill, state_of
 from dynprune.state.tensors import check_facts as check_state
+from dynprune.state.tensors import fill, state_of
 from dynprune.structure.channels import ChannelGraph, Selection
-from dynprune.structure.numbers import parse_number
 from dynprune.structure.tracing import first_line
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def save(session: Session, run: RunDirectory, history: History) -> None:
     tensors |= {f"slots.{name}": torch.from_numpy(arms) for name, arms in session.reservoir.slots.items()}
     tensors |= {f"template.{name}": torch.from_numpy(arms) for name, arms in session.reservoir.template.items()}
     tensors |= optimizer_tensors("optimizer", session.optimizer, session.parameters)
+    if session.execution.exploring:  # later, no arm comes back that could ask for it
+        tensors |= {f"carried.{name}": value for name, value in session.reservoir.carried().items()}
     scores = (
         exact_scores(session.model, session.data.example).reshape(-1).tolist() if session.step == session.steps else []
     )
@@ -112,7 +113,7 @@ def restore(
             f"now give. Choose more --epochs."
         )
     try:
-        session.step = facts["step"]
+        session.execution.done = facts["step"]
         slots, template = slots_in(tensors, facts, session.reservoir.full, session.graph)
         session.fit = fit_in(facts, "fit")
         if not fits(session.fit, session.graph):
@@ -121,8 +122,13 @@ def restore(
             raise ValueError("more arms than the widths allow")
         session.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
         session.explorer.load_state(part(tensors, "explorer."))
-        session.install(session.new_reservoir(session.reservoir.full, slots, template))
+        execution = session.execution
+        execution.final = session.fit.widths
+        execution.install(execution.new_reservoir(session.reservoir.full, slots, template))
+        session.installed()
         restore_optimizer(session, tensors, must_fit=not override)
+        session.reservoir.carry(part(tensors, "carried."))
+        execution.turn()  # checkpoints of earlier versions may stand before an exchange
         history = history_in(facts)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise does_not_fit(run, error) from error
@@ -193,17 +199,6 @@ def arms_in(tensor: Tensor, count: int) -> np.ndarray:
     if not len(arms) or arms.min() < 0 or arms.max() >= count or len(np.unique(arms)) != len(arms):
         raise ValueError("arms that do not exist")
     return arms
-
-
-def up_to_date(reservoir: Reservoir) -> nn.Module:
-    """The full-width network with all that training changed in the active one: parameters, statistics, attributes."""
-    reservoir.write_back()
-    carry_over(
-        reservoir.active,
-        reservoir.full,
-        sizes={parse_number(name)[0].path for name, dim in reservoir.graph.axes if dim < 0},
-    )
-    return reservoir.full
 
 
 # -- of any session ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -36,13 +37,13 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     )
 
 
-def make_optimizer(config: Recipe, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: Recipe, parameters: Sequence[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the recipe, in its fused form: one kernel for all parameters."""
-    fused = device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in model.parameters())
+    fused = device.type in ("cpu", "cuda") and not any(parameter.is_complex() for parameter in parameters)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         config.lr,
         config.momentum,
         weight_decay=config.weight_decay,

@@ -22,6 +22,7 @@ from dynprune import zoo
 from dynprune.data.loading import Data
 from dynprune.data.scores import Scores, exact_scores, logits
 from dynprune.errors import DynpruneError
+from dynprune.execution.reservoir import up_to_date
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, write_onnx
 from dynprune.files.onnxfile import run as execute
@@ -30,7 +31,6 @@ from dynprune.state.copies import copied, same_randomness
 from dynprune.state.tensors import fill, in_precision, loose_tensors, plain_values, state_of
 from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import cause
-from dynprune.training.checkpoint import up_to_date
 from dynprune.training.recipe import make_optimizer
 from dynprune.training.session import Session
 from dynprune.training.trainee import Trainee
@@ -115,7 +115,7 @@ def take_step(session: Trainee, model: nn.Module) -> None:
             f"{len(labels)} images of {len(session.data.classes)} classes"
         )
     F.cross_entropy(scores, labels).backward()
-    make_optimizer(session.config, model, session.device).step()
+    make_optimizer(session.config, list(model.parameters()), session.device).step()
 
 
 def trial_batch(session: Trainee) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,9 @@ def try_checkpoint(session: Session) -> nn.Module:
     that differs."""
     name, example = session.config.model, session.data.example.to(session.dtype)
     kept = session.graph.kept(session.reservoir.slots, session.reservoir.template)
-    trained = session.new_reservoir(copied(session.reservoir.full), session.reservoir.slots, session.reservoir.template)
+    trained = session.execution.new_reservoir(
+        copied(session.reservoir.full), session.reservoir.slots, session.reservoir.template
+    )
     take_step(session, trained.active)
     full = in_precision(built_anew(name, session.data), session.dtype)
     return brought_back(

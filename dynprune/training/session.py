@@ -1,4 +1,4 @@
-"""Everything that one training run holds, and one step of it: select, forward, loss, backward, step, reward.
+"""Everything that one training run holds, and one step of it: forward, loss, backward, reward, step, select.
 
 Takes a TrainConfig and data, builds the full-width network, its channel graph, the widths that meet the budget, the
 reservoir with its active model, the bandits and the optimizer. A checkpoint is this, written down.
@@ -22,15 +22,16 @@ from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data
 from dynprune.data.scores import fitting, logits
 from dynprune.errors import DynpruneError, ModelFails
+from dynprune.execution.dynamic import NARROW, Execution, growth_step
 from dynprune.execution.explore import Explorer
-from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in, silence
-from dynprune.execution.saliency import magnitude, prepare
+from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in
+from dynprune.execution.saliency import magnitude
 from dynprune.repair.distill import divergence
 from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.runs.directory import RunDirectory
 from dynprune.state.copies import copied
 from dynprune.state.tensors import in_precision
-from dynprune.structure.channels import ChannelGraph, Selection
+from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import trace
 from dynprune.training import checkpoint
 from dynprune.training.begin import Beginning, begin_trained, searched
@@ -40,7 +41,6 @@ from dynprune.training.distributed import ALONE, Ranks, agree, average, same_eve
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
 from dynprune.zoo.weights import Loaded, load_trained
 
-NARROW = 0.5  # share of the budgeted multiplications at which training begins with --grow
 # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to
 # weights
 PASSES = 3
@@ -74,7 +74,6 @@ class Session:
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        self.step = 0
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         given, self.loaded = full is not None, Loaded("")
         if full is None:
@@ -102,17 +101,28 @@ class Session:
             self.fit = self.first_fit = self.search_widths(begins, report)
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
-        self.widths = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
         known = None
         if (config.weights or given) and not config.paper:
             known = begins.worth if begins else magnitude(dict(full.named_parameters()), self.graph)
-        self.explorer = Explorer(config.exploration, self.graph, self.widths, self.steps, known)
-        self.growth_step = min(self.steps - 1, max(round(config.grow * self.steps), self.explorer.steps))
-        self.train_macs = self.growth_step * self.macs + (self.steps - self.growth_step) * self.graph.macs(
-            self.fit.widths
-        )
+        first = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
+        explorer = Explorer(config.exploration, self.graph, first, self.steps, known)
+        growth = growth_step(self.steps, config.grow, explorer)
+        self.train_macs = growth * self.graph.macs(first) + (self.steps - growth) * self.graph.macs(self.fit.widths)
         self.train_macs *= PASSES * config.batch_size
-        self.install(self.new_reservoir(full, self.explorer.first()))
+        self.execution = Execution(
+            full,
+            self.graph,
+            explorer,
+            lambda parameters: make_optimizer(config, parameters, self.device),
+            steps=self.steps,
+            final=self.fit.widths,
+            growth_step=growth,
+            device=self.device,
+            store_device="cpu" if config.reservoir == "cpu" else self.device,
+            find_widths=self.moved_widths,
+            installed=self.installed,
+        )
+        self.installed()
         if begins:
             begins.repair(self.reservoir)
             same_everywhere(self.model, self.ranks)
@@ -150,30 +160,56 @@ class Session:
         widths = agree(list(found.widths.values()), self.ranks, self.device)
         return dataclasses.replace(found, widths=dict(zip(found.widths, widths)))
 
-    def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
-        store_device = "cpu" if self.config.reservoir == "cpu" else self.device
-        return Reservoir(full, self.graph, selection, template, device=self.device, store_device=store_device)
+    def moved_widths(self, loss: np.ndarray) -> dict[str, int]:
+        """Widths that the arms of each group turned out to be worth."""
+        self.fitter.full = self.reservoir.full
+        self.fit = self.find_widths(loss)
+        return self.fit.widths
 
-    def install(self, reservoir: Reservoir) -> None:
-        self.reservoir, self.widths = reservoir, reservoir.widths
-        self.model = reservoir.active
+    def installed(self) -> None:
+        """Another active model has taken its place."""
         self.forward: Callable[..., Any] = self.model
         if self.ranks.several:
             share_norms(self.model, self.ranks)
-        self.parameters = dict(self.model.named_parameters())
-        self.optimizer = make_optimizer(self.config, self.model, self.device)
-        reservoir.attach(self.optimizer)
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        places = {name: reservoir.places[name] for name in self.widths}
-        self.ledger = prepare(shapes, places, {name: self.graph.groups[name].made for name in places}, self.device)
 
     @property
     def policy(self) -> str:
         return self.config.policy
 
     @property
+    def step(self) -> int:
+        """Steps so far."""
+        return self.execution.done
+
+    @property
+    def model(self) -> nn.Module:
+        """The narrow network that runs."""
+        return self.execution.model
+
+    @property
+    def reservoir(self) -> Reservoir:
+        return self.execution.reservoir
+
+    @property
+    def explorer(self) -> Explorer:
+        return self.execution.explorer
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.execution.parameters
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        assert self.execution.optimizer is not None
+        return self.execution.optimizer
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self.execution.widths
+
+    @property
     def macs(self) -> int:
-        return self.graph.macs(self.widths)
+        return self.execution.macs
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -181,20 +217,11 @@ class Session:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step: select, forward, loss, backward, step, reward. Returns the loss, still on the device.
+        """One step: forward, loss, backward, reward, step, select. Returns the loss, still on the device.
 
         images, labels: this process's part of the batch. Afterwards `stopping` says whether any process was asked to
         stop.
         """
-        if self.explorer.changes_at(self.step):
-            self.explorer.count(self.reservoir.slots)
-            self.explorer.end_round(self.reservoir.slots)
-            if self.step == self.explorer.reallocation_step:
-                self.reallocate()
-            else:
-                self.reservoir.swap(self.explorer.select(self.step))
-        if self.step >= self.growth_step and self.widths != self.fit.widths:
-            self.grow()
         set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
@@ -205,14 +232,9 @@ class Session:
         with self.autocast():
             output = self.forward(images)
         loss = self.loss_of(logits(output).to(self.dtype), images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = self.exchange(loss.detach())
-        if self.explorer.explores_at(self.step):
-            self.explorer.reward(self.parameters, self.ledger)
-        self.optimizer.step()
-        self.explorer.uncounted += 1
-        self.step += 1
+        self.execution.step()
         return loss
 
     def loss_of(self, scores: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -235,34 +257,13 @@ class Session:
         self.stopping = bool(stopping > 0)
         return loss
 
-    def reallocate(self) -> None:
-        """Give every group the width that its arms turned out to be worth, and rebuild the active model. Momentum
-        starts at zero."""
-        self.reservoir.write_back()
-        self.fitter.full = self.reservoir.full
-        self.fit = self.find_widths(self.explorer.loss_per_arm())
-        self.explorer.change_widths(self.fit.widths)
-        self.install(self.new_reservoir(self.reservoir.full, self.explorer.select(self.step)))
-        self.model.train()
-
-    def grow(self) -> None:
-        """Widen every layer to its width. What the network computes stays the same; momentum starts at zero."""
-        self.explorer.count(self.reservoir.slots)
-        self.reservoir.write_back()
-        slots, full = self.reservoir.slots, self.reservoir.full
-        selection = self.explorer.more(self.step, slots, self.fit.widths)
-        silence(full, self.graph, {name: np.setdiff1d(arms, slots[name]) for name, arms in selection.items()})
-        self.explorer.change_widths(self.fit.widths)
-        self.install(self.new_reservoir(full, selection))
-        self.model.train()
-
     def phase(self, step: int) -> str:
         """What a step is for, in one word."""
         if self.explorer.explores_at(step):
             return "exploring"
         return (
             "narrow"
-            if self.config.grow and step < self.growth_step
+            if self.config.grow and step < self.execution.growth_step
             else "settled"
             if self.explorer.steps
             else self.config.policy

@@ -33,7 +33,6 @@ class Trainee(Protocol):
     bfloat16: bool
     ranks: Ranks
     part: slice
-    step: int
     steps: int
     steps_per_epoch: int
     stop: Callable[[], bool]
@@ -43,6 +42,9 @@ class Trainee(Protocol):
 
     @property
     def config(self) -> Recipe: ...
+
+    @property
+    def step(self) -> int: ...
 
     @property
     def model(self) -> nn.Module: ...

@@ -41,8 +41,8 @@ def test_swapping_equals_gathering_everything_anew():
         assert all(set(reservoir.slots[n]) == set(selection[n]) for n in selection)
         small = slim(reference, graph.kept(reservoir.slots, reservoir.template)).train()
         for buffers in reservoir.buffers.values():
-            for state in buffers.states:
-                state.zero_()  # the reference has no momentum to carry on
+            for state in buffers.states.values():
+                state.live.zero_()  # the reference has no momentum to carry on
         plain = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9)
         for net, opt in ((reservoir.active.train(), optimizer), (small, plain)):
             for _ in range(2):

@@ -42,7 +42,7 @@ def data():
 
 
 def run(session, steps):
-    """Selections after every step."""
+    """The selection that ran in each step."""
     chosen = []
     batches = [
         batch
@@ -51,8 +51,8 @@ def run(session, steps):
     ]
     session.model.train()
     for images, labels in batches[:steps]:
-        session.train_step(images, labels)
         chosen.append({name: arms.copy() for name, arms in session.reservoir.slots.items()})
+        session.train_step(images, labels)
     return chosen
 
 
@@ -70,7 +70,7 @@ class Plain:
         graph, template = self.session.graph, self.session.reservoir.template
         self.kept = graph.kept(self.slots, template)
         self.model = slim(self.full, self.kept).train()
-        self.optimizer = make_optimizer(CONFIG, self.model, torch.device("cpu"))
+        self.optimizer = make_optimizer(CONFIG, list(self.model.parameters()), torch.device("cpu"))
         for name, parameter in self.model.named_parameters():
             if name in self.momenta:
                 self.optimizer.state[parameter]["momentum_buffer"] = self.momenta[name]
@@ -111,11 +111,11 @@ def test_swapped_slots_train_like_gathering_everything_at_each_change(data):
         for images, labels in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch):
             step = session.step
             session.train_step(images, labels)
+            plain.step(images, labels, learning_rate(session.config, step, session.steps))
             if any((session.reservoir.slots[name] != arms).any() for name, arms in plain.slots.items()):
                 plain.change({name: np.sort(arms) for name, arms in session.reservoir.slots.items()})
                 changes += 1
             assert all((session.reservoir.slots[name] == arms).all() for name, arms in plain.slots.items())
-            plain.step(images, labels, learning_rate(session.config, step, session.steps))
     assert changes >= 5
     for name, value in session.model.state_dict().items():  # float32 sums in other orders over some 60 steps
         torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-3, atol=1e-4)
@@ -197,7 +197,10 @@ def test_momentum_buffers_follow_the_flat_layout(data, optimizer):
         assert state.shape == parameter.shape and state.abs().sum() > 0
         if name in session.reservoir.spans:
             buffers = session.reservoir.spans[name].buffers
-            assert state.untyped_storage().data_ptr() == buffers.states[0].untyped_storage().data_ptr()
+            assert (
+                state.untyped_storage().data_ptr()
+                == next(iter(buffers.states.values())).live.untyped_storage().data_ptr()
+            )
             assert parameter.untyped_storage().data_ptr() == buffers.live.untyped_storage().data_ptr()
 
 
@@ -284,16 +287,18 @@ def test_layers_grow_once_and_lose_nothing(data, policy):
         batch for epoch in range(CONFIG.epochs) for batch in data.train_batches(CONFIG.batch_size, CONFIG.seed, epoch)
     ]
     session.model.train()
-    at, goal = session.growth_step, session.graph.macs(session.fit.widths)
+    at, goal = session.execution.growth_step, session.graph.macs(session.fit.widths)
     assert at == 38 and 0.4 * goal < session.macs <= 0.5 * goal
     narrow_macs = session.macs
+    session.execution.growth_step = session.steps  # until it was seen what is computed before
     for images, labels in batches[:at]:
         session.train_step(images, labels)
     assert session.macs == narrow_macs and session.phase(at - 1) == "narrow"
     before, slots = session.model.eval(), {name: set(arms) for name, arms in session.reservoir.slots.items()}
     images = batches[0][0].double()
     expected = before(images)
-    session.grow()
+    session.execution.growth_step = at
+    session.execution.turn()
     assert session.macs == goal <= 0.3 * session.graph.macs({}) and all(
         arms <= set(session.reservoir.slots[name]) for name, arms in slots.items()
     )
