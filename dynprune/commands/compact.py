@@ -17,6 +17,7 @@ from dynprune.deploy.compact import compact as make_compact
 from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
+from dynprune.repair.distill import RATE
 from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
@@ -56,7 +57,7 @@ def compact(
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
-    tune_lr: float = 0.05,
+    tune_lr: float = RATE,
     seed: int = 0,
     listener: Listener = SILENT,
 ) -> Compacted: ...
@@ -141,7 +142,7 @@ def of_module(
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
-    tune_lr: float = 0.05,
+    tune_lr: float = RATE,
     seed: int = 0,
     listener: Listener = SILENT,
 ) -> Compacted:

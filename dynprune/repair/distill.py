@@ -1,8 +1,8 @@
 """Train a compact network for some seconds to say what the untouched one says.
 
 Takes both and batches of training images; changes the compact one in place. The loss is the divergence from the
-untouched network's softened scores (Hinton, Vinyals & Dean, 2015), beside the labels. The learning rate falls to zero
-within the time that is given, so that every length is a whole schedule.
+untouched network's softened scores (Hinton, Vinyals & Dean, 2015), beside the labels. The learning rate rises at first,
+then falls to zero within the time that is given, so that every length is a whole schedule.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dynprune.errors import DynpruneError
 
 TEMPERATURE = 2.0
 STEEPEST = 1.0  # norm of the gradient of outputs that are no class scores
+RATE = 0.03  # peak learning rate, of batches of 128
+WARMUP = 0.2  # share of the time in which the rate rises: begun in full, it undoes in 100 steps what repair gave
 WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
 
 
@@ -53,13 +55,18 @@ def loss_of(scores: Tensor, labels: Tensor | None, teacher: Tensor, weight: floa
     return weight * told + (1 - weight) * F.cross_entropy(scores, labels)
 
 
+def rate_at(done: float, peak: float) -> float:
+    """The learning rate when a share of the time is over: a straight line to zero, held down while it rises."""
+    return peak * (1 - done) * min(1.0, done / WARMUP)
+
+
 def tune(
     narrow: nn.Module,
     teacher: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor | None]],
     seconds: float,
     *,
-    lr: float = 0.05,
+    lr: float = RATE,
     weight_decay: float = 5e-4,
     weight: float = WEIGHT,
     bfloat16: bool = False,
@@ -82,11 +89,11 @@ def tune(
     narrow.train()
     began, steps = clock(), 0
     for images, labels in batches:
-        left = 1 - (clock() - began) / seconds
-        if left <= 0:
+        done = (clock() - began) / seconds
+        if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = lr * left
+            group["lr"] = rate_at(done, lr)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             with torch.no_grad():
                 said = scores(teacher(images))
@@ -104,6 +111,6 @@ def tune(
                 f"The loss became {now} after {steps} steps of tuning at rate {lr:g}. Choose a smaller --tune-lr, "
                 "or --tune 0."
             )
-        report((1 - left) * seconds, now, steps)
+        report(done * seconds, now, steps)
     narrow.eval()
     return steps

@@ -485,7 +485,10 @@ class CompactConfig(Limited, Task):
         auto=0,
     )
     tune_lr: float = setting(
-        0.05, "Learning rate at the start of tuning.", check=lambda v: v > 0, expected="more than 0"
+        0.03,
+        "Peak learning rate of tuning; it rises in the first fifth.",
+        check=lambda v: v > 0,
+        expected="more than 0",
     )
 
     @property

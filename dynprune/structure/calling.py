@@ -1,6 +1,6 @@
 """Example inputs, as torch.onnx.export takes its `args`: a tensor, or a tuple of arguments.
 
-The last of the arguments may be a dict of named ones. One whose keys the network's `forward` does not know by name is an
+The last of the arguments may be a dict of named ones. One whose keys the network's `forward` does not know is an
 argument itself, as is a dict that stands alone or is followed by an empty one.
 """
 

@@ -29,7 +29,7 @@ from dynprune.data.loading import Data, Source, load_data
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.rivals import IMPORTANCES, prune
 from dynprune.repair.choice import CHOICES, orders
-from dynprune.repair.distill import tune
+from dynprune.repair.distill import RATE, tune
 from dynprune.repair.images import sample_images
 from dynprune.repair.refit import repair
 from dynprune.repair.trained import Compaction
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--search", type=float, default=60.0)
     parser.add_argument("--policies", default="bandit,none")
     parser.add_argument("--tune", default="0")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=RATE)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--align", default="auto")
     parser.add_argument("--parts", action="store_true")

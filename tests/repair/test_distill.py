@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynprune.repair.distill import divergence, loss_of, tune
+from dynprune.repair.distill import RATE, divergence, loss_of, rate_at, tune
+from dynprune.runs.config import CompactConfig
 
 
 def test_divergence_is_zero_for_equals_and_has_the_gradient_of_soft_cross_entropy():
@@ -25,6 +26,13 @@ def test_labels_count_for_their_share_and_may_be_absent():
         loss_of(scores, labels, teacher, 0.75), 0.75 * told + 0.25 * F.cross_entropy(scores, labels)
     )
     assert loss_of(scores, None, teacher) == told
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    rates = [rate_at(done / 100, 1.0) for done in range(101)]
+    assert rates[0] == 0 and rates[100] == 0 and rates.index(max(rates)) == 20 and max(rates) == 0.8
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert CompactConfig.__dataclass_fields__["tune_lr"].default == RATE
 
 
 def test_tuning_learns_from_the_teacher_alone_and_stops_in_time():
