@@ -66,6 +66,18 @@ def test_the_code_of_the_python_page_runs(tmp_path, monkeypatch, capsys):
     assert len(code) >= 7 and "True" in printed and float(printed.split()[-1]) < 1e-4
 
 
+def test_the_program_of_the_loop_page_runs(tmp_path, monkeypatch, capsys):
+    """At its full length, which is short: it learns what it is about."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks(page("loop"), "python")
+    assert len(program.splitlines()) < 80
+    exec(compile(program, "guide/loop.md", "exec"), {})  # noqa: S102 (our own page)
+    share, right, off = re.search(
+        r"([\d.]+) of the MACs, ([\d.]+) % right, ([\d.]+) pixels", capsys.readouterr().out
+    ).groups()
+    assert float(share) <= 0.25 and float(right) > 90 and float(off) < 2
+
+
 def test_unknown_topics_are_refused():
     with pytest.raises(DynpruneError, match='No topic "budget". Did you mean budgets'):
         page("budget")

@@ -1,18 +1,98 @@
-"""`dynprune export`: from a run to ONNX."""
+"""`dynprune export`: from a run, or any module, to ONNX."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
+
+from torch import nn
 
 from dynprune.data.loading import Data
 from dynprune.deploy.export import ExportResult
 from dynprune.deploy.export import export as make_onnx
+from dynprune.deploy.modules import Axes, ModuleExport, export_module
+from dynprune.errors import DynpruneError
 from dynprune.gates.export import GatedExportResult, export_gated
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.directory import GateRun, open_any
+from dynprune.structure.calling import Inputs
 
 
+@overload
 def export(
+    what: str | Path,
+    *,
+    out: str | Path | None = None,
+    opset: int | None = None,
+    fold_normalization: bool = False,
+    data: str | Data = "",
+    listener: Listener = SILENT,
+) -> ExportResult | GatedExportResult: ...
+
+
+@overload
+def export(
+    what: nn.Module,
+    example_inputs: Inputs,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Axes | None = None,
+    listener: Listener = SILENT,
+) -> ModuleExport: ...
+
+
+def export(what, *args, listener: Listener = SILENT, **options):
+    """Write a network as ONNX, and prove that onnxruntime computes the same as torch.
+
+    *A run* (a path): its compact or gated network. out: the file, RUN/compact.onnx or RUN/gated.onnx if none is given.
+    fold_normalization: the graph takes pixels in 0..1. data: where the run's data lie now, or the data themselves.
+
+    *A module*, with example inputs as torch.onnx.export takes its `args`, and a path: every tensor in them is an input,
+    every tensor that comes back an output, and each output is compared. input_names, output_names: in order; without
+    them, the names in `forward` and the keys of what it returns. dynamic: per input, the dimensions that may vary, as
+    {"image": {0: "batch", 2: "height"}}; the first one of all if nothing is said, none with {}. The module stays as it
+    is.
+
+    Raises DynpruneError, and leaves no file, when the two disagree.
+
+    >>> dynprune.export("runs/mine").path
+    >>> dynprune.export(small, torch.zeros(1, 3, 640, 640), "small.onnx").outputs
+    """
+    if isinstance(what, nn.Module):
+        return of_module(what, *args, listener=listener, **options)
+    if args:
+        raise DynpruneError(f"export got {len(args) + 1} arguments. Beside a run they need names.")
+    return of_run(what, listener=listener, **options)
+
+
+def of_module(
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Axes | None = None,
+    listener: Listener = SILENT,
+) -> ModuleExport:
+    listener.note("exporting to ONNX and comparing with torch")
+    return export_module(
+        model,
+        example_inputs,
+        Path(path),
+        opset=opset,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic=dynamic,
+    )
+
+
+def of_run(
     run: str | Path,
     *,
     out: str | Path | None = None,
@@ -21,14 +101,6 @@ def export(
     data: str | Data = "",
     listener: Listener = SILENT,
 ) -> ExportResult | GatedExportResult:
-    """Write a run's compact or gated network as ONNX, and prove that onnxruntime computes the same as torch.
-
-    out: the file, RUN/compact.onnx or RUN/gated.onnx if none is given. fold_normalization: the graph takes pixels in
-    0..1. data: where the run's data lie now, or the data themselves. Raises DynpruneError, and leaves no file, when the
-    two disagree.
-
-    >>> dynprune.export("runs/mine").path
-    """
     found, path = open_any(Path(run)), Path(out) if out else None
     if isinstance(found, GateRun):
         return export_gated(

@@ -353,6 +353,12 @@ def input_for(session: onnxruntime.InferenceSession, path: Path, batch: int) -> 
         ) from error
 
 
+def latency_of(samples: list[float], batch: int) -> Latency:
+    """What the milliseconds of every run come to."""
+    median = float(np.percentile(samples, 50))
+    return Latency(median, float(np.percentile(samples, 95)), 1000 * batch / median, samples)
+
+
 def measure(
     dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]
 ) -> list[BenchRow]:
@@ -368,15 +374,7 @@ def measure(
         report(f"timing batch {batch}")
         feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
         samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
-        first, second = (
-            Latency(
-                float(np.percentile(kept, 50)),
-                float(np.percentile(kept, 95)),
-                1000 * batch / float(np.percentile(kept, 50)),
-                kept,
-            )
-            for kept in samples
-        )
+        first, second = (latency_of(kept, batch) for kept in samples)
         rows.append(BenchRow(batch, first, second, first.p50_ms / second.p50_ms))
     return rows
 

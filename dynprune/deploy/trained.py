@@ -40,7 +40,7 @@ from dynprune.state.copies import copied
 from dynprune.state.tensors import named_tensors, paths_of
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.record import AxisKey
-from dynprune.structure.surgery import slim
+from dynprune.structure.surgery import composed, slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
 from dynprune.training.distributed import ALONE, Ranks, average, meet, norms_shared
@@ -471,7 +471,7 @@ def write(run: CompactRun, bench: Bench, narrow: nn.Module, found: Found, told: 
             "with a smaller budget."
         )
     accuracy = evaluate(narrow, data, data.test)
-    kept = artifact.composed(bench.cut_before, graph.kept(bench.compaction.selection(found.widths)))
+    kept = composed(bench.cut_before, graph.kept(bench.compaction.selection(found.widths)))
     facts = artifact.Facts(
         asdict(config),
         data.classes,

@@ -260,18 +260,17 @@ def check_facts(facts: Facts) -> None:
 
 
 def kept_of(facts: Facts) -> Mapping[AxisKey, np.ndarray]:
+    return kept_in(facts.kept)
+
+
+def kept_in(entries: Mapping[str, list[int]]) -> dict[AxisKey, np.ndarray]:
+    """What `kept_as_json` wrote. Raises AssertionError, ValueError or AttributeError for anything else."""
     result = {}
-    for key, positions in facts.kept.items():
+    for key, positions in entries.items():
         tensor, _, dim = key.rpartition(":")
         assert isinstance(positions, list) and all(type(position) is int for position in positions), "kept"
         result[tensor, int(dim)] = np.array(positions, dtype=np.int64)
     return result
-
-
-def composed(first: Mapping[AxisKey, np.ndarray], second: Mapping[AxisKey, np.ndarray]) -> dict[AxisKey, np.ndarray]:
-    """Positions that are kept when what was cut by `first` is cut by `second`."""
-    both = {key: first[key][positions] if key in first else positions for key, positions in second.items()}
-    return {**first, **both}
 
 
 def kept_as_json(kept: Mapping[AxisKey, np.ndarray]) -> dict[str, list[int]]:

@@ -26,16 +26,30 @@ from dynprune.structure.tracing import first_line, library_code
 def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None, facts: dict[str, str]) -> None:
     """One checked file with a dynamic batch; weights inside, `facts` as metadata."""
     batch = example.expand(2, *example.shape[1:]).contiguous()  # an example batch of 1 would be taken as a constant
+    write_program(model, (batch,), path, opset, facts, ["input"], ["logits"], ({0: torch.export.Dim("batch")},))
+
+
+def write_program(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    opset: int | None,
+    facts: dict[str, str],
+    input_names: list[str],
+    output_names: list[str],
+    dynamic_shapes: tuple,
+) -> None:
+    """One checked file of a module that takes and returns tensors. dynamic_shapes: as torch.export takes them."""
     try:
         with quiet():
             program = torch.onnx.export(
                 model,
-                (batch,),
+                inputs,
                 dynamo=True,
                 opset_version=opset,
-                input_names=["input"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=dynamic_shapes,
                 external_data=False,
                 verbose=False,
             )
@@ -152,8 +166,13 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, str]:
 
 def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> np.ndarray:
     """The first output. Raises DynpruneError for a file that opens but cannot be executed."""
+    return run_all(session, feed)[0]
+
+
+def run_all(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Every output. Raises as `run` does."""
     try:
-        return session.run(None, feed)[0]
+        return session.run(None, feed)
     except Exception as error:  # onnxruntime's own kinds have no common base
         raise DynpruneError(
             f"onnxruntime cannot execute this network ({first_line(error)[:200]}). Is the file "

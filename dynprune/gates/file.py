@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.disk import read_tensors, write_tensors
+from dynprune.files.disk import kind_of, read_tensors, write_tensors
+from dynprune.files.modules import load_module
 from dynprune.gates.gating import GatedNetwork
 from dynprune.gates.surgery import cut_closed
 from dynprune.runs.config import TrainConfig
@@ -70,12 +71,19 @@ def fill_gates(model: GatedNetwork, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
-    """The network in a compact or gated file, in eval mode on the CPU. See `artifact.load` for the rules.
+    """The network in a compact or gated file, or one that `save` wrote, in eval mode on the CPU.
+
+    model: the network at full width, which the files of `save` want (`modules.load_module`), and others take in place
+    of building it by its name. See `artifact.load` for the rules.
 
     A gated network comes without what its gates have closed for good. It computes of a single image (under
     `torch.no_grad()`) only what its gates open, and masks larger batches.
     """
     path = Path(path)
+    if kind_of(path) == "module":
+        if model is None:
+            raise DynpruneError(f"{path} does not say how to build its network. Pass it: load(path, model).")
+        return load_module(path, model)
     try:
         return artifact.load(path, model, trust=trust)
     except DynpruneError as error:

@@ -23,6 +23,7 @@ TOPICS = {
     "gates": "channels that each image decides on",
     "runs": "run directories, files, resuming, several processes",
     "python": "everything without the command line",
+    "loop": "dynamic execution in a training loop of your own, for any task",
     "evidence": "what was measured, and what did not help",
     "ablations": "what each setting is worth",
     "troubleshooting": "messages and symptoms, their causes, what to do",

@@ -8,7 +8,9 @@ stay, the input is untouched, and the copy can be traced again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from dynprune.state.copies import copied
 from dynprune.structure.numbers import attribute_for, parse_number, set_number
 from dynprune.structure.record import AxisKey
+
+# per module, what `slim` kept of the one that it was cut from: files name it, and the module itself need not know
+CUT: WeakKeyDictionary[nn.Module, dict[AxisKey, np.ndarray]] = WeakKeyDictionary()
 
 
 def narrow(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:
@@ -48,7 +53,23 @@ def slim(model: nn.Module, kept: Mapping[AxisKey, np.ndarray]) -> nn.Module:
             set_number(small, source, attribute_for(formula, len(positions)))
     for (_, original), (_, module) in zip(model.named_modules(), small.named_modules()):
         repair_numbers(original, module)
+    with suppress(TypeError):  # a class of the user's own may forbid being a key
+        CUT[small] = composed(cut_of(model), kept)
     return small
+
+
+def cut_of(model: nn.Module) -> Mapping[AxisKey, np.ndarray]:
+    """The positions that a module has kept of the full-width network, empty where it was not cut by `slim`."""
+    try:
+        return CUT.get(model, {})
+    except TypeError:
+        return {}
+
+
+def composed(first: Mapping[AxisKey, np.ndarray], second: Mapping[AxisKey, np.ndarray]) -> dict[AxisKey, np.ndarray]:
+    """Positions that are kept when what was cut by `first` is cut by `second`."""
+    both = {key: first[key][positions] if key in first else positions for key, positions in second.items()}
+    return {**first, **both}
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

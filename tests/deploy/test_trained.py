@@ -155,7 +155,7 @@ def test_what_a_module_is_given_must_make_sense(model, data):
 
 def test_the_saved_module_loads_again(model, data, tmp_path):
     small = dynprune.compact(model, data.example, list(data.train_batches(64, 0, 0)), images=96, search=0, tune=0)
-    dynprune.save(tmp_path / "small.safetensors", small.model, small.graph, small.selection, classes=10, size=data.size)
+    dynprune.save(small.model, tmp_path / "small.safetensors", small.graph, small.selection, classes=10, size=data.size)
     loaded = dynprune.load(tmp_path / "small.safetensors", tiny(10))
     x = data.example.repeat(4, 1, 1, 1)
     np.testing.assert_allclose(loaded(x).detach(), small.model(x).detach(), atol=1e-6)
