@@ -25,6 +25,7 @@ from dynprune.deploy.export import TOLERANCE, writing
 from dynprune.errors import DynpruneError
 from dynprune.files.onnxfile import open_session, read_opset, run_all, write_program
 from dynprune.state.copies import copied, same_randomness
+from dynprune.state.tensors import loose_to
 from dynprune.structure.calling import Inputs, arguments, call, knows
 from dynprune.structure.tracing import first_line
 
@@ -117,7 +118,10 @@ def export_module(
     """Write `model` as ONNX, in eval mode and with its weights inside; see `dynprune.export`."""
     if not path.name or path.is_dir():
         raise DynpruneError(f"path got {path}, which is a folder. Expected a file name such as model.onnx.")
-    model, inputs = copied(model).cpu().eval(), put(arguments(example_inputs), on_cpu(arguments(example_inputs)))
+    model, inputs = (
+        loose_to(copied(model).cpu(), torch.device("cpu")).eval(),
+        put(arguments(example_inputs), on_cpu(arguments(example_inputs))),
+    )
     found = input_leaves(model, inputs)
     if not found:
         raise DynpruneError("example_inputs holds no tensor. Expected what the model takes.")
@@ -246,15 +250,17 @@ def bench_modules(
     given = arguments(inputs)
     tensors = [value.detach().cpu() for _, value in leaves(given)]
     with tempfile.TemporaryDirectory(prefix="dynprune-") as folder:
-        paths = []
+        paths, names = [], []
         for number, network in enumerate((dense, compact)):
             path = network if isinstance(network, Path) else Path(folder) / f"{('first', 'second')[number]}.onnx"
             if isinstance(network, nn.Module):
                 report(f"exporting the {('first', 'second')[number]} network")
-                export_module(network, inputs, path, dynamic={})
+                names.append(list(export_module(network, inputs, path, dynamic={}).inputs))
+            else:
+                names.append([])
             paths.append(path)
         sessions = [open_session(path, threads) for path in paths]
-        feeds = [feed_of(session, path, tensors) for session, path in zip(sessions, paths)]
+        feeds = [feed_of(session, path, tensors, own) for session, path, own in zip(sessions, paths, names)]
         report("timing both in turn")
         samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
         batch = next((len(value) for value in tensors if value.ndim), 1)
@@ -264,8 +270,15 @@ def bench_modules(
         return summarise(paths[0], paths[1], rows, threads, nothing, nothing, None, None, None, [], [])
 
 
-def feed_of(session: onnxruntime.InferenceSession, path: Path, tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
+def feed_of(
+    session: onnxruntime.InferenceSession, path: Path, tensors: Sequence[Tensor], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The tensors under the names of a file's inputs. names: of the tensors where they are known, since a file may
+    leave out what its network does not use; else they come in the file's order."""
     wanted = session.get_inputs()
+    if names:
+        taken = {entry.name for entry in wanted}
+        return {name: value.numpy() for name, value in zip(names, tensors, strict=True) if name in taken}
     if len(wanted) != len(tensors):
         raise DynpruneError(
             f"{path.name} takes {len(wanted)} inputs ({', '.join(entry.name for entry in wanted)}), inputs holds "

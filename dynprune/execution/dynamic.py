@@ -32,7 +32,7 @@ from dynprune.execution.momentum import FRESH, MakeOptimizer, rebound, state_kin
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in, silence, up_to_date
 from dynprune.execution.saliency import magnitude, prepare
 from dynprune.state.copies import copied
-from dynprune.state.tensors import check_facts, fill, state_of
+from dynprune.state.tensors import check_facts, fill, loose_to, state_of
 from dynprune.structure.calling import Inputs, arguments
 from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.surgery import slim
@@ -212,10 +212,12 @@ class Execution:
     # -- the end, and what is kept on the way --------------------------------------------------------------------------
 
     def finish(self) -> nn.Module:
-        """The network that runs now, as a module of its own class and in eval mode, with tensors of its own."""
+        """The network that runs now, as a module of its own class, in eval mode and on the same device, with tensors of
+        its own."""
         self.refuse_changed()
         reservoir = self.reservoir
-        return slim(up_to_date(reservoir), self.graph.kept(reservoir.slots, reservoir.template)).eval()
+        small = slim(up_to_date(reservoir), self.graph.kept(reservoir.slots, reservoir.template))
+        return loose_to(small.to(self.device), self.device).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on exactly where this is: tensors, numbers and texts, for torch.save. The random

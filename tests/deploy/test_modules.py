@@ -127,6 +127,24 @@ def test_two_networks_are_timed_on_the_same_inputs(tmp_path):
     assert mixed.speedup_p50 > 2 and mixed.compact_path.endswith("thin.onnx")
 
 
+class Careless(nn.Module):
+    """Does not look at one of its inputs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3), nn.Conv2d(width, 4, 3)
+
+    def forward(self, image, mask, scale):
+        return self.b(F.relu(self.a(image))) * scale
+
+
+def test_inputs_that_a_network_does_not_use_are_no_obstacle(tmp_path):
+    inputs = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 7), torch.full((1, 1, 1, 1), 2.0))
+    assert dynprune.bench(Careless(128), Careless(8), inputs).speedup_p50 > 1.5
+    found = dynprune.export(Careless(8), inputs, tmp_path / "careless.onnx")
+    assert list(found.inputs) == ["image", "mask", "scale"] and found.outputs[0].max_rel_diff < 1e-5
+
+
 def refusals(folder):
     network, example = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8)
     saved = folder / "saved.safetensors"

@@ -392,7 +392,8 @@ def test_two_processes_choose_and_train_alike(tmp_path):
             part = slice(8 * rank, 8 * rank + 8)
             F.cross_entropy(parallel(X[part].double()), Y[part]).backward()
             execution.step()
-        torch.save((execution.finish().state_dict(), execution.selection), f"{sys.argv[1]}/{rank}.pt")
+        chosen = {name: torch.from_numpy(arms) for name, arms in execution.selection.items()}
+        torch.save((execution.finish().state_dict(), chosen), f"{sys.argv[1]}/{rank}.pt")
         """)
     )
     done = subprocess.run(
@@ -403,13 +404,13 @@ def test_two_processes_choose_and_train_alike(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    (one, chosen), (other, also) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    (one, chosen), (other, also) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = execute()
     for norm in alone.model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.eval()
     take_steps(alone, 12)
-    assert all((chosen[name] == arms).all() and (also[name] == arms).all() for name, arms in alone.selection.items())
+    assert all(chosen[name].tolist() == also[name].tolist() == list(arms) for name, arms in alone.selection.items())
     for name, value in alone.finish().state_dict().items():
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], value, rtol=1e-8, atol=1e-9)
