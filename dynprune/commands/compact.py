@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -18,9 +18,11 @@ from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import RATE
+from dynprune.repair.examples import Reader
 from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
+from dynprune.structure.calling import Inputs, arguments
 from dynprune.structure.tracing import trace
 from dynprune.training import distributed
 from dynprune.training.recipe import use_bfloat16
@@ -48,16 +50,19 @@ def compact(
 @overload
 def compact(
     what: nn.Module,
-    example_inputs: Tensor | tuple,
+    example_inputs: Inputs,
     data: Iterable,
     budget: str | Sequence[str] | Budget = "0.5",
     *,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     images: int = 512,
     search: float = 30.0,
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
     tune_lr: float = RATE,
+    precision: str = "auto",
     seed: int = 0,
     listener: Listener = SILENT,
 ) -> Compacted: ...
@@ -75,16 +80,21 @@ def compact(what, *args, listener: Listener = SILENT, **options):
     find widths by a bandit on frozen weights, cut, refit every layer, tune by distillation, prove, and write a run
     directory that `export` and `bench` take. out: that directory; overwrite: replace it.
 
-    *A module*, with example inputs as `trace` takes them and data, batches of images or of (images, labels) as a
-    DataLoader gives them: the same, and nothing is written. budget: as `--budget`, several in a list, or a `Budget`.
-    images: how many calibration and measuring look at; repair looks at twice as many. search, tune: seconds. The module
-    stays as it is.
+    *A module* of any task, with example inputs as `trace` takes them and data, batches as a DataLoader gives them: the
+    same, and nothing is written; the module stays as it is. A batch begins with inputs like the example's, or has them
+    by name; inputs: a function that makes them of a batch that does not. Of (images, labels) with class labels, class
+    scores are compared; of anything else what the last layers say (raw maps, boxes, embeddings), and no labels are
+    needed. loss: `loss(model, batch)`, a mean over examples, to tune by beside that; the model is then in train mode.
+    budget: as `--budget`, several in a list, or a `Budget`. images: how many calibration and measuring look at; repair
+    looks at twice as many. search, tune: seconds. precision: of tuning; auto is bfloat16 for class scores alone, where
+    the processor is fast at it.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 
     >>> dynprune.compact("runs/mine").macs
     >>> dynprune.compact(dynprune.CompactConfig("resnet20", "resnet20.pt", "photos/", budget=("0.5",))).accuracy
     >>> small = dynprune.compact(model, torch.zeros(1, 3, 224, 224), loader, "macs=0.5", tune=60).model
+    >>> dynprune.compact(detector, ([torch.zeros(3, 320, 320)],), loader, loss=lambda m, b: sum(m(*b).values())).model
     """
     if isinstance(what, nn.Module):
         return of_module(what, *args, listener=listener, **options)
@@ -133,36 +143,44 @@ def of_trained(
 
 def of_module(
     model: nn.Module,
-    example_inputs: Tensor | tuple,
+    example_inputs: Inputs,
     data: Iterable,
     budget: str | Sequence[str] | Budget = "0.5",
     *,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     images: int = 512,
     search: float = 30.0,
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
     tune_lr: float = RATE,
+    precision: str = "auto",
     seed: int = 0,
     listener: Listener = SILENT,
 ) -> Compacted:
     limits = budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
     if any(limit.startswith("latency") for limit in limits.limits):
         raise DynpruneError("compact of a module takes budgets in macs and params. Got one in milliseconds.")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise DynpruneError(f"precision is {precision!r}. Expected auto, float32 or bfloat16.")
+    device = next(model.parameters()).device
     listener.note("tracing")
     graph = trace(model, example_inputs)
     return compact_module(
         model,
         graph,
+        Reader(arguments(example_inputs), inputs),
         data,
         limits,
+        loss=loss,
         images=images,
         search_seconds=search,
         policy=policy,
         choice=arms,
         tune_seconds=tune,
         tune_lr=tune_lr,
-        bfloat16=use_bfloat16("auto", next(model.parameters()).device),
+        bfloat16=lambda scores: use_bfloat16(precision if scores or precision != "auto" else "float32", device),
         seed=seed,
         report=listener.note,
     )

@@ -29,7 +29,7 @@ from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
-from dynprune.repair.distill import tune
+from dynprune.repair.distill import Lesson, of_labels, tune
 from dynprune.repair.images import enough, sample_images
 from dynprune.repair.shares import Share
 from dynprune.repair.trained import FEWEST, Compaction
@@ -211,12 +211,15 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
     with norms_shared(narrow, ranks):
         return tune(
             narrow,
-            bench.full,
+            Lesson(
+                bench.full,
+                lambda model, batch: model(batch[0]),
+                own=lambda output, batch: of_labels(logits(output), batch[1]),
+            ),
             endless(bench.data, config, bench.device, ranks),
             seconds,
             lr=config.tune_lr,
             bfloat16=use_bfloat16(config.precision, bench.device),
-            scores=logits,
             report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
             clock=bench.compaction.images.share.clock(bench.device),
             average=equal_gradients,

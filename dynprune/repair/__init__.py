@@ -5,6 +5,8 @@ without a step of training, and training for some seconds if they are given. Rea
 way in one function. Then `choice.py` (what repair cannot replace), `refit.py` (ridge regression layer after layer) and
 `widths.py` (the bandit on frozen weights).
 
-Others use `Compaction` (`trained.py`), `repair` (`refit.py`), `tune` and `divergence` (`distill.py`), `sample_images`
-(`images.py`).
+Any task: `says.py` is what two networks are compared by, `examples.py` what a batch of the user's own holds.
+
+Others use `Compaction` (`trained.py`), `repair` (`refit.py`), `Lesson` and `tune` (`distill.py`), `divergence`
+(`says.py`), `sample_images` (`images.py`), `Reader` (`examples.py`).
 """

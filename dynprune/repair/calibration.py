@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.repair.following import follow
+from dynprune.repair.examples import count_of
+from dynprune.repair.following import CHOSEN, follow
 from dynprune.repair.patches import (
     Layer,
     by_position,
@@ -30,8 +32,11 @@ from dynprune.repair.patches import (
     positions_of,
     size_of,
 )
+from dynprune.repair.says import SCORES, Says, own_loss
 from dynprune.repair.shares import WHOLE, Share
 from dynprune.state.copies import generator
+from dynprune.structure import calling
+from dynprune.structure.labels import tensors_in
 
 ROWS, ROWS_PER_COLUMN = 4096, 16  # places of a layer's output that are looked at: so many, and for wide layers more
 MOST_ROWS = 16384  # but for those with so many columns that this is not three for each
@@ -77,46 +82,41 @@ def sample_rows(
     return (place + torch.arange(images)[:, None] * positions).reshape(-1)
 
 
-def own_loss(output: Tensor, seed: int, share: Share = WHOLE) -> Tensor:
-    """A loss whose gradients, squared and averaged, say how much every output matters, summed over images.
-
-    Of class scores (images, classes): cross-entropy with a class drawn from them. Of other outputs: a random
-    projection, as of a squared error.
-    """
-    if output.ndim == 2 and output.shape[1] > 1:
-        chance = torch.empty(len(output) * share.count, output.shape[1]).exponential_(generator=generator(seed))
-        drawn = (output.detach().softmax(1) / share.own(chance).to(output.device)).argmax(1)
-        return F.cross_entropy(output, drawn, reduction="sum")
-    shape = (len(output) * share.count, *output.shape[1:])
-    return (output * share.own(torch.randn(shape, generator=generator(seed))).to(output)).sum()
-
-
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Tensor],
-    scores: Callable[[object], Tensor],
+    batches: Iterable[tuple],
+    says: Says = SCORES,
     *,
+    few: tuple | None = None,
+    listed: bool = False,
     seed: int = 0,
     share: Share = WHOLE,
 ) -> Calibration:
     """Moments of every layer that runs once and is a plain product of its input with its weight.
 
-    model: in eval mode; it stays as it is. batches: of inputs, (images, ...), this process's share of them. scores: the
-    tensor in the model's output that matters.
+    model: in eval mode; it stays as it is. batches: arguments of calls, this process's share of the examples. says:
+    what of its answers matters. few: a small call, the first batch if there is none. listed: see `Reader.listed`.
     """
     batches = list(batches)
     result = Calibration({}, {})
     with ExitStack() as context:
         for parameter in model.parameters():
             context.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        images = sum(map(len, batches))
-        for name in follow(model, (batches[0][:2],)):
+            parameter.requires_grad_(not differentiable(batches[0]))
+        images = sum(count_of(batch, listed) for batch in batches)
+        for name, own in follow(model, few or batches[0]).items():
+            if own.chosen:
+                result.left[name] = CHOSEN
+                continue
             layer = layer_at(model, name)
             context.callback(layer.register_forward_hook(watching(name, result, seed, images, share)).remove)
         for number, inputs in enumerate(batches):
             with torch.enable_grad():
-                own_loss(scores(model(inputs.detach().requires_grad_(True))), seed + number, share).backward()
+                given = with_gradient(inputs)
+                said, _ = says.of(model, partial(calling.call, inputs=given))
+                own_loss(said, seed + number, share, scores=says.scores).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
     for moments in result.moments.values():
         moments.inputs = share.total(moments.inputs) / max(1, moments.rows * share.count)
         moments.gradients = share.total(moments.gradients) / (images * share.count)
@@ -127,6 +127,22 @@ def calibrate(
                 "computes finite numbers on these images: are they normalised as it was trained?"
             )
     return result
+
+
+def differentiable(inputs: object) -> bool:
+    """Whether gradients can reach the inputs; where they are whole numbers, parameters must ask for them."""
+    return any(value.is_floating_point() for value in tensors_in(inputs))
+
+
+def with_gradient(inputs: Any) -> Any:
+    """The same arguments, of which gradients are wanted."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().requires_grad_(True) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {key: with_gradient(own) for key, own in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(with_gradient(own) for own in inputs)
+    return inputs
 
 
 def watching(name: str, result: Calibration, seed: int, images: int, share: Share) -> Callable:

@@ -1,8 +1,9 @@
 """Train a compact network for some seconds to say what the untouched one says.
 
-Takes both and batches of training images; changes the compact one in place. The loss is the divergence from the
-untouched network's softened scores (Hinton, Vinyals & Dean, 2015), beside the labels. The learning rate rises at first,
-then falls to zero within the time that is given, so that every length is a whole schedule.
+Takes a compact network, a lesson and batches of training examples; changes the compact one in place. The lesson is the
+divergence from what the untouched network says, of class scores softened (Hinton, Vinyals & Dean, 2015), beside a loss
+of its own: the labels' or the user's. The learning rate rises at first, then falls to zero within the time that is
+given, so that every length is a whole schedule.
 """
 
 from __future__ import annotations
@@ -10,49 +11,90 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
+from dynprune.repair.says import SCORES, Says, apart, are_scores
 
-TEMPERATURE = 2.0
-STEEPEST = 1.0  # norm of the gradient of outputs that are no class scores
+STEEPEST = 1.0  # norm of the gradient of losses that have no bound on their slope
 RATE = 0.03  # peak learning rate, of batches of 128
 WARMUP = 0.2  # share of the time in which the rate rises: begun in full, it undoes in 100 steps what repair gave
 WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
+BatchNorm = nn.modules.batchnorm._BatchNorm
+SETTLED = BatchNorm | nn.modules.dropout._DropoutNd
 
 
-def divergence(scores: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """How far scores are from the teacher's, both softened, mean over images, on the scale of cross-entropy.
+@dataclass
+class Lesson:
+    """What a step of tuning asks of a network. teacher: the untouched one; it stays as it is. run: calls a model with a
+    batch, and may be a loss itself. says: what of the answer matters. own: the loss of what `run` returned and a batch,
+    a mean over examples; None where there is none. weight: of what the teacher says beside it. scaled: whether `own` is
+    on a scale of its own, to which what the teacher says is brought. whole: whether the network is in train mode, as a
+    loss may ask for; else only its BatchNorms are."""
 
-    scores, teacher: (images, classes). Of other outputs: the mean squared difference over the teacher's variance.
-    """
-    if not are_scores(scores):
-        return (scores - teacher).square().mean() / teacher.var().clamp(min=1e-12)
-    return (
-        F.kl_div(
-            F.log_softmax(scores / temperature, 1),
-            F.log_softmax(teacher / temperature, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        * temperature**2
-    )
+    teacher: nn.Module
+    run: Callable[[nn.Module, Any], object]
+    says: Says = SCORES
+    own: Callable[[object, Any], Tensor | None] = lambda _output, _batch: None
+    weight: float = WEIGHT
+    scaled: bool = False
+    whole: bool = True
+    scale: float = field(default=0.0, init=False)
+
+    def __call__(self, narrow: nn.Module, batch: Any) -> tuple[Tensor, bool]:
+        """The loss of a batch, and whether its slope has a bound."""
+        scores = self.says.scores
+        with torch.no_grad(), torch.random.fork_rng():  # chance is the same for both
+            taught, _ = self.says.of(self.teacher, lambda model: self.run(model, batch))
+        said, output = self.says.of(narrow, lambda model: self.run(model, batch))
+        own = self.own(output, batch)
+        bounded = scores and are_scores(said[0])
+        if own is None:
+            return apart(said, taught, scores=scores), bounded
+        if not self.weight or len(said) != len(taught):
+            return own, False
+        told = apart(said, taught, scores=scores)
+        if self.scaled:
+            self.scale = self.scale or ratio(own, told, narrow)
+            told = told * self.scale
+        return self.weight * told + (1 - self.weight) * own, bounded and not self.scaled
+
+    def begin(self, narrow: nn.Module) -> None:
+        """The mode in which it learns."""
+        narrow.train(self.whole)
+        for module in () if self.whole else narrow.modules():
+            if isinstance(module, BatchNorm):
+                module.train()
 
 
-def are_scores(output: Tensor) -> bool:
-    """Whether an output is (images, classes)."""
-    return output.ndim == 2 and output.shape[1] > 1
+def ratio(own: Tensor, told: Tensor, narrow: nn.Module) -> float:
+    """How much steeper one loss is than the other."""
+    parameters = [value for value in narrow.parameters() if value.requires_grad]
+
+    def steepness(loss: Tensor) -> float:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float(own.float().square().sum()) for own in gradients if own is not None))
+
+    return steepness(own) / max(steepness(told), 1e-12)
 
 
-def loss_of(scores: Tensor, labels: Tensor | None, teacher: Tensor, weight: float = WEIGHT) -> Tensor:
-    """Distillation beside the labels; alone where there are none, or where the outputs are no class scores."""
-    told = divergence(scores, teacher)
-    if labels is None or not are_scores(scores):
-        return told
-    return weight * told + (1 - weight) * F.cross_entropy(scores, labels)
+def of_labels(output: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Cross-entropy where there are labels and class scores."""
+    return F.cross_entropy(output.float(), labels) if labels is not None and are_scores(output) else None
+
+
+def learning(model: nn.Module) -> nn.Module:
+    """In train mode, as a loss may ask for, but with BatchNorms and dropouts that change nothing."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, SETTLED):
+            module.eval()
+    return model
 
 
 def rate_at(done: float, peak: float) -> float:
@@ -62,15 +104,13 @@ def rate_at(done: float, peak: float) -> float:
 
 def tune(
     narrow: nn.Module,
-    teacher: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor | None]],
+    lesson: Lesson,
+    batches: Iterator[Any],
     seconds: float,
     *,
     lr: float = RATE,
     weight_decay: float = 5e-4,
-    weight: float = WEIGHT,
     bfloat16: bool = False,
-    scores: Callable[[object], Tensor],
     report: Callable[[float, float, int], None] = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
     average: Callable[[], object] = lambda: None,
@@ -86,23 +126,20 @@ def tune(
     optimizer = torch.optim.SGD(
         narrow.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=True, fused=device.type in ("cpu", "cuda")
     )
-    narrow.train()
+    lesson.begin(narrow)
     began, steps = clock(), 0
-    for images, labels in batches:
+    for batch in batches:
         done = (clock() - began) / seconds
         if done >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done, lr)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            with torch.no_grad():
-                said = scores(teacher(images))
-            output = scores(narrow(images))
-        loss = loss_of(output.float(), labels, said.float(), weight)
+            loss, bounded = lesson(narrow, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average()
-        if not are_scores(output):  # a squared difference has no bound on its slope, as a divergence has
+        if not bounded:  # a squared difference has no bound on its slope, as a divergence has
             torch.nn.utils.clip_grad_norm_(narrow.parameters(), STEEPEST)
         optimizer.step()
         steps += 1

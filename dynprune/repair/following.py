@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ NORM = {F.batch_norm, torch.batch_norm}
 SCALE = set(named("mul multiply"))
 KEEP = set(named("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous"))
 RECTIFY = set(named("relu relu6"))
+# what decides by values which of them go on: two networks choose differently, so what comes behind cannot be compared
+CHOOSE = {"topk", "sort", "argsort", "nonzero", "argwhere", "masked_select", "unique", "multinomial", "nms"}
+CHOSEN = "runs on what was chosen by value"
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Following:
     """norm: name of the BatchNorm that alone reads the layer's output, if one does. end: the last call that gives,
     channel by channel, an affine function of that output. added: the call that made what this is added to, if that is
     there before the layer runs; -1 - i is the network's input number i. rectified: a rectifier reads the end, or the
-    sum, and nothing else does."""
+    sum, and nothing else does. chosen: what the layer reads was chosen by value, as the best proposals of a detector
+    are."""
 
     norm: str | None
     end: int
     added: int | None
     rectified: bool
+    chosen: bool = False
 
 
 class Numbered(TorchFunctionMode):
@@ -54,7 +59,13 @@ class Numbered(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if self.listening and isinstance(result, Tensor | tuple | list) and (results := list(tensors_in(result))):
+        given = result
+        if function is Tensor.__iter__:
+            given = list(result)
+            result = iter(given)
+        elif function is Tensor.__setitem__:  # gives nothing, and what it wrote to is another tensor now
+            given = args[0]
+        if self.listening and isinstance(given, Tensor | tuple | list) and (results := list(tensors_in(given))):
             with self.aside():
                 self.tell(self.count, function, list(tensors_in([args, kwargs or {}])), results)
             self.count += 1
@@ -72,11 +83,42 @@ class Numbered(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Call:
-    """given: the calls that made its operands, one entry for each; parameters have none. module: in which it was."""
+    """given: the calls that made its operands, one entry for each; parameters have none. module: in which it was.
+    chooses: by values which of them go on."""
 
     function: Callable
     given: list[int]
     module: str
+    chooses: bool
+
+
+@dataclass
+class Story:
+    """One forward pass. ran: of every layer, the calls that made its outputs, and whether hooks saw its input: they
+    do not where it is given by name."""
+
+    calls: list[Call]
+    ran: dict[str, list[tuple[int | None, bool]]]
+
+    def readers(self) -> dict[int, list[int]]:
+        """Of every call, those that read what it made."""
+        found: dict[int, list[int]] = {}
+        for number, call in enumerate(self.calls):
+            for source in dict.fromkeys(call.given):
+                found.setdefault(source, []).append(number)
+        return found
+
+    def chosen(self) -> set[int]:
+        """Calls that depend on a choice between values that a layer computed."""
+        layers = {place for places in self.ran.values() for place, _ in places}
+        computed: set[int] = set()
+        found: set[int] = set()
+        for number, call in enumerate(self.calls):
+            if number in layers or any(source in computed for source in call.given):
+                computed.add(number)
+            if any(source in found or (call.chooses and source in computed) for source in call.given):
+                found.add(number)
+        return found
 
 
 @torch.no_grad()
@@ -85,14 +127,47 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
 
     model: in eval mode. inputs: arguments for a few examples; every activation is held while this runs.
     """
+    story = listen(model, inputs, lambda: calling.call(model, inputs))
+    readers, chosen = story.readers(), story.chosen()
+    once = {name: places[0] for name, places in story.ran.items() if len(places) == 1}
+    return {
+        name: replace(after(model, story.calls, readers, start), chosen=start in chosen)
+        for name, (start, seen) in once.items()
+        if start is not None and seen
+    }
+
+
+@torch.no_grad()
+def last_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
+    """Layers from whose output no other layer is reached, and that do not run on what was chosen by value.
+
+    model: in eval mode. run: calls it with a few examples; every activation is held while this runs.
+    """
+    story = listen(model, (), lambda: run(model))
+    readers, chosen = story.readers(), story.chosen()
+    layers = {place for places in story.ran.values() for place, _ in places if place is not None} - chosen
+    leads_on: set[int] = set()  # calls whose output reaches a layer
+    for number in range(len(story.calls) - 1, -1, -1):
+        if any(reader in layers or reader in leads_on for reader in readers.get(number, [])):
+            leads_on.add(number)
+    return [
+        name
+        for name, places in story.ran.items()
+        if all(place is not None and place not in leads_on and place not in chosen for place, _ in places)
+    ]
+
+
+def listen(model: nn.Module, inputs: tuple, run: Callable[[], object]) -> Story:
+    """Run a model and write down its calls."""
     calls: list[Call] = []
     made = {id(value): -1 - i for i, value in enumerate(tensors_in(inputs))}
     held: list[Tensor] = []  # or the place of a tensor in memory could be that of a later one
     stack = [""]
-    ran: dict[str, list[int | None]] = {}
+    ran: dict[str, list[tuple[int | None, bool]]] = {}
 
     def tell(number: int, function: Callable, given: list[Tensor], results: list[Tensor]) -> None:
-        calls.append(Call(function, [made[id(value)] for value in given if id(value) in made], stack[-1]))
+        sources = [made[id(value)] for value in given if id(value) in made]
+        calls.append(Call(function, sources, stack[-1], chooses(function, given)))
         for value in results:
             made[id(value)] = number
             held.append(value)
@@ -103,8 +178,8 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
     def leave(name: str, layer: bool) -> Callable:
         def hook(_module: nn.Module, given: tuple, output: object) -> None:
             stack.pop()
-            if layer:  # one that is given its input by name does not show it to hooks
-                ran.setdefault(name, []).append(made.get(id(output)) if given else None)
+            if layer:
+                ran.setdefault(name, []).append((made.get(id(output)), bool(given)))
 
         return hook
 
@@ -113,13 +188,16 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
             context.callback(module.register_forward_pre_hook(enter(name)).remove)
             context.callback(module.register_forward_hook(leave(name, is_layer(module))).remove)
         context.enter_context(Numbered(tell))
-        calling.call(model, inputs)
-    readers: dict[int, list[int]] = {}
-    for number, call in enumerate(calls):
-        for source in dict.fromkeys(call.given):
-            readers.setdefault(source, []).append(number)
-    once = {name: places[0] for name, places in ran.items() if len(places) == 1}
-    return {name: after(model, calls, readers, start) for name, start in once.items() if start is not None}
+        run()
+    return Story(calls, ran)
+
+
+def chooses(function: Callable, given: list[Tensor]) -> bool:
+    """Whether a function decides by values which of them go on; indexing does so with a mask."""
+    name = getattr(function, "__name__", "")
+    if name == "where":
+        return len(given) == 1
+    return name in CHOOSE or (name == "__getitem__" and any(value.dtype == torch.bool for value in given[1:]))
 
 
 def after(model: nn.Module, calls: list[Call], readers: dict[int, list[int]], start: int) -> Following:

@@ -14,14 +14,13 @@ from dynprune.data.loading import Data
 from dynprune.data.loading import Images as Split
 from dynprune.errors import DynpruneError
 from dynprune.repair.shares import WHOLE, Share
-from dynprune.repair.trained import Images
+from dynprune.repair.trained import ACTIVATIONS, Images, activation_bytes
 from dynprune.state.copies import generator
 
 FEWEST, MOST = 512, 1024  # training images for calibration; twice as many for repair
 MULTIPLICATIONS = 6e11  # that calibration may take in one forward pass of them all, unless they are the fewest
 PULL = 256  # training images that a repair within the search looks at
 JUDGES = 512  # validation images that measure the distance from the untouched network
-ACTIVATIONS = 2**31  # bytes that the images of one repair may take where its activations are largest
 
 
 def enough(macs: int) -> int:
@@ -40,7 +39,7 @@ def sample_images(
     each reads its share.
     """
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
-    most = max(16, int(ACTIVATIONS // activation_bytes(model, data.example.to(device, dtype))))
+    most = max(16, int(ACTIVATIONS // activation_bytes(model, (data.example.to(device, dtype),))))
 
     def even(images: int) -> int:
         """So many that all processes have equal shares."""
@@ -64,27 +63,9 @@ def sample_images(
 
     pull = even(min(others, max(16, min(PULL, others // 2))))
     return Images(
-        [take(data.train, batch) for batch in order[:count].split(even(max(share.count, min(128, most))))],
-        take(data.train, order[count : count + others]),
-        take(data.train, order[count : count + pull]),
-        take(data.val, judging),
-        share,
+        [(take(data.train, batch),) for batch in order[:count].split(even(max(share.count, min(128, most))))],
+        (take(data.train, order[count : count + others]),),
+        (take(data.train, order[count : count + pull]),),
+        (take(data.val, judging),),
+        share=share,
     )
-
-
-@torch.no_grad()
-def activation_bytes(model: nn.Module, example: Tensor) -> int:
-    """Bytes of one image's four largest activations: about what is there at once."""
-    sizes: list[int] = []
-
-    def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size())
-
-    hooks = [module.register_forward_hook(note) for module in model.modules() if not list(module.children())]
-    try:
-        model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(1, sum(sorted(sizes)[-4:]))

@@ -64,6 +64,14 @@ def by_position(layer: Layer, values: Tensor) -> Tensor:
     return values.movedim(1, -1).reshape(-1, values.shape[1])
 
 
+def rows_of(layer: Layer, values: Tensor, at: Tensor) -> Tensor:
+    """Some rows of `by_position`, without making the others: (rows, channels)."""
+    if isinstance(layer, nn.Linear) or values.movedim(1, -1).is_contiguous():
+        return by_position(layer, values).index_select(0, at)
+    values = values.flatten(2)
+    return values[at // values.shape[2], :, at % values.shape[2]]
+
+
 def size_of(layer: Layer, output: Tensor) -> tuple[int, ...]:
     """Of the output behind its channels; empty for a linear layer."""
     return () if isinstance(layer, nn.Linear) else tuple(output.shape[2:])
@@ -84,11 +92,14 @@ def patches(layer: Layer, x: Tensor, size: Sequence[int], at: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1]).index_select(0, at)[None]
     places, inside, x = read_places(layer, x, size)
     channels, taps = x.shape[1], places.shape[1]
-    flat = x.movedim(1, -1).reshape(-1, channels)
     positions, inputs = math.prod(size), math.prod(x.shape[2:])
     position = at % positions
-    rows = flat.index_select(0, (places[position] + (at // positions * inputs)[:, None]).reshape(-1))
-    rows = rows.view(len(at), taps, channels)
+    if x.movedim(1, -1).is_contiguous():
+        flat = x.movedim(1, -1).reshape(-1, channels)
+        rows = flat.index_select(0, (places[position] + (at // positions * inputs)[:, None]).reshape(-1))
+        rows = rows.view(len(at), taps, channels)
+    else:
+        rows = x.flatten(2)[(at // positions)[:, None], :, places[position]]
     if inside is not None:
         rows = rows * inside[position][:, :, None]
     return rows.view(len(at), taps, layer.groups, -1).permute(2, 0, 3, 1).flatten(2)
@@ -129,5 +140,5 @@ def explains(layer: Layer, x: Tensor, output: Tensor, at: Tensor) -> bool:
     except (RuntimeError, IndexError):
         return False
     said = torch.cat(list(rows @ matrix_of(layer)), dim=-1) + (0 if layer.bias is None else layer.bias)
-    there = by_position(layer, output).index_select(0, at)
+    there = rows_of(layer, output, at)
     return said.shape == there.shape and bool((said - there).abs().max() <= SCALED * there.abs().max() + 1e-6)

@@ -20,21 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from dynprune.repair.calibration import sample_rows
-from dynprune.repair.following import Following, Numbered, follow
+from dynprune.repair.following import CHOSEN, Following, Numbered, follow
 from dynprune.repair.patches import (
     Conv,
     Layer,
-    by_position,
     explains,
     groups_of,
     layer_at,
     matrix_of,
     patches,
     positions_of,
+    rows_of,
     size_of,
     weight_from,
 )
 from dynprune.repair.shares import WHOLE, Share
+from dynprune.structure import calling
+from dynprune.structure.labels import tensors_in
 from dynprune.structure.record import AxisKey
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -67,10 +69,10 @@ class Target:
 
 @dataclass
 class Targets:
-    """What the untouched network says of `inputs`, of which other processes have other shares. left: layers that are
-    not refitted, and why."""
+    """What the untouched network says of `inputs`, arguments of a call, of which other processes have other shares.
+    left: layers that are not refitted, and why."""
 
-    inputs: Tensor
+    inputs: tuple
     layers: dict[str, Target]
     following: dict[str, Following]
     left: dict[str, str]
@@ -78,13 +80,22 @@ class Targets:
 
 
 @torch.no_grad()
-def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float = 1.0, share: Share = WHOLE) -> Targets:
-    """One forward pass of the untouched network, in eval mode. scale: of the number of places, see `sample_rows`."""
-    following = follow(model, (inputs[:2],))
-    result = Targets(inputs, {}, following, {}, share)
+def targets_of(
+    model: nn.Module,
+    inputs: tuple,
+    *,
+    few: tuple | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+    share: Share = WHOLE,
+) -> Targets:
+    """One forward pass of the untouched network, in eval mode. inputs: arguments of a call; few: of a small one. scale:
+    of the number of places, see `sample_rows`."""
+    following = follow(model, few or inputs)
+    result = Targets(inputs, {}, following, {name: CHOSEN for name, own in following.items() if own.chosen}, share)
     ending = {own.end: name for name, own in following.items()}
     wanted = {own.added for own in following.values() if own.added is not None}
-    seen = {-1: inputs}
+    seen = {-1 - i: value for i, value in enumerate(tensors_in(inputs))}
 
     def tell(number: int, _function: object, _given: object, results: list[Tensor]) -> None:
         if number in wanted and len(results) == 1:
@@ -95,22 +106,22 @@ def targets_of(model: nn.Module, inputs: Tensor, *, seed: int = 0, scale: float 
     def reach_end(name: str, end: Tensor) -> None:
         layer, target, place = layer_at(model, name), result.layers[name], following[name].added
         added = None if place is None else seen.get(place)
-        target.end_is(by_position(layer, end).index_select(0, target.rows), share)
+        target.end_is(rows_of(layer, end, target.rows), share)
         if added is not None and added.shape == end.shape:
-            target.added = by_position(layer, added).index_select(0, target.rows)
+            target.added = rows_of(layer, added, target.rows)
 
     def look(name: str, layer: Layer, x: Tensor, output: Tensor) -> None:
         rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale, share).to(x.device)
         if not share.everywhere(explains(layer, x, output, rows[:256]), x.device):
             result.left[name] = "says something else than the product of its input with its weight"
             return
-        values = by_position(layer, output).index_select(0, rows)
+        values = rows_of(layer, output, rows)
         result.layers[name] = Target(rows, size_of(layer, output), values)
         if numbered.count - 1 == following[name].end:  # nothing comes between the layer and its end
             reach_end(name, output)
 
     numbered = Numbered(tell)
-    run_hooked(model, inputs, numbered, after={name: look for name in following})
+    run_hooked(model, inputs, numbered, after={name: look for name in following if name not in result.left})
     return result
 
 
@@ -130,7 +141,7 @@ def repair(
     rounds: of the regression behind a rectifier; 0 fits also what it cuts off.
     """
     wanted = {own.added for own in targets.following.values() if own.added is not None}
-    seen = {-1: targets.inputs}
+    seen = {-1 - i: value for i, value in enumerate(tensors_in(targets.inputs))}
 
     def tell(number: int, _function: object, _given: object, results: list[Tensor]) -> None:
         if number in wanted and len(results) == 1:
@@ -140,7 +151,7 @@ def repair(
         own, target = targets.following[name], kept_part(targets.layers[name], layer, kept, name)
         added = None
         if own.added is not None and target.added is not None:
-            added = by_position(layer, seen[own.added]).index_select(0, target.rows)
+            added = rows_of(layer, seen[own.added], target.rows)
         wanted, edge = target.values, None
         if target.slope is not None and target.intercept is not None:
             reaches = target.slope.abs() >= LEAST_SLOPE
@@ -158,7 +169,7 @@ def repair(
 
 def run_hooked(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: tuple,
     numbered: Numbered,
     *,
     before: Mapping[str, Callable] | None = None,
@@ -187,7 +198,7 @@ def run_hooked(
         for name, act in (after or {}).items():
             context.callback(model.get_submodule(name).register_forward_hook(behind(name, act)).remove)
         context.enter_context(numbered)
-        model(inputs)
+        calling.call(model, inputs)
 
 
 def kept_part(target: Target, layer: Layer, kept: Mapping[AxisKey, np.ndarray], name: str) -> Target:

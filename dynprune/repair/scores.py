@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynprune.data.scores import logits
 from dynprune.repair.shares import WHOLE, Share
+from dynprune.structure import calling
 
 PENALTY = 0.003  # of the mean square of a feature: how much a weight is held where regression left it
 ITERATIONS = 30
 
 
 @torch.no_grad()
-def scores_layer(model: nn.Module, example: Tensor, scores: Callable[[object], Tensor]) -> str | None:
+def scores_layer(model: nn.Module, example: tuple) -> str | None:
     """The linear layer whose output is the class scores (images, classes), if there is one and it runs once."""
     outputs: list[tuple[str, Tensor | None]] = []
 
@@ -31,7 +33,7 @@ def scores_layer(model: nn.Module, example: Tensor, scores: Callable[[object], T
         layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
     ]
     try:
-        said = scores(model(example))
+        said = logits(calling.call(model, example))
     finally:
         for hook in hooks:
             hook.remove()
@@ -40,8 +42,8 @@ def scores_layer(model: nn.Module, example: Tensor, scores: Callable[[object], T
     return found[0] if len(found) == 1 and names.count(found[0]) == 1 and said.ndim == 2 and said.shape[1] > 1 else None
 
 
-def refit_scores(narrow: nn.Module, name: str, batches: Sequence[Tensor], said: Tensor, share: Share = WHOLE) -> None:
-    """Refit one linear layer in place. narrow: in eval mode. batches: of inputs, (images, ...). said: the untouched
+def refit_scores(narrow: nn.Module, name: str, batches: Sequence[tuple], said: Tensor, share: Share = WHOLE) -> None:
+    """Refit one linear layer in place. narrow: in eval mode. batches: arguments of calls. said: the untouched
     network's scores of them, (images, classes); both of this process's share."""
     layer = narrow.get_submodule(name)
     assert isinstance(layer, nn.Linear), name
@@ -75,13 +77,13 @@ def refit_scores(narrow: nn.Module, name: str, batches: Sequence[Tensor], said: 
 
 
 @torch.no_grad()
-def features(model: nn.Module, layer: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+def features(model: nn.Module, layer: nn.Module, batches: Sequence[tuple]) -> Tensor:
     """What a layer is given, (images, columns)."""
     found: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _layer, given: found.append(given[0].detach()))
     try:
         for inputs in batches:
-            model(inputs)
+            calling.call(model, inputs)
     finally:
         hook.remove()
     return torch.cat(found)

@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.budgets.allocation import CostModel, allocate, constraints_for
@@ -23,53 +23,77 @@ from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.repair.calibration import calibrate
 from dynprune.repair.choice import orders
-from dynprune.repair.distill import are_scores, tune
+from dynprune.repair.distill import Lesson, learning, of_labels, tune
+from dynprune.repair.examples import Reader, count_of, endless, joined, moved, part_of
 from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
+from dynprune.repair.says import SCORES, Said, Says, are_scores, distance_between, what_says
 from dynprune.repair.scores import refit_scores, scores_layer
 from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.widths import Found, Moves, search
 from dynprune.state.copies import copied
+from dynprune.structure import calling
 from dynprune.structure.channels import ChannelGraph, Selection
+from dynprune.structure.labels import tensors_in
 from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
 
 FEWEST = 32  # images without which nothing can be calibrated
 PULL_SCALE = 0.25  # of the places that a repair within the search looks at
 PULL_ROUNDS = 2  # of the regression behind a rectifier, there
+ACTIVATIONS = 2**31  # bytes that the examples of one call may take where its activations are largest
+LOSS_WEIGHT = 0.5  # of what the untouched network says, beside a loss of the user's own
 
 
 @dataclass
 class Images:
-    """Inputs, each (images, ...), that no other shares. moments: batches for calibration. repair: for the final repair;
-    pull: the part of them that the search uses. judge: by which distances are measured. share: which part of all
-    images these are."""
+    """Examples, as arguments of calls, that no other shares. moments: calls for calibration. repair: for the final
+    repair; pull: the part of them that the search uses. judge: by which distances are measured. listed: see
+    `Reader.listed`. share: which part of all examples these are."""
 
-    moments: list[Tensor]
-    repair: Tensor
-    pull: Tensor
-    judge: Tensor
+    moments: list[tuple]
+    repair: tuple
+    pull: tuple
+    judge: tuple
+    listed: bool = False
     share: Share = WHOLE
+
+    @property
+    def few(self) -> tuple:
+        return part_of(self.judge, 0, 2, self.listed)
 
 
 class Compaction:
     """One trained network, calibrated once, to be cut at any widths."""
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, images: Images, *, choice: str = "repairable", seed: int = 0
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        images: Images,
+        *,
+        says: Says = SCORES,
+        choice: str = "repairable",
+        seed: int = 0,
     ):
-        """model: in eval mode; it stays as it is."""
-        self.model, self.graph, self.images, self.seed = model, graph, images, seed
-        share = images.share
-        self.calibration = calibrate(model, images.moments, logits, seed=seed, share=share)
+        """model: in eval mode; it stays as it is. says: what of its answers matters."""
+        self.model, self.graph, self.images, self.says, self.seed = model, graph, images, says, seed
+        share, few = images.share, images.few
+        self.calibration = calibrate(model, images.moments, says, few=few, listed=images.listed, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
         self.calibration.moments.clear()  # the largest thing there is, and of no more use
-        self.targets = targets_of(model, images.repair, seed=seed, share=share)
-        self.quick = targets_of(model, images.pull, seed=seed, scale=PULL_SCALE, share=share)
-        self.fitted = [*images.moments, *images.repair.split(128)]
-        self.head = scores_layer(model, images.judge[:2], logits)
-        with torch.no_grad():
-            self.said = logits(model(images.judge)).float()
-            self.taught = torch.cat([logits(model(part)).float() for part in self.fitted]) if self.head else self.said
+        self.targets = targets_of(model, images.repair, few=few, seed=seed, share=share)
+        self.quick = targets_of(model, images.pull, few=few, seed=seed, scale=PULL_SCALE, share=share)
+        self.head = scores_layer(model, few) if says.scores else None
+        self.said = self.what(model, images.judge)
+        if self.head:
+            repair = images.repair
+            self.fitted = [*images.moments, *(part_of(repair, at, at + 128) for at in range(0, count_of(repair), 128))]
+            self.taught = torch.cat([self.what(model, part)[0] for part in self.fitted])
+
+    @torch.no_grad()
+    def what(self, model: nn.Module, inputs: tuple) -> Said:
+        said, _ = self.says.of(model, lambda model: calling.call(model, inputs))
+        return [value.float() for value in said]
 
     def selection(self, widths: dict[str, int]) -> Selection:
         return {name: self.orders[name].kept(width) for name, width in widths.items()}
@@ -94,10 +118,10 @@ class Compaction:
         if self.head:
             refit_scores(narrow, self.head, self.fitted, self.taught, self.images.share)
 
-    @torch.no_grad()
     def distance(self, narrow: nn.Module) -> float:
         """How far what a network says is from what the untouched one says."""
-        return distance_between(logits(narrow(self.images.judge)).float(), self.said, self.images.share)
+        said = self.what(narrow, self.images.judge)
+        return distance_between(said, self.said, self.images.share, scores=self.says.scores)
 
     def pull(self, widths: dict[str, int]) -> float:
         return self.distance(self.repaired(widths, self.quick, rounds=PULL_ROUNDS))
@@ -138,21 +162,8 @@ class Compaction:
             worth=worth,
             seed=self.seed,
             report=report,
-            clock=self.images.share.clock(self.said.device),
+            clock=self.images.share.clock(self.said[0].device),
         )
-
-
-def distance_between(said: Tensor, before: Tensor, share: Share = WHOLE) -> float:
-    """Of class scores (images, classes): the mean Kullback-Leibler divergence, in nats. Of other outputs: the mean
-    squared difference over the variance."""
-    if are_scores(said):
-        divergence = F.kl_div(said.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
-        value = float(share.total(divergence) / share.count)
-    else:
-        mean = share.total(before.mean()) / share.count
-        gap, spread = share.total(torch.stack([(said - before).square().mean(), (before - mean).square().mean()]))
-        value = float(gap / spread.clamp(min=1e-12))
-    return value if math.isfinite(value) else math.inf
 
 
 @dataclass
@@ -179,37 +190,43 @@ class Compacted:
 def compact_module(
     model: nn.Module,
     graph: ChannelGraph,
+    reader: Reader,
     batches: Iterable,
     budget: Budget,
     *,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
     images: int,
     search_seconds: float,
     policy: str,
     choice: str,
     tune_seconds: float,
     tune_lr: float,
-    bfloat16: bool,
+    bfloat16: Callable[[bool], bool],
     seed: int,
     report: Callable[[str], None],
 ) -> Compacted:
-    """The whole way for a module and batches of the user's own; see `dynprune.compact`."""
+    """The whole way for a module and batches of the user's own; see `dynprune.compact`.
+
+    bfloat16: whether to tune in it, where class scores are all that matters and where not.
+    """
     seconds: dict[str, float] = {}
     refuse_not_finite(model)
-    model = copied(model).eval()
+    model = copied(model).eval().to(memory_format=torch.channels_last)  # rows of positions are what is read
     device = next(model.parameters()).device
     began = time.perf_counter()
-    report("collecting images")
-    taken, labels = collect(batches, 4 * images, device)
-    if len(taken) < FEWEST:
-        raise DynpruneError(f"data gave {len(taken)} images. Expected at least {FEWEST}; a few hundred are better.")
-    part = len(taken) // 4
-    moments, refitted, judge = taken.split([part, len(taken) - 2 * part, part])
+    report("collecting examples")
+    taken = collect(model, reader, batches, 4 * images, device)
+    if taken.count < FEWEST:
+        raise DynpruneError(f"data gave {taken.count} images. Expected at least {FEWEST}; a few hundred are better.")
+    refuse_loss(loss, model, taken)
     cost = CostModel(graph)
     start = allocate(graph, budget.limits, budget.allocation, constraints_for(graph, budget), cost=cost)
-    report(f"calibrating on {len(taken)} images")
-    sample = Images(list(moments.split(128)), refitted, refitted[: max(16, min(256, len(refitted) // 2))], judge)
-    compaction = Compaction(model, graph, sample, choice=choice, seed=seed)
-    refuse_labels(labels, compaction.said)
+    report(f"calibrating on {taken.count} examples")
+    sample = taken.shared_out()
+    few = sample.few
+    says = SCORES if taken.labels is not None else what_says(model, graph, lambda own: calling.call(own, few))
+    compaction = Compaction(model, graph, sample, says=says, choice=choice, seed=seed)
+    refuse_labels(taken.labels, compaction.said[0])
     seconds["calibrate"], began = time.perf_counter() - began, time.perf_counter()
     at_start = compaction.pull(start)
     found = Found(start, at_start, [(0.0, at_start)])
@@ -223,11 +240,12 @@ def compact_module(
     seconds["repair"], began = time.perf_counter() - began, time.perf_counter()
     if tune_seconds:
         report(f"tuning for {tune_seconds:g} s")
-        again = endless(batches, device, taken)
-        steps = tune(narrow, model, again, tune_seconds, lr=tune_lr, bfloat16=bfloat16, scores=logits)
+        again = endless(batches, device, lambda: taken.batches)
+        lesson = lesson_of(model, graph, reader, says, loss, taken)
+        steps = tune(narrow, lesson, again, tune_seconds, lr=tune_lr, bfloat16=bfloat16(says.scores and loss is None))
     seconds["tune"] = time.perf_counter() - began
     return Compacted(
-        narrow,
+        narrow.to(memory_format=torch.contiguous_format),
         graph,
         compaction.selection(found.widths),
         found.widths,
@@ -240,6 +258,28 @@ def compact_module(
         compaction.targets.left | compaction.calibration.left,
         seconds,
     )
+
+
+def lesson_of(
+    model: nn.Module,
+    graph: ChannelGraph,
+    reader: Reader,
+    says: Says,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    taken: Taken,
+) -> Lesson:
+    """What tuning teaches: the user's loss, or the labels, beside what the untouched network says."""
+    if loss is None:
+
+        def run(own: nn.Module, batch: Any) -> object:
+            return calling.call(own, reader(batch))
+
+        if not says.scores:
+            return Lesson(model, run, says, whole=False)
+        return Lesson(model, run, says, lambda output, batch: of_labels(logits(output), reader.labels(batch)))
+    teacher, batch = learning(model), taken.batches[0]
+    says = says if says.scores else what_says(teacher, graph, lambda own: loss(own, batch))
+    return Lesson(teacher, loss, says, lambda output, _batch: cast(Tensor, output), LOSS_WEIGHT, scaled=True)
 
 
 def refuse_not_finite(model: nn.Module) -> None:
@@ -257,38 +297,99 @@ def refuse_labels(labels: Tensor | None, said: Tensor) -> None:
         )
 
 
-def parts_of(batch: object) -> tuple[Tensor, Tensor | None]:
-    """Images, and labels where a batch has them."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        labels = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
-        return batch[0], labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
-    raise DynpruneError(
-        f"data gave a {type(batch).__name__}. Expected batches of images, or (images, labels), as a DataLoader gives."
-    )
+def refuse_loss(loss: Callable[[nn.Module, Any], Tensor] | None, model: nn.Module, taken: Taken) -> None:
+    """A loss that cannot be trained on: it is called once, on a copy."""
+    if loss is None:
+        return
+    value = loss(learning(copied(model)), taken.batches[0])
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise DynpruneError(
+            f"loss(model, batch) gave {came}. Expected one number, as a tensor that is a mean over examples."
+        )
+    if not value.requires_grad:
+        raise DynpruneError("loss(model, batch) has no gradient. Expected one computed by the model that it is given.")
+    if not math.isfinite(float(value.detach())):
+        raise DynpruneError(
+            f"loss(model, batch) is {float(value.detach())} on the first batch of data. Expected a number."
+        )
 
 
-def collect(batches: Iterable, wanted: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The first images, as one tensor, and their labels where there are any."""
-    found: list[Tensor] = []
+@dataclass
+class Taken:
+    """Examples from the user's batches. most: that one call may hold. batches: as they came, so many as were needed;
+    only the first where they can be had again. labels: of classes, where there are any."""
+
+    inputs: tuple
+    count: int
+    listed: bool
+    most: int
+    batches: list
+    labels: Tensor | None
+
+    def shared_out(self) -> Images:
+        """A quarter for calibration, a quarter to judge by, the rest for repair."""
+        quarter = min(self.count // 4, self.most)
+        rest = min(self.count - 2 * quarter, self.most)
+        calls = max(16, min(128, self.most))
+
+        def part(start: int, stop: int) -> tuple:
+            return part_of(self.inputs, start, stop, self.listed)
+
+        moments = [part(at, min(quarter, at + calls)) for at in range(0, quarter, calls)]
+        pull = max(16, min(256, rest // 2))
+        return Images(
+            moments,
+            part(quarter, quarter + rest),
+            part(quarter, quarter + pull),
+            part(quarter + rest, 2 * quarter + rest),
+            self.listed,
+        )
+
+
+def collect(model: nn.Module, reader: Reader, batches: Iterable, wanted: int, device: torch.device) -> Taken:
+    """The first examples, as one call's inputs; fewer where their activations would take more than a bound.
+
+    model: in eval mode, on the device.
+    """
+    one = part_of(moved(reader.example, device), 0, 1, reader.listed(reader.example))
+    most = max(16, int(ACTIVATIONS // activation_bytes(model, one)))
+    wanted = min(wanted, 4 * most)
+    parts: list[tuple] = []
+    kept: list = []
     labels: list[Tensor] = []
+    count, listed, once = 0, False, isinstance(batches, Iterator)
     for batch in batches:
-        images, own = parts_of(batch)
-        found.append(images.to(device))
+        inputs = moved(reader(batch), device)
+        listed = reader.listed(inputs)
+        parts.append(inputs)
+        if once or not kept:
+            kept.append(moved(batch, device))
+        own = reader.labels(batch)
         labels += [] if own is None else [own]
-        if sum(map(len, found)) >= wanted:
+        count += count_of(inputs, listed)
+        if count >= wanted:
             break
-    return torch.cat(found)[:wanted] if found else torch.empty(0), torch.cat(labels) if labels else None
+    if not parts:
+        return Taken((), 0, False, most, [], None)
+    count = min(count, wanted)
+    whole = part_of(joined(parts, listed), 0, count, listed)
+    return Taken(whole, count, listed, most, kept, torch.cat(labels) if labels else None)
 
 
-def endless(batches: Iterable, device: torch.device, taken: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches again and again; of an iterator that is used up, the images that were taken from it."""
-    while True:
-        empty = True
-        for batch in batches:
-            images, labels = parts_of(batch)
-            empty = False
-            yield images.to(device), None if labels is None else labels.to(device)
-        if empty:
-            yield from ((part, None) for part in taken.split(64))
+@torch.no_grad()
+def activation_bytes(model: nn.Module, example: tuple) -> int:
+    """Bytes of one image's four largest activations: about what is there at once. example: arguments of a call with
+    one."""
+    sizes: list[int] = []
+
+    def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        sizes.append(sum(value.numel() * value.element_size() for value in tensors_in(output)))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if not list(module.children())]
+    try:
+        calling.call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(1, sum(sorted(sizes)[-4:]))

@@ -26,7 +26,7 @@ from dynprune.execution.dynamic import NARROW, Execution, growth_step
 from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in
 from dynprune.execution.saliency import magnitude
-from dynprune.repair.distill import divergence
+from dynprune.repair.says import divergence
 from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.runs.directory import RunDirectory
 from dynprune.state.copies import copied

@@ -42,7 +42,9 @@ def one(name: str, count: int) -> str:
         model = lively(network, (images[:2],))[0].eval()
     graph = trace(model, images[:1])
     began = time.perf_counter()
-    compaction = Compaction(model, graph, Images(list(images.split(8)), images, images, images))
+    compaction = Compaction(
+        model, graph, Images([(part,) for part in images.split(8)], (images,), (images,), (images,))
+    )
     calibrated, began = time.perf_counter() - began, time.perf_counter()
     widths = allocate(graph, ["0.5"])
     repaired = compaction.repaired(widths)

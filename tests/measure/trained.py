@@ -29,7 +29,7 @@ from dynprune.data.loading import Data, Source, load_data
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.rivals import IMPORTANCES, prune
 from dynprune.repair.choice import CHOICES, orders
-from dynprune.repair.distill import RATE, tune
+from dynprune.repair.distill import RATE, Lesson, of_labels, tune
 from dynprune.repair.images import sample_images
 from dynprune.repair.refit import repair
 from dynprune.repair.trained import Compaction
@@ -135,7 +135,10 @@ def learn(narrow: nn.Module, teacher: nn.Module, data: Data, seconds: float, lr:
             for images, labels in data.train_batches(128, seed, epoch):
                 yield images.contiguous(memory_format=torch.channels_last), labels
 
-    tune(narrow, teacher, batches(), seconds, lr=lr, bfloat16=use_bfloat16("auto", CPU), scores=logits)
+    lesson = Lesson(
+        teacher, lambda model, batch: model(batch[0]), own=lambda output, batch: of_labels(logits(output), batch[1])
+    )
+    tune(narrow, lesson, batches(), seconds, lr=lr, bfloat16=use_bfloat16("auto", CPU))
 
 
 def ablate(model: nn.Module, data: Data, given) -> None:

@@ -55,7 +55,7 @@ def test_orders_of_a_network(network):
     images = torch.randn(32, 3, 12, 12)
     graph, before = trace(model, images[:1]), {name: value.clone() for name, value in model.state_dict().items()}
     wanted = [p.requires_grad for p in model.parameters()]
-    calibration = calibrate(model, [images[:16], images[16:]], lambda output: output)
+    calibration = calibrate(model, [(images[:16],), (images[16:],)])
     assert set(calibration.moments) == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     for moments in calibration.moments.values():
         assert (torch.linalg.eigvalsh(moments.inputs) > -1e-4).all() and moments.gradients.diagonal(dim1=1, dim2=2).gt(
@@ -68,7 +68,7 @@ def test_orders_of_a_network(network):
         assert {name: sorted(order.arms.tolist()) for name, order in found.items()} == {
             group.name: list(range(group.arms)) for group in graph
         }
-    again = orders(model, graph, calibrate(model, [images[:16], images[16:]], lambda output: output))
+    again = orders(model, graph, calibrate(model, [(images[:16],), (images[16:],)]))
     assert all(np.array_equal(again[name].arms, orders(model, graph, calibration)[name].arms) for name in again)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == wanted and not any(

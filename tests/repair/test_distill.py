@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynprune.repair.distill import RATE, divergence, loss_of, rate_at, tune
+from dynprune.repair.distill import RATE, Lesson, of_labels, rate_at, tune
+from dynprune.repair.says import divergence
 from dynprune.runs.config import CompactConfig
 
 
@@ -20,12 +21,18 @@ def test_divergence_is_zero_for_equals_and_has_the_gradient_of_soft_cross_entrop
 
 
 def test_labels_count_for_their_share_and_may_be_absent():
-    scores, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
-    told = divergence(scores, teacher)
-    torch.testing.assert_close(
-        loss_of(scores, labels, teacher, 0.75), 0.75 * told + 0.25 * F.cross_entropy(scores, labels)
+    x, labels = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    narrow, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
+    told = divergence(narrow(x), teacher(x))
+    lesson = Lesson(
+        teacher,
+        lambda model, batch: model(batch[0]),
+        own=lambda output, batch: of_labels(output, batch[1]),
+        weight=0.75,
     )
-    assert loss_of(scores, None, teacher) == told
+    expected = 0.75 * told + 0.25 * F.cross_entropy(narrow(x), labels)
+    torch.testing.assert_close(lesson(narrow, (x, labels))[0], expected)
+    assert torch.equal(lesson(narrow, (x, None))[0], told)
 
 
 def test_the_rate_rises_and_falls_to_nothing():
@@ -47,10 +54,9 @@ def test_tuning_learns_from_the_teacher_alone_and_stops_in_time():
     ticks, rates = itertools.count(), []
     steps = tune(
         narrow,
-        teacher,
+        Lesson(teacher, lambda model, batch: model(batch[0])),
         itertools.cycle(images),
         400.0,
-        scores=lambda output: output,
         report=lambda now, loss, step: rates.append(now),
         clock=lambda: float(next(ticks)),
     )

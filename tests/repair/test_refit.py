@@ -86,7 +86,7 @@ def test_copies_of_channels_are_made_up_for_exactly(block, images):
     kept = graph.kept(halves(graph, "a1", "b1"))
     narrow = slim(block, kept).eval()
     cut = float((narrow(images) - block(images)).detach().abs().max())
-    repair(narrow, kept, targets_of(block, images), ridge=1e-7)
+    repair(narrow, kept, targets_of(block, (images,)), ridge=1e-7)
     fresh = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(2))
     assert float((narrow(fresh) - block(fresh)).detach().abs().max()) < 0.01 * cut
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
@@ -94,7 +94,7 @@ def test_copies_of_channels_are_made_up_for_exactly(block, images):
 
 def test_nothing_cut_is_nothing_changed(block, images):
     narrow = copy.deepcopy(block)
-    repair(narrow, {}, targets_of(block, images))
+    repair(narrow, {}, targets_of(block, (images,)))
     torch.testing.assert_close(narrow(images), block(images), atol=1e-4, rtol=1e-4)
 
 
@@ -118,7 +118,10 @@ def test_every_part_of_repair_brings_the_network_nearer(images):
     model = Residual().eval()
     graph = trace(model, images[:1])
     kept = graph.kept({group.name: np.arange(0, group.arms, 2) for group in graph})
-    targets, fresh = targets_of(model, images), torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    targets, fresh = (
+        targets_of(model, (images,)),
+        torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(2)),
+    )
     far, last = {}, slim(model, kept).eval()
     with torch.no_grad():
         far["cut"] = distance(last, model, fresh)
@@ -142,7 +145,7 @@ def test_repair_works_on_every_kind_of_layer(images):
         narrow = slim(model, kept).eval()
         with torch.no_grad():
             cut = distance(narrow, model, images)
-            repair(narrow, kept, targets_of(model, images))
+            repair(narrow, kept, targets_of(model, (images,)))
             assert distance(narrow, model, images) < 0.5 * cut
 
 
@@ -159,7 +162,7 @@ def test_a_layer_that_runs_twice_or_does_more_is_left_and_named(images):
 
     torch.manual_seed(0)
     model = perturb(Odd())
-    targets = targets_of(model, images)
+    targets = targets_of(model, (images,))
     assert "twice" not in targets.layers and "a1" not in targets.layers and "stem" not in targets.layers
     assert "a2" in targets.layers
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynprune.data.scores import logits
+from dynprune.repair.says import distance_between
 from dynprune.repair.scores import refit_scores, scores_layer
-from dynprune.repair.trained import distance_between
 
 
 class TwoHeads(nn.Module):
@@ -30,10 +29,10 @@ def test_scores_come_closer_on_images_that_were_not_fitted(bias):
     fitted, other = torch.randn(600, 20), torch.randn(600, 20)
     with torch.no_grad():
         said, wanted = untouched(fitted), untouched(other)
-        before = distance_between(narrow(other), wanted)
+        before = distance_between([narrow(other)], [wanted])
         first = narrow[0].weight.clone()
-        refit_scores(narrow, "2", fitted.split(100), said)
-        assert distance_between(narrow(other), wanted) < 0.7 * before
+        refit_scores(narrow, "2", [(part,) for part in fitted.split(100)], said)
+        assert distance_between([narrow(other)], [wanted]) < 0.7 * before
     assert torch.equal(narrow[0].weight, first) and (narrow[2].bias is not None) == bias
 
 
@@ -41,14 +40,14 @@ def test_a_layer_that_is_right_already_stays():
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(6, 3)).eval(), torch.randn(200, 6)
     before, said = model[0].weight.clone(), model(inputs).detach()
-    refit_scores(model, "0", [inputs], said)
+    refit_scores(model, "0", [(inputs,)], said)
     assert torch.allclose(model[0].weight, before, atol=1e-5)
 
 
 def test_only_a_layer_that_makes_the_scores_counts():
     x = torch.randn(2, 6)
-    assert scores_layer(TwoHeads(), x, logits) == "first"
-    assert scores_layer(nn.Sequential(nn.Linear(6, 3), nn.Softmax(1)), x, logits) is None
-    assert scores_layer(nn.Sequential(nn.Linear(6, 1)), x, logits) is None
+    assert scores_layer(TwoHeads(), (x,)) == "first"
+    assert scores_layer(nn.Sequential(nn.Linear(6, 3), nn.Softmax(1)), (x,)) is None
+    assert scores_layer(nn.Sequential(nn.Linear(6, 1)), (x,)) is None
     same = nn.Linear(6, 6)
-    assert scores_layer(nn.Sequential(same, same), x, logits) is None
+    assert scores_layer(nn.Sequential(same, same), (x,)) is None

@@ -66,9 +66,11 @@ def test_every_process_gets_as_many_images_whatever_their_number():
     data = load_data(Source("digits", image_size="8"))
     model = zoo.build("resnet20", 10, size=data.size).eval()
     parts = [sample_images(model, data, 129, 0, CPU, Share(rank, 2)) for rank in range(2)]
-    sizes = [([len(x) for x in own.moments], len(own.repair), len(own.pull), len(own.judge)) for own in parts]
+    sizes = [
+        ([len(x) for (x,) in own.moments], *(len(own[0]) for own in (own.repair, own.pull, own.judge))) for own in parts
+    ]
     assert sizes[0] == sizes[1] and all(size > 0 for size in sizes[0][0]) and sum(sizes[0][0]) == 64
-    assert not torch.equal(parts[0].pull, parts[1].pull)
+    assert not torch.equal(parts[0].pull[0], parts[1].pull[0])
     with pytest.raises(DynpruneError, match="2000 processes cannot share .* Start fewer processes"):
         sample_images(model, data, 129, 0, CPU, Share(0, 2000))
 

@@ -1,0 +1,240 @@
+"""Networks of other tasks than classes: compacted by what their last layers say, tuned by a loss of one's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+import dynprune
+from dynprune.errors import DynpruneError
+from dynprune.repair.examples import Reader, count_of, joined, part_of
+from dynprune.repair.following import follow, last_layers
+from dynprune.repair.says import own_loss
+from tests.shapes import average_precision, draw, mean_iou
+
+QUICK = {"images": 32, "search": 0.2}
+
+
+class UNet(nn.Module):
+    """Two levels down and up again, a transposed convolution, and a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
+        self.last = nn.Sequential(nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+    def forward(self, x):
+        before = self.first(x)
+        return {"out": self.last(torch.cat([before, F.relu(self.up(self.down(before)))], 1))}
+
+
+class Two(nn.Module):
+    """An image and numbers, by name; a class and a place, whose values matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU())
+        self.more = nn.Linear(5, 24)
+        self.kind, self.place = nn.Linear(24, 3), nn.Linear(24, 2)
+
+    def forward(self, image, *, extra):
+        y = self.body(image).mean((2, 3)) + self.more(extra).relu()
+        return self.kind(y), self.place(y) + 100
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.body = nn.Sequential(nn.Conv1d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 8, 3, padding=1))
+
+    def forward(self, ids):
+        return self.body(self.embed(ids).transpose(1, 2))
+
+
+def taught(model, loss, batches, steps=60):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, batches[step % len(batches)]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def of_masks(model, batch):
+    return F.cross_entropy(model(batch[0])["out"], batch[1])
+
+
+def pictures(batches, size=32, seed=0):
+    return [draw(16, seed + number, size)[:2] for number in range(batches)]
+
+
+def test_segmentation_keeps_what_it_knew():
+    torch.manual_seed(0)
+    data, (fresh, masks) = pictures(12), draw(64, 10**6, 32)[:2]
+    model = taught(UNet(), of_masks, data, 150)
+    graph = dynprune.trace(model, fresh[:1])
+    before = mean_iou(model(fresh)["out"].argmax(1), masks)
+    cut = dynprune.compact(model, fresh[:1], data, "macs=0.5", tune=0, images=48, search=0)
+    tuned = dynprune.compact(model, fresh[:1], data, "macs=0.5", loss=of_masks, tune=3, images=48, search=0)
+    masked = [mean_iou(own.model(fresh)["out"].argmax(1), masks) for own in (cut, tuned)]
+    assert cut.macs <= 0.5 * graph.macs({}) and not cut.left and cut.distance < 1
+    assert masked[0] > 0.6 * before and masked[1] > 0.9 * before and tuned.tune_steps > 3
+
+
+def two(batches=4, named=True):
+    torch.manual_seed(3)
+    return [
+        ({"image": torch.randn(32, 3, 12, 12), "extra": torch.randn(32, 5), "other": "x"}) if named
+        else (torch.randn(32, 3, 12, 12), torch.randn(32, 5), torch.rand(32))
+        for _ in range(batches)
+    ]  # fmt: skip
+
+
+def test_several_inputs_by_name_and_values_that_are_no_classes():
+    torch.manual_seed(0)
+    example = ({"image": torch.zeros(1, 3, 12, 12), "extra": torch.zeros(1, 5)},)
+    found = dynprune.compact(Two(), example, two(), "macs=0.6", tune=0.3, **QUICK)
+    batch = two()[0]
+    kind, place = found.model(batch["image"], extra=batch["extra"])
+    assert found.tune_steps > 0 and kind.shape == (32, 3) and abs(float(place.detach().mean()) - 100) < 1
+    mixed = (torch.zeros(1, 3, 12, 12), {"extra": torch.zeros(1, 5)})
+    with pytest.raises(DynpruneError, match="inputs=, a function that makes the inputs"):
+        dynprune.compact(Two(), mixed, two(named=False), "macs=0.6", tune=0, **QUICK)
+    found = dynprune.compact(
+        Two(),
+        mixed,
+        two(named=False),
+        "macs=0.6",
+        inputs=lambda batch: (batch[0], {"extra": batch[1]}),
+        loss=lambda model, batch: F.mse_loss(model(batch[0], extra=batch[1])[1][:, 0], batch[2]),
+        tune=0.3,
+        **QUICK,
+    )
+    assert found.tune_steps > 0
+
+
+def test_two_outputs_of_a_regression_are_not_taken_for_classes():
+    """Of class scores a shift of all is nothing; of values it is everything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    model[4].bias.data += 50
+    data = [(torch.randn(32, 3, 12, 12), torch.rand(32, 2)) for _ in range(4)]
+    found = dynprune.compact(model, torch.zeros(1, 3, 12, 12), data, "macs=0.5", tune=0.3, **QUICK)
+    with torch.no_grad():
+        said, before = found.model(data[0][0]), model(data[0][0])
+    assert float((said - before).abs().max()) < float(before.std(0).max())
+
+
+def test_whole_numbers_as_inputs():
+    torch.manual_seed(0)
+    data = [torch.randint(0, 20, (32, 10)) for _ in range(4)]
+    found = dynprune.compact(Text(), torch.zeros(1, 10, dtype=torch.int64), data, "macs=0.5", tune=0, **QUICK)
+    assert not found.left and found.distance < 0.9
+
+
+def detector():
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0)
+    model.transform.fixed_size = (64, 64)
+    return model
+
+
+def of_boxes(model, batch):
+    return sum(model(*batch).values())
+
+
+def test_a_detector_from_images_to_detections():
+    torch.manual_seed(0)
+    pictures, _, boxes, kinds = draw(64, 0, 64)
+    targets = [{"boxes": own, "labels": 1 + kind} for own, kind in zip(boxes, kinds)]
+    data = [(list(pictures[at : at + 16]), targets[at : at + 16]) for at in range(0, 64, 16)]
+    model, example = detector(), ([torch.zeros(3, 64, 64)],)
+    found = dynprune.compact(model, example, data, "macs=0.5", loss=of_boxes, tune=1, tune_lr=0.003, **QUICK)
+    assert found.tune_steps > 0 and found.macs <= 0.5 * found.graph.macs({}) and not found.left
+    said = found.model(list(pictures[:4]))
+    assert len(said) == 4 and set(said[0]) == {"boxes", "scores", "labels"}
+    assert 0 <= average_precision(said, boxes[:4], kinds[:4]) <= 1
+
+
+class Proposals(nn.Module):
+    """Two stages: the best places, and a layer that looks at them again."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.good, self.again, self.what = nn.Conv2d(16, 1, 1), nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        y = self.body(x).relu()
+        places = self.good(y).flatten(1).topk(5, dim=1).indices
+        rows = y.flatten(2).transpose(1, 2)
+        chosen = torch.zeros(len(x), 5, 16)
+        for number in range(len(x)):
+            chosen[number] = rows[number, places[number]]
+        return self.what(self.again(chosen).relu())
+
+
+def test_what_was_chosen_by_value_is_not_compared():
+    torch.manual_seed(0)
+    model, data = Proposals(), [torch.randn(32, 3, 8, 8) for _ in range(4)]
+    found = follow(model.eval(), (data[0][:2],))
+    assert [name for name, own in found.items() if own.chosen] == ["again", "what"]
+    assert last_layers(model, lambda model: model(data[0][:2])) == ["good"]
+    small = dynprune.compact(model, data[0][:1], data, "macs=0.6", tune=0, **QUICK)
+    assert set(small.left) == {"again", "what"} and "chosen by value" in small.left["what"]
+
+
+def test_the_last_layers_of_a_segmentation_network_are_its_classifiers():
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
+    found = last_layers(model, lambda model: model(torch.rand(2, 3, 64, 64)))
+    assert found == ["classifier.low_classifier", "classifier.high_classifier"]
+
+
+def test_every_output_counts_for_as_much_whatever_its_scale():
+    torch.manual_seed(0)
+    said = [torch.randn(64, 3, requires_grad=True), (1000 * torch.randn(64, 5, 4)).requires_grad_()]
+    gradients = torch.autograd.grad(own_loss(said, 0, scores=False), said)
+    worth = [float((g * g).sum() * x.detach().square().mean()) for g, x in zip(gradients, said)]
+    assert worth[0] == pytest.approx(worth[1], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (lambda model, batch: 1.0, "gave a float. Expected one number, as a tensor"),
+        (lambda model, batch: model(batch[0])["out"], r"gave a tensor of shape \[16, 4, 32, 32\]. Expected one number"),
+        (lambda model, batch: of_masks(model, batch).detach(), "has no gradient"),
+        (lambda model, batch: of_masks(model, batch) / 0, r"loss\(model, batch\) is inf"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on_is_refused_before_the_work(loss, words):
+    with pytest.raises(DynpruneError, match=words):
+        dynprune.compact(UNet(), torch.zeros(1, 3, 32, 32), pictures(4), "macs=0.5", loss=loss, **QUICK)
+
+
+def test_pictures_of_several_shapes_are_refused_in_a_line():
+    data = [*pictures(1), *pictures(1, 48)]
+    with pytest.raises(DynpruneError, match=r"shapes \[3, 32, 32\] and \[3, 48, 48\]. Expected one shape"):
+        dynprune.compact(UNet(), torch.zeros(1, 3, 32, 32), data, "macs=0.5", **QUICK)
+    with pytest.raises(DynpruneError, match="a batch without extra, which the example inputs have"):
+        example = ({"image": torch.zeros(1, 3, 12, 12), "extra": torch.zeros(1, 5)},)
+        dynprune.compact(Two(), example, [{"image": torch.zeros(32, 3, 12, 12)}], "macs=0.5", **QUICK)
+
+
+def test_batches_of_any_structure_are_joined_and_cut():
+    x, ids = torch.arange(12.0).view(6, 2), torch.arange(6)
+    batch = (x, {"ids": ids, "flag": True, "table": torch.ones(3)})
+    whole = joined([part_of(batch, 0, 2), part_of(batch, 2, 6)])
+    assert torch.equal(whole[0], x) and torch.equal(whole[1]["ids"], ids) and whole[1]["flag"] is True
+    assert whole[1]["table"].shape == (3,) and count_of(whole) == 6
+    images = [torch.zeros(3, size, size) for size in (8, 9, 10)]
+    reader = Reader(([torch.zeros(3, 8, 8)],))
+    inputs = reader((images, "targets"))
+    assert reader.listed(inputs) and count_of(inputs, True) == 3
+    assert len(joined([inputs, inputs], True)[0]) == 6 and len(part_of(inputs, 1, 3, True)[0]) == 2
+    levels = Reader(([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)],))
+    assert not levels.listed(([torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 4, 4)],))
