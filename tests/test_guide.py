@@ -1,7 +1,10 @@
 """What the guide and the README say can be typed: commands parse, code runs, pages stay short."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,57 @@ def test_the_program_of_the_loop_page_runs(tmp_path, monkeypatch, capsys):
         r"([\d.]+) of the MACs, ([\d.]+) % right, ([\d.]+) pixels", capsys.readouterr().out
     ).groups()
     assert float(share) <= 0.25 and float(right) > 90 and float(off) < 2
+
+
+# what each program needs beside our own dependencies, its constants on a tiny scale, and what it prints then
+PROGRAMS = {
+    "segmentation": (
+        ["segmentation_models_pytorch"],
+        "STEPS, SIDE, BATCH, SEARCH, TUNE = 4, 32, 16, 0, 0.5",
+        r"at 0\.2\d of the MACs: IoU .*half of that: IoU .* %, every layer refitted.*max_rel_diff.* at batch 1",
+    ),
+    "detection": (
+        [],
+        "STEPS, SIDE, BATCH, SEARCH, TUNE = 3, 64, 4, 0, 0.5",
+        r"% found, [\d.]+ % at 0\.[45]\d of the MACs\s+True",
+    ),
+    "ultralytics": (
+        ["ultralytics", "polars"],
+        "PICTURES, EPOCHS, SIDE, SEARCH, TUNE, FURTHER = 48, 1, 64, 0, 0, 1",
+        r"dense: AP50-95 .*compact: AP50-95 .*tuned: AP50-95 .*0\.[45]\d of the MACs: .* at batch 1",
+    ),
+    "lightning": (["lightning"], "PICTURES, EPOCHS, BATCH = 256, 1, 64", r"0\.2\d of the MACs, [\d.]+ % right"),
+    "transformers": (
+        ["transformers", "accelerate"],
+        "PICTURES, EPOCHS, BATCH = 128, 1, 32",
+        r"0\.2\d of the MACs, [\d.]+ % right\s+True",
+    ),
+}
+
+
+@pytest.mark.parametrize("topic", PROGRAMS)
+def test_programs_with_other_libraries_run(topic, tmp_path):
+    """On a tiny scale, in a process of their own: other libraries change what is global."""
+    needs, tiny, words = PROGRAMS[topic]
+    for name in needs:
+        pytest.importorskip(name, reason=f'{name} is not installed: pip install "dynprune[guides]"')
+    (program,) = blocks(page(topic), "python")
+    assert len(program.splitlines()) < 80 and "from dynprune" not in program
+    (first,) = re.findall(r"^[A-Z]+(?:, [A-Z]+)+ = .*$", program, re.MULTILINE)
+    assert first.partition(" = ")[0] == tiny.partition(" = ")[0]
+    program = (
+        program.replace(first, tiny)
+        .replace('"resnet18"', '"mobilenet_v2"')
+        .replace('"val", 200', '"val", 16')
+        .replace("draw(200, -1)", "draw(20, -1)")
+    )
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "YOLO_OFFLINE": "1", "YOLO_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(words, done.stdout, re.DOTALL), done.stdout[-2000:]
 
 
 def test_unknown_topics_are_refused():

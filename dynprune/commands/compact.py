@@ -17,7 +17,6 @@ from dynprune.deploy.compact import compact as make_compact
 from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
-from dynprune.repair.distill import RATE
 from dynprune.repair.examples import Reader
 from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
@@ -61,7 +60,7 @@ def compact(
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
-    tune_lr: float = RATE,
+    tune_lr: float | None = None,
     precision: str = "auto",
     seed: int = 0,
     listener: Listener = SILENT,
@@ -86,8 +85,9 @@ def compact(what, *args, listener: Listener = SILENT, **options):
     scores are compared; of anything else what the last layers say (raw maps, boxes, embeddings), and no labels are
     needed. loss: `loss(model, batch)`, a mean over examples, to tune by beside that; the model is then in train mode.
     budget: as `--budget`, several in a list, or a `Budget`. images: how many calibration and measuring look at; repair
-    looks at twice as many. search, tune: seconds. precision: of tuning; auto is bfloat16 for class scores alone, where
-    the processor is fast at it.
+    looks at twice as many. search, tune: seconds. tune_lr: peak rate; 0.03 without an answer, and a tenth of it where
+    there are neither labels nor a loss. precision: of tuning; auto is bfloat16 for class scores alone, where the
+    processor is fast at it.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 
@@ -154,7 +154,7 @@ def of_module(
     tune: float = 30.0,
     policy: str = "bandit",
     arms: str = "repairable",
-    tune_lr: float = RATE,
+    tune_lr: float | None = None,
     precision: str = "auto",
     seed: int = 0,
     listener: Listener = SILENT,

@@ -31,6 +31,7 @@ from dynprune.execution.explore import Exploration, Explorer
 from dynprune.execution.momentum import FRESH, MakeOptimizer, rebound, state_kinds
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in, silence, up_to_date
 from dynprune.execution.saliency import magnitude, prepare
+from dynprune.execution.stand_in import StandIn
 from dynprune.state.copies import copied
 from dynprune.state.tensors import check_facts, fill, loose_to, state_of
 from dynprune.structure.calling import Inputs, arguments
@@ -208,6 +209,18 @@ class Execution:
                 f'execution.model has got the parameter "{sorted(more)[0]}" from outside. Change the network before '
                 "DynamicExecution is made."
             )
+
+    def as_optimizer(self) -> torch.optim.Optimizer:
+        """This execution in the place of an optimizer, for trainers that call `optimizer.step()` themselves: its step
+        is `step()`, its groups and state are the optimizer's. With mixed precision use bfloat16, which needs no scaler.
+
+        Raises DynpruneError with `grow`, where `model` would become another module behind the trainer's back.
+
+        >>> Trainer(model=execution.model, optimizers=(execution.as_optimizer(), None), ...).train()
+        """
+        if self.growth_step and self.widths != self.final:
+            raise DynpruneError("as_optimizer() got an execution with grow. Expected grow=0: trainers keep one model.")
+        return StandIn(self)
 
     # -- the end, and what is kept on the way --------------------------------------------------------------------------
 

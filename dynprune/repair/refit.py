@@ -26,6 +26,7 @@ from dynprune.repair.patches import (
     Layer,
     explains,
     groups_of,
+    is_layer,
     layer_at,
     matrix_of,
     patches,
@@ -42,6 +43,7 @@ from dynprune.structure.record import AxisKey
 BatchNorm = nn.modules.batchnorm._BatchNorm
 RIDGE = 0.01  # of the mean square of a column of inputs: how much a weight is held where it was
 ROUNDS = 4  # of the regression behind a rectifier
+FROZEN = "is frozen: its weight does not require gradients"
 LEAST_SLOPE = 1e-3  # of a channel on the way to a sum: with less, what it says does not reach it
 
 
@@ -79,6 +81,14 @@ class Targets:
     share: Share = WHOLE
 
 
+def frozen(model: nn.Module) -> list[str]:
+    """Layers whose weights are not to be trained, where others are: they stay as they are. Of a network in which
+    nothing is to be trained, as one that was loaded to be used, none is."""
+    wanted = {name: value.requires_grad for name, value in model.named_parameters()}
+    layers = [name for name, module in model.named_modules() if is_layer(module)]
+    return [name for name in layers if wanted.get(f"{name}.weight") is False] if any(wanted.values()) else []
+
+
 @torch.no_grad()
 def targets_of(
     model: nn.Module,
@@ -92,7 +102,8 @@ def targets_of(
     """One forward pass of the untouched network, in eval mode. inputs: arguments of a call; few: of a small one. scale:
     of the number of places, see `sample_rows`."""
     following = follow(model, few or inputs)
-    result = Targets(inputs, {}, following, {name: CHOSEN for name, own in following.items() if own.chosen}, share)
+    left = {name: CHOSEN for name, own in following.items() if own.chosen} | dict.fromkeys(frozen(model), FROZEN)
+    result = Targets(inputs, {}, following, left, share)
     ending = {own.end: name for name, own in following.items()}
     wanted = {own.added for own in following.values() if own.added is not None}
     seen = {-1 - i: value for i, value in enumerate(tensors_in(inputs))}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.repair.calibration import calibrate
 from dynprune.repair.choice import orders
-from dynprune.repair.distill import Lesson, learning, of_labels, tune
+from dynprune.repair.distill import RATE, Lesson, learning, of_labels, tune
 from dynprune.repair.examples import Reader, count_of, endless, joined, moved, part_of
 from dynprune.repair.refit import ROUNDS, Targets, repair, targets_of
 from dynprune.repair.says import SCORES, Said, Says, are_scores, distance_between, what_says
@@ -41,6 +42,7 @@ FEWEST = 32  # images without which nothing can be calibrated
 PULL_SCALE = 0.25  # of the places that a repair within the search looks at
 PULL_ROUNDS = 2  # of the regression behind a rectifier, there
 ACTIVATIONS = 2**31  # bytes that the examples of one call may take where its activations are largest
+RATE_OF_VALUES = 0.003  # peak learning rate where only outputs that are no class scores are learned from
 LOSS_WEIGHT = 0.5  # of what the untouched network says, beside a loss of the user's own
 
 
@@ -200,7 +202,7 @@ def compact_module(
     policy: str,
     choice: str,
     tune_seconds: float,
-    tune_lr: float,
+    tune_lr: float | None,
     bfloat16: Callable[[bool], bool],
     seed: int,
     report: Callable[[str], None],
@@ -242,7 +244,10 @@ def compact_module(
         report(f"tuning for {tune_seconds:g} s")
         again = endless(batches, device, lambda: taken.batches)
         lesson = lesson_of(model, graph, reader, says, loss, taken)
-        steps = tune(narrow, lesson, again, tune_seconds, lr=tune_lr, bfloat16=bfloat16(says.scores and loss is None))
+        with trainable(narrow):
+            rate = tune_lr if tune_lr is not None else RATE if says.scores or loss else RATE_OF_VALUES
+            half = bfloat16(says.scores and loss is None)
+            steps = tune(narrow, lesson, again, tune_seconds, lr=rate, bfloat16=half)
     seconds["tune"] = time.perf_counter() - began
     return Compacted(
         narrow.to(memory_format=torch.contiguous_format),
@@ -280,6 +285,19 @@ def lesson_of(
     teacher, batch = learning(model), taken.batches[0]
     says = says if says.scores else what_says(teacher, graph, lambda own: loss(own, batch))
     return Lesson(teacher, loss, says, lambda output, _batch: cast(Tensor, output), LOSS_WEIGHT, scaled=True)
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[None]:
+    """Inside, a network in which nothing is to be trained, as one that was loaded to be used, is trained as a whole."""
+    parameters = [value for value in model.parameters() if value.is_floating_point()]
+    stiff = not any(value.requires_grad for value in parameters)
+    for value in parameters if stiff else ():
+        value.requires_grad_(True)
+    yield
+    for value in parameters if stiff else ():
+        value.requires_grad_(False)
+        value.grad = None
 
 
 def refuse_not_finite(model: nn.Module) -> None:

@@ -52,7 +52,8 @@ def one(name: str, count: int) -> str:
 
     @torch.no_grad()
     def gap(network: torch.nn.Module) -> float:
-        return float((logits(network(images)) - compaction.said).square().mean() / compaction.said.var())
+        said = compaction.said[0]
+        return float((logits(network(images)) - said).square().mean() / said.var())
 
     left = compaction.targets.left | compaction.calibration.left
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

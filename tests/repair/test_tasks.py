@@ -155,7 +155,8 @@ def test_a_detector_from_images_to_detections():
     model, example = detector(), ([torch.zeros(3, 64, 64)],)
     found = dynprune.compact(model, example, data, "macs=0.5", loss=of_boxes, tune=1, tune_lr=0.003, **QUICK)
     assert found.tune_steps > 0 and found.macs <= 0.5 * found.graph.macs({}) and not found.left
-    said = found.model(list(pictures[:4]))
+    with torch.no_grad():
+        said = found.model(list(pictures[:4]))
     assert len(said) == 4 and set(said[0]) == {"boxes", "scores", "labels"}
     assert 0 <= average_precision(said, boxes[:4], kinds[:4]) <= 1
 
@@ -238,3 +239,19 @@ def test_batches_of_any_structure_are_joined_and_cut():
     assert len(joined([inputs, inputs], True)[0]) == 6 and len(part_of(inputs, 1, 3, True)[0]) == 2
     levels = Reader(([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)],))
     assert not levels.listed(([torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 4, 4)],))
+
+
+def test_frozen_layers_stay_and_a_network_loaded_to_be_used_is_tuned():
+    torch.manual_seed(0)
+    data = pictures(4)
+    model = UNet()
+    model.last[2].weight.requires_grad_(False)
+    found = dynprune.compact(model, data[0][0][:1], data, "macs=0.5", tune=0.3, **QUICK)
+    kept = found.graph.kept(found.selection)["last.2.weight", 1]
+    assert (
+        torch.equal(found.model.last[2].weight, model.last[2].weight[:, kept]) and "is frozen" in found.left["last.2"]
+    )
+    model.requires_grad_(False)
+    found = dynprune.compact(model, data[0][0][:1], data, "macs=0.5", tune=0.3, **QUICK)
+    assert found.tune_steps > 0 and not found.left
+    assert not any(value.requires_grad or value.grad is not None for value in found.model.parameters())
