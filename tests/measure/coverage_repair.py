@@ -90,7 +90,9 @@ def main() -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
             line = (
-                done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+                done.stdout.strip().splitlines()[-1]
+                if done.returncode == 0
+                else (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
             )
         except subprocess.TimeoutExpired:
             done, line = None, f"more than {SECONDS} s"
