@@ -84,3 +84,17 @@ def test_code_is_clean_and_formatted(options):
 def test_types_hold():
     done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_public_names_say_what_they_raise_and_show_an_example():
+    import inspect
+
+    import dynprune
+
+    for name in dynprune.__all__:
+        if name != "__version__":
+            own = getattr(dynprune, name)
+            words = f"{inspect.getdoc(own)} {inspect.getdoc(own.__init__) if isinstance(own, type) else ''}"
+            assert ">>> " in words and re.search(r"[Rr]aises?\s", words), name
+    for name, own in inspect.getmembers(dynprune.DynamicExecution):
+        assert name.startswith("_") or inspect.getdoc(own), name

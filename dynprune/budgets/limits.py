@@ -35,7 +35,11 @@ class Budget:
 
     limits: each as users write it, see FORMS; all hold at once. allocation: uniform, balanced or learned. align: widths
     are multiples of this number, or of what onnxruntime runs fastest with "auto". min_width, max_width_share: of every
-    layer. keep: layers that stay whole.
+    layer. keep: layers that stay whole, by name or pattern.
+
+    Raises DynpruneError where it is used, for limits in another form and for those that cannot be met.
+
+    >>> dynprune.Budget(("macs=0.25", "params=0.11"), allocation="balanced", keep=("layer1.*",))
     """
 
     limits: tuple[str, ...] = ("0.25",)

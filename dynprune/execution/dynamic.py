@@ -80,6 +80,7 @@ class Execution:
         self.install(self.new_reservoir(full, explorer.first()))
 
     def new_reservoir(self, full: nn.Module, selection: Selection, template: Selection | None = None) -> Reservoir:
+        """The full-width tensors, and the active model of a selection."""
         return Reservoir(full, self.graph, selection, template, device=self.device, store_device=self.store_device)
 
     def install(self, reservoir: Reservoir) -> None:
@@ -109,6 +110,7 @@ class Execution:
 
     @property
     def params(self) -> int:
+        """Parameters of the network that runs now."""
         return self.graph.params(self.widths)
 
     @property
@@ -190,6 +192,7 @@ class Execution:
         self.installed()
 
     def gradients_are_finite(self) -> bool:
+        """Whether no gradient overflowed, as scaled ones may."""
         given = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return all(bool(torch.isfinite(gradient).all()) for gradient in given)
 
@@ -253,30 +256,46 @@ class Execution:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called. `model` is another module afterwards. Raises DynpruneError for the state
-        of another network, budget or optimizer."""
-        assert self.optimizer is not None
+        of another network, budget or optimizer; what was there can go on then."""
         if state.get("steps") != self.steps:
             raise DynpruneError(f"The state is of a run of {state.get('steps')} steps, this one has {self.steps}.")
+        before, touched = self.state_dict(), False
         try:
-            slots, template = (
-                {name: state[kind][name].numpy().copy() for name in self.graph.groups} for kind in ("slots", "template")
-            )
-            if state["final"].keys() != self.graph.groups.keys():
-                raise ValueError("widths of other groups")
-            fill(self.reservoir.full, state["tensors"], check_facts(state["state"]))
-            self.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
-            self.explorer.load_state(state["explorer"])
-            self.final, self.done = dict(state["final"]), state["done"]
-            training = self.model.training
-            self.install(self.new_reservoir(self.reservoir.full, slots, template))
-            self.model.train(training)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.reservoir.carry(state["carried"])
+            self.check_state(state)
+            touched = True
+            self.restore(state)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            if touched:
+                self.restore(before)
             raise DynpruneError(
                 f"The state does not fit this execution ({first_line(error)[:200]}). Make it of the same network, "
                 "budget, steps and optimizer."
             ) from error
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `restore` would, as far as it shows before anything is touched."""
+        tensors = state_of(up_to_date(self.reservoir))[0]
+        if state["final"].keys() != self.graph.groups.keys():
+            raise ValueError("widths of other groups")
+        for name, value in tensors.items():
+            if state["tensors"][name].shape != value.shape:
+                raise ValueError(f"{name} has shape {list(state['tensors'][name].shape)}, expected {list(value.shape)}")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take a state over. What does not fit shows on the way."""
+        assert self.optimizer is not None
+        slots, template = (
+            {name: state[kind][name].numpy().copy() for name in self.graph.groups} for kind in ("slots", "template")
+        )
+        fill(self.reservoir.full, state["tensors"], check_facts(state["state"]))
+        self.explorer.change_widths({name: len(arms) for name, arms in slots.items()})
+        self.explorer.load_state(state["explorer"])
+        self.final, self.done = dict(state["final"]), state["done"]
+        training = self.model.training
+        self.install(self.new_reservoir(self.reservoir.full, slots, template))
+        self.model.train(training)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.reservoir.carry(state["carried"])
 
 
 class DynamicExecution(Execution):

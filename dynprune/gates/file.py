@@ -78,6 +78,12 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
 
     A gated network comes without what its gates have closed for good. It computes of a single image (under
     `torch.no_grad()`) only what its gates open, and masks larger batches.
+
+    Raises DynpruneError for files that are absent, garbled or of another network, and for one that asks to run code
+    which was neither passed nor trusted.
+
+    >>> model = dynprune.load("runs/mine/compact.safetensors")
+    >>> model = dynprune.load("small.safetensors", torchvision.models.resnet18(num_classes=10))
     """
     path = Path(path)
     if kind_of(path) == "module":

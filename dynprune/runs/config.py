@@ -305,7 +305,14 @@ class Limited:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Limited, Recipe):
-    """Settings of one training run with dynamic channel execution, or of what it is compared with."""
+    """Settings of one training run with dynamic channel execution, or of what it is compared with.
+
+    Fields are the options of `dynprune train`, with its defaults and in its units: `lr=0.1`, `epochs=20`,
+    `checkpoint_every="5m"`; `dynprune train --help` explains each. `validate` (which `train` calls) raises DynpruneError
+    for values that make no sense.
+
+    >>> dynprune.TrainConfig(data="photos/", model="resnet20", budget=("0.25",), epochs=15)
+    """
 
     BEFORE: ClassVar[dict[str, object]] = {"distill": 0.0, "no_repair": True}
 
@@ -431,7 +438,13 @@ class TrainConfig(Limited, Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class CompactConfig(Limited, Task):
-    """Settings of one compaction of a trained network, without a run."""
+    """Settings of one compaction of a trained network, without a run.
+
+    Fields are the options of `dynprune compact`, with its defaults and in its units: times are texts such as "30s".
+    `validate` (which `compact` calls) raises DynpruneError for values that make no sense.
+
+    >>> dynprune.CompactConfig("resnet20", "resnet20.pt", "photos/", budget=("macs=0.5",), tune="3m")
+    """
 
     budget: tuple[str, ...] = setting(
         ("0.5",),
@@ -515,7 +528,13 @@ def seconds_in(duration: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig(Recipe):
-    """Settings of one training run of gates that decide per image which channels to compute."""
+    """Settings of one training run of gates that decide per image which channels to compute.
+
+    Fields are the options of `dynprune gate`, with its defaults and in its units. `validate` (which `gate` calls) raises
+    DynpruneError for values that make no sense.
+
+    >>> dynprune.GateConfig(base="runs/mine", target=0.33, epochs=10)
+    """
 
     base: str = setting("", "Run whose compact (or dense) network gets the gates; empty for a new network.")
     target: float = setting(

@@ -125,10 +125,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], facts: Mapping) -> Non
     missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - loose.keys()
     if missing or unknown:
         raise ValueError(f"tensors {'missing' if missing else 'unknown'}: {', '.join(sorted(missing or unknown)[:3])}")
-    for name, value in own.items():
+    for name, value in own.items():  # all, before anything is written
         given = tensors[name]
         if value.shape != given.shape and value.numel():
             raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(value.shape)}")
+    for name, value in own.items():
+        given = tensors[name]
         if value.shape != given.shape:  # a buffer that was empty until the network ran, such as an observer's range
             value.data = given.to(value)
         else:

@@ -45,6 +45,9 @@ def trace(model: nn.Module, example_inputs: Inputs) -> ChannelGraph:
     A copy runs, in eval mode without gradients: the model, the inputs and the random generators stay as they are. Any
     architecture gives a graph: what cannot be narrowed safely is pinned and named in `graph.pinned`. Raises
     DynpruneError when the model fails on the inputs, naming the layer.
+
+    >>> graph = dynprune.trace(torchvision.models.resnet18(), torch.zeros(1, 3, 224, 224))
+    >>> print(graph, graph.macs({}))
     """
     inputs = arguments(example_inputs)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):

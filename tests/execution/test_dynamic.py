@@ -414,3 +414,21 @@ def test_two_processes_choose_and_train_alike(tmp_path):
     for name, value in alone.finish().state_dict().items():
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], value, rtol=1e-8, atol=1e-9)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    execution, untouched = (take_steps(execute(tiny(), "adamw"), 5) for _ in range(2))
+    right = execution.state_dict()
+    for wrong in (
+        take_steps(execute(tiny(), "sgd"), 5).state_dict(),  # found at the end, when arms and weights are filled in
+        {**right, "tensors": {**right["tensors"], "head.weight": torch.zeros(2, 2)}},
+        {name: value for name, value in right.items() if name != "explorer"},
+        {**right, "final": {}},
+    ):
+        with pytest.raises(DynpruneError, match="does not fit this execution"):
+            execution.load_state_dict(wrong)
+    assert execution.done == 5
+    take_steps(execution, 6)
+    take_steps(untouched, 6)
+    expected = untouched.finish().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in execution.finish().state_dict().items())
