@@ -112,7 +112,7 @@ def trained(task, budget: str | None, policy: str, steps: int, seed: int) -> tup
         seed=seed,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, task.rate),
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(execution.optimizer, task.rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(execution.optimizer, task.rate, total_steps=steps)
     execution.model.train()
     for step in range(steps):
         task.loss(execution.model, task.batch(seed * 10**5 + step % BATCHES)).backward()
