@@ -49,7 +49,8 @@ class Lesson:
     def __call__(self, narrow: nn.Module, batch: Any) -> tuple[Tensor, bool]:
         """The loss of a batch, and whether its slope has a bound."""
         scores = self.says.scores
-        with torch.no_grad(), torch.random.fork_rng():  # chance is the same for both
+        cards = {value.device for value in self.teacher.parameters() if value.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(list(cards)):  # chance is the same for both
             taught, _ = self.says.of(self.teacher, lambda model: self.run(model, batch))
         said, output = self.says.of(narrow, lambda model: self.run(model, batch))
         own = self.own(output, batch)

@@ -31,8 +31,11 @@ class Reader:
         if self.inputs is not None:
             return arguments(self.inputs(batch))
         *positional, last = self.example
+        closed = last == {} if isinstance(last, dict) else False  # says that a dict before it is an argument itself
         named = last if isinstance(last, dict) and all(isinstance(key, str) for key in last) else {}
-        count = len(self.example) - bool(named)
+        count = len(self.example) - bool(named or closed)
+        if closed and count == 1 and isinstance(batch, Mapping):
+            return (dict(batch), {})
         if named and not positional and isinstance(batch, Mapping):
             missing = sorted(named.keys() - set(batch))
             if missing:
@@ -41,13 +44,13 @@ class Reader:
                     "a function that makes the inputs of a batch."
                 )
             return ({name: batch[name] for name in named},)
-        if not named or not last:
+        if not named:
             if isinstance(batch, Tensor) and count == 1:
                 return (batch,)
             if (
                 isinstance(batch, tuple | list)
                 and len(batch) >= count
-                and all(kind_of(own) == kind_of(example) for own, example in zip(batch, self.example))
+                and all(kind_of(own) == kind_of(example) for own, example in zip(batch, self.example[:count]))
             ):
                 return (*batch[:count], *self.example[count:])
         wanted = f"{count} inputs" if count != 1 else "images"
@@ -57,12 +60,13 @@ class Reader:
         )
 
     def labels(self, batch: Any) -> Tensor | None:
-        """Class labels, (examples,), where a batch of images has them."""
-        if self.inputs is None and isinstance(batch, tuple | list) and len(batch) > 1 and len(self.example) == 1:
+        """Class labels, (examples,), where a batch has them behind its one input, or by the name "labels"."""
+        labels = None
+        if isinstance(batch, Mapping):
+            labels = batch.get("labels")
+        elif self.inputs is None and isinstance(batch, tuple | list) and len(batch) > 1 and len(self.example) == 1:
             labels = batch[1]
-            if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
-                return labels
-        return None
+        return labels if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point() else None
 
     def listed(self, inputs: tuple) -> bool:
         """Whether the inputs are a lone list with one example in each of its tensors."""
@@ -76,16 +80,19 @@ def kind_of(value: object) -> type:
     return Tensor if isinstance(value, Tensor) else list if isinstance(value, tuple | list) else type(value)
 
 
+def like(value: tuple | list, parts: list) -> Any:
+    """Other entries in a tuple, named tuple or list."""
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """A batch on a device, whatever it is made of."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: moved(own, device) for key, own in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(own, device) for own in value))
     if isinstance(value, tuple | list):
-        return type(value)(moved(own, device) for own in value)
+        return like(value, [moved(own, device) for own in value])
     return value.to(device) if hasattr(value, "to") else value
 
 
@@ -122,7 +129,7 @@ def joined(parts: list[tuple], listed: bool = False) -> tuple:
         if isinstance(first, Mapping):
             return {key: join([value[key] for value in values]) for key in first}
         if isinstance(first, tuple | list):
-            return type(first)(join(list(own)) for own in zip(*values, strict=True))
+            return like(first, [join(list(own)) for own in zip(*values, strict=True)])
         return first
 
     return join(parts)
@@ -140,7 +147,7 @@ def part_of(inputs: tuple, start: int, stop: int, listed: bool = False) -> tuple
         if isinstance(value, Mapping):
             return {key: cut(own) for key, own in value.items()}
         if isinstance(value, tuple | list):
-            return type(value)(cut(own) for own in value)
+            return like(value, [cut(own) for own in value])
         return value
 
     return cut(inputs)

@@ -28,17 +28,15 @@ Said = list[Tensor]
 
 @dataclass(frozen=True)
 class Says:
-    """layers: the names of the last ones; "" is the network itself; none where class scores are what matters."""
+    """layers: the names of the last ones; "" is the network itself; none where class scores are all that it returns.
+    scores: whether outputs (images, classes) are class scores, which count by the classes that they make likely."""
 
     layers: tuple[str, ...] = ()
-
-    @property
-    def scores(self) -> bool:
-        return not self.layers
+    scores: bool = True
 
     def of(self, model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Said, object]:
         """What a model says while `run` calls it, and what `run` returns."""
-        if self.scores:
+        if not self.layers:
             output = run(model)
             return [logits(output)], output
         heard: dict[str, Said] = {name: [] for name in self.layers}
@@ -60,14 +58,16 @@ class Says:
 SCORES = Says()
 
 
-def what_says(model: nn.Module, graph: ChannelGraph, run: Callable[[nn.Module], object]) -> Says:
-    """What to compare of a network without class scores: its last layers, but for those whose own channels may go.
+def what_says(
+    model: nn.Module, graph: ChannelGraph, run: Callable[[nn.Module], object], *, scores: bool = False
+) -> Says:
+    """The last layers of a network, but for those whose own channels may go.
 
-    model: in eval mode. run: calls it with a few examples.
+    model: in eval mode. run: calls it with a few examples. scores: whether it has classes.
     """
     removable = {tensor for group in graph for tensor, _dim in group.made}
     found = tuple(name for name in last_layers(model, run) if f"{name}.weight" not in removable)
-    return Says(found or ("",))
+    return Says(found or ("",), scores)
 
 
 def are_scores(output: Tensor) -> bool:

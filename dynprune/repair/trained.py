@@ -283,7 +283,7 @@ def lesson_of(
             return Lesson(model, run, says, whole=False)
         return Lesson(model, run, says, lambda output, batch: of_labels(logits(output), reader.labels(batch)))
     teacher, batch = learning(model), taken.batches[0]
-    says = says if says.scores else what_says(teacher, graph, lambda own: loss(own, batch))
+    says = what_says(teacher, graph, lambda own: loss(own, batch), scores=says.scores)
     return Lesson(teacher, loss, says, lambda output, _batch: cast(Tensor, output), LOSS_WEIGHT, scaled=True)
 
 

@@ -308,7 +308,7 @@ class TrainConfig(Limited, Recipe):
     """Settings of one training run with dynamic channel execution, or of what it is compared with.
 
     Fields are the options of `dynprune train`, with its defaults and in its units: `lr=0.1`, `epochs=20`,
-    `checkpoint_every="5m"`; `dynprune train --help` explains each. `validate` (which `train` calls) raises DynpruneError
+    `checkpoint_every="5m"`; `dynprune train --help` explains each. `validate`, which `train` calls, raises DynpruneError
     for values that make no sense.
 
     >>> dynprune.TrainConfig(data="photos/", model="resnet20", budget=("0.25",), epochs=15)
@@ -530,8 +530,8 @@ def seconds_in(duration: str) -> float:
 class GateConfig(Recipe):
     """Settings of one training run of gates that decide per image which channels to compute.
 
-    Fields are the options of `dynprune gate`, with its defaults and in its units. `validate` (which `gate` calls) raises
-    DynpruneError for values that make no sense.
+    Fields are the options of `dynprune gate`, with its defaults and in its units. `validate`, which `gate` calls,
+    raises DynpruneError for values that make no sense.
 
     >>> dynprune.GateConfig(base="runs/mine", target=0.33, epochs=10)
     """

@@ -1,5 +1,7 @@
 """Networks of other tasks than classes: compacted by what their last layers say, tuned by a loss of one's own."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ import dynprune
 from dynprune.errors import DynpruneError
 from dynprune.repair.examples import Reader, count_of, joined, part_of
 from dynprune.repair.following import follow, last_layers
-from dynprune.repair.says import own_loss
+from dynprune.repair.says import apart, own_loss, what_says
 from tests.shapes import average_precision, draw, mean_iou
 
 QUICK = {"images": 32, "search": 0.2}
@@ -224,6 +226,58 @@ def test_pictures_of_several_shapes_are_refused_in_a_line():
     with pytest.raises(DynpruneError, match="a batch without extra, which the example inputs have"):
         example = ({"image": torch.zeros(1, 3, 12, 12), "extra": torch.zeros(1, 5)},)
         dynprune.compact(Two(), example, [{"image": torch.zeros(32, 3, 12, 12)}], "macs=0.5", **QUICK)
+
+
+class Named(nn.Module):
+    """As transformers' networks: an object with logits, inputs by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, pixel_values):
+        return Output(self.c(self.b(self.a(pixel_values).relu()).relu().mean((2, 3))))
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+def test_classes_count_as_classes_whatever_the_batch_and_the_loss():
+    torch.manual_seed(0)
+    data = [{"pixel_values": torch.randn(32, 3, 12, 12), "labels": torch.randint(0, 4, (32,))} for _ in range(4)]
+    example = ({"pixel_values": torch.zeros(1, 3, 12, 12)},)
+    found = dynprune.compact(Named(), example, data, "macs=0.5", tune=0.3, **QUICK)
+    assert found.tune_steps > 0 and found.model(data[0]["pixel_values"]).logits.shape == (32, 4)
+    bad = [{**batch, "labels": batch["labels"] + 9} for batch in data]
+    with pytest.raises(DynpruneError, match="the network has 4 classes"):
+        dynprune.compact(Named(), example, bad, "macs=0.5", **QUICK)
+
+    def smooth(model, batch):
+        return F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"], label_smoothing=0.1)
+
+    model = Named()
+    graph, run = dynprune.trace(model, example), lambda own: smooth(own, data[0])
+    says = what_says(model.eval(), graph, run, scores=True)
+    with torch.no_grad():
+        said, loss = says.of(model, run)
+    assert says.layers == ("c",) and said[0].shape == (32, 4) and loss.ndim == 0
+    assert float(apart(said, [said[0] + 5], scores=True)) < 1e-6 < float(apart(said, [said[0] + 5], scores=False))
+    found = dynprune.compact(model, example, data, "macs=0.5", loss=smooth, tune=0.3, **QUICK)
+    assert found.tune_steps > 0
+
+
+def test_a_dict_that_is_an_argument_itself():
+    torch.manual_seed(0)
+
+    class Whole(UNet):
+        def forward(self, batch):
+            return super().forward(batch["image"])
+
+    data = [{"image": picture, "name": "x"} for picture, _ in pictures(4)]
+    found = dynprune.compact(Whole(), {"image": torch.zeros(1, 3, 32, 32)}, data, "macs=0.5", tune=0, **QUICK)
+    assert not found.left and found.model({"image": data[0]["image"]})["out"].shape == (16, 4, 32, 32)
 
 
 def test_batches_of_any_structure_are_joined_and_cut():
