@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from dynprune.budgets.fit import Fitter
 from dynprune.budgets.limits import Budget
 from dynprune.commands.train import run_name
 from dynprune.data.loading import Data
@@ -16,11 +17,13 @@ from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compact import compact as make_compact
 from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve
 from dynprune.errors import DynpruneError
+from dynprune.execution.dynamic import timed_input
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.examples import Reader
 from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
+from dynprune.state.copies import copied
 from dynprune.structure.calling import Inputs, arguments
 from dynprune.structure.tracing import trace
 from dynprune.training import distributed
@@ -160,19 +163,23 @@ def of_module(
     listener: Listener = SILENT,
 ) -> Compacted:
     limits = budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
-    if any(limit.startswith("latency") for limit in limits.limits):
-        raise DynpruneError("compact of a module takes budgets in macs and params. Got one in milliseconds.")
     if precision not in ("auto", "float32", "bfloat16"):
         raise DynpruneError(f"precision is {precision!r}. Expected auto, float32 or bfloat16.")
     device = next(model.parameters()).device
     listener.note("tracing")
-    graph = trace(model, example_inputs)
+    given = arguments(example_inputs)
+    graph = trace(model, given)
+    fitter = Fitter(copied(model).cpu(), graph, timed_input(given, limits).cpu(), limits, listener.work)
+    start = fitter.fit().widths
     return compact_module(
         model,
         graph,
-        Reader(arguments(example_inputs), inputs),
+        Reader(given, inputs),
         data,
         limits,
+        start,
+        fitter.cost,
+        accepts=lambda widths: not fitter.in_ms or fitter.use(fitter.time(widths)) <= 1,
         loss=loss,
         images=images,
         search_seconds=search,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.budgets.allocation import CostModel, allocate, constraints_for
+from dynprune.budgets.allocation import CostModel, constraints_for
 from dynprune.budgets.limits import Budget, Limit, parse_limit
 from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
@@ -195,7 +195,10 @@ def compact_module(
     reader: Reader,
     batches: Iterable,
     budget: Budget,
+    start: dict[str, int],
+    cost: CostModel,
     *,
+    accepts: Callable[[dict[str, int]], bool],
     loss: Callable[[nn.Module, Any], Tensor] | None,
     images: int,
     search_seconds: float,
@@ -209,7 +212,8 @@ def compact_module(
 ) -> Compacted:
     """The whole way for a module and batches of the user's own; see `dynprune.compact`.
 
-    bfloat16: whether to tune in it, where class scores are all that matters and where not.
+    start: widths within the budget. accepts: whether other widths really are, once they are measured. bfloat16: whether
+    to tune in it, where class scores are all that matters and where not.
     """
     seconds: dict[str, float] = {}
     refuse_not_finite(model)
@@ -221,8 +225,6 @@ def compact_module(
     if taken.count < FEWEST:
         raise DynpruneError(f"data gave {taken.count} images. Expected at least {FEWEST}; a few hundred are better.")
     refuse_loss(loss, model, taken)
-    cost = CostModel(graph)
-    start = allocate(graph, budget.limits, budget.allocation, constraints_for(graph, budget), cost=cost)
     report(f"calibrating on {taken.count} examples")
     sample = taken.shared_out()
     few = sample.few
@@ -235,6 +237,8 @@ def compact_module(
     if policy != "none" and search_seconds and graph.groups:
         report(f"searching widths for {search_seconds:g} s")
         found = compaction.find_widths(start, budget, search_seconds, cost=cost, policy=policy)
+        if not accepts(found.widths):
+            found = Found(start, at_start, found.curve)
     seconds["search"], began = time.perf_counter() - began, time.perf_counter()
     report("cutting and repairing")
     narrow = compaction.repaired(found.widths)

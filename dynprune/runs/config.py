@@ -307,9 +307,9 @@ class Limited:
 class TrainConfig(Limited, Recipe):
     """Settings of one training run with dynamic channel execution, or of what it is compared with.
 
-    Fields are the options of `dynprune train`, with its defaults and in its units: `lr=0.1`, `epochs=20`,
-    `checkpoint_every="5m"`; `dynprune train --help` explains each. `validate`, which `train` calls, raises DynpruneError
-    for values that make no sense.
+    Fields are the options of `dynprune train`, with its defaults and in its units (`lr=0.1`,
+    `checkpoint_every="5m"`); `dynprune train --help` explains each. `validate`, which `train` calls, raises
+    DynpruneError for values that make no sense.
 
     >>> dynprune.TrainConfig(data="photos/", model="resnet20", budget=("0.25",), epochs=15)
     """

@@ -147,8 +147,8 @@ def test_what_a_module_is_given_must_make_sense(model, data):
         dynprune.compact(model, data.example, [torch.zeros(8, 3, 8, 8)])
     with pytest.raises(DynpruneError, match="gave a dict. Expected batches of images"):
         dynprune.compact(model, data.example, [{"images": torch.zeros(8, 3, 8, 8)}])
-    with pytest.raises(DynpruneError, match="milliseconds"):
-        dynprune.compact(model, data.example, [torch.zeros(8, 3, 8, 8)], "latency=2ms")
+    with pytest.raises(DynpruneError, match="cannot be met|least|reach"):
+        dynprune.compact(model, data.example, [torch.zeros(8, 3, 8, 8)], "latency=0.001ms")
     with pytest.raises(DynpruneError, match="they need names"):
         dynprune.compact(Path("runs/mine"), 0.5)
 
