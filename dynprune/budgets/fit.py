@@ -47,9 +47,19 @@ class Fit:
 
 class Fitter:
     """Finds widths for one network and its budget, as often as it is asked. full: only its shapes matter, not its
-    weights."""
+    weights. whole: whether time is that of all outputs; else of the class scores."""
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, budget: Budget, report: Report = silent):
+    def __init__(
+        self,
+        full: nn.Module,
+        graph: ChannelGraph,
+        example: Tensor,
+        budget: Budget,
+        report: Report = silent,
+        *,
+        whole: bool = False,
+    ):
+        self.whole = whole
         self.full, self.graph, self.example, self.budget, self.report = full, graph, example, budget, report
         self.allowed, self.cost = constraints_for(graph, budget), CostModel(graph)
         self.in_ms = [limit for limit in map(parse_limit, budget.limits) if limit.quantity == "latency"]
@@ -77,7 +87,7 @@ class Fitter:
             return
         self.cost.latency = LatencyModel(self.graph, self.cost, self.allowed.smallest, LayerTable(), self.report)
         self.report("exporting and timing the dense network", 0, 0)
-        self.stopwatch = Stopwatch(self.full, self.graph, self.example)
+        self.stopwatch = Stopwatch(self.full, self.graph, self.example, self.whole)
         self.cost.dense_ms = self.stopwatch.measure_dense()
         self.cost.latency.correction = self.cost.dense_ms / self.cost.cost("latency", self.cost.arms)
 

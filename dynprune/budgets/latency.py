@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import platformdirs
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -27,9 +28,10 @@ from dynprune.budgets.allocation import CostModel
 from dynprune.data.scores import Scores
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
-from dynprune.files.onnxfile import open_session, run, write_onnx
+from dynprune.files.onnxfile import open_session, run, write_onnx, write_program
 from dynprune.machine import processor
 from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.labels import tensors_in
 from dynprune.structure.record import Op
 from dynprune.structure.surgery import slim
 
@@ -246,11 +248,25 @@ def padded(values: np.ndarray, length: int, step: float) -> np.ndarray:
     return np.concatenate([values, values[-1:] + step * more])
 
 
-class Stopwatch:
-    """Times compact candidates of one network beside its dense form, as whole ONNX files in onnxruntime."""
+class Everything(nn.Module):
+    """All tensors in what a model returns, one behind the other."""
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor):
-        self.full, self.graph, self.example = full, graph, example.cpu()
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(self.model(x)))
+
+
+class Stopwatch:
+    """Times compact candidates of one network beside its dense form, as whole ONNX files in onnxruntime.
+
+    whole: with all that the network returns; else its class scores, which is what the commands export.
+    """
+
+    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, whole: bool = False):
+        self.full, self.graph, self.example, self.whole = full, graph, example.cpu(), whole
         self.dense = self.open(full)
 
     def open(self, model: nn.Module) -> onnxruntime.InferenceSession:
@@ -258,10 +274,20 @@ class Stopwatch:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.onnx"
-                write_onnx(Scores(model.eval()), self.example, path, None, {})
+                self.write(model.eval(), path)
                 return open_session(path.read_bytes(), 1)
         finally:
             model.train(was_training)
+
+    def write(self, model: nn.Module, path: Path) -> None:
+        if not self.whole:
+            write_onnx(Scores(model), self.example, path, None, {})
+            return
+        everything = Everything(model)
+        with torch.no_grad():
+            names = [f"output_{number}" for number, _ in enumerate(everything(self.example))]
+        batch = torch.cat([self.example, self.example])
+        write_program(everything, (batch,), path, None, {}, ["input"], names, ({0: torch.export.Dim("batch")},))
 
     def candidate(self, widths: Mapping[str, int]) -> nn.Module:
         return slim(self.full, self.graph.kept({name: np.arange(width) for name, width in widths.items()}))

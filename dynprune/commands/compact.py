@@ -169,7 +169,7 @@ def of_module(
     listener.note("tracing")
     given = arguments(example_inputs)
     graph = trace(model, given)
-    fitter = Fitter(copied(model).cpu(), graph, timed_input(given, limits).cpu(), limits, listener.work)
+    fitter = Fitter(copied(model).cpu(), graph, timed_input(given, limits).cpu(), limits, listener.work, whole=True)
     start = fitter.fit().widths
     return compact_module(
         model,

@@ -358,7 +358,7 @@ class DynamicExecution(Execution):
             budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
         )
         graph = trace(full, inputs)
-        fitter = Fitter(full, graph, timed_input(inputs, allowed), allowed, report)
+        fitter = Fitter(full, graph, timed_input(inputs, allowed), allowed, report, whole=True)
         widths = graph.full_widths if policy == "dense" else fitter.fit().widths
         trained = has_seen_images(full) if trained is None else trained
         if not trained:

@@ -90,7 +90,7 @@ class Fake(Stopwatch):
     """A machine on which everything takes a fixed time and the layers' own, which the table underestimates more at
     narrow widths."""
 
-    def __init__(self, full, graph, example):
+    def __init__(self, full, graph, example, whole=False):
         self.full, self.graph, self.example, self.seen = full, graph, example, []
 
     def measure_dense(self):
@@ -161,3 +161,22 @@ def test_whole_networks_are_timed_beside_the_dense_one(graph):
         watch.candidate({name: max(1, width // 4) for name, width in graph.full_widths.items()})
     )
     assert dense > 0 and narrow > 0 and full.training
+
+
+class TwoHeads(nn.Module):
+    """A dict of outputs, the second of which takes most of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x):
+        y = self.body(x).relu()
+        return {"few": self.first(y), "many": [self.second(y)]}
+
+
+def test_time_is_that_of_all_outputs_of_a_network_of_any_task():
+    model, example = TwoHeads().eval(), torch.zeros(1, 3, 8, 8)
+    watch = Stopwatch(model, trace(model, example), example, whole=True)
+    assert [entry.shape[1] for entry in watch.dense.get_outputs()] == [2, 8]
+    assert watch.measure_dense() > 0 and watch.measure(model)[1] > 0
