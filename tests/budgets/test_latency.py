@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dynprune import trace, zoo
 from dynprune.budgets import fit as fitting
