@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
 from dynprune.repair.examples import count_of
-from dynprune.repair.following import CHOSEN, follow
+from dynprune.repair.following import listen
 from dynprune.repair.patches import (
     Layer,
     by_position,
@@ -104,10 +104,10 @@ def calibrate(
             context.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(not differentiable(batches[0]))
         images = sum(count_of(batch, listed) for batch in batches)
-        for name, own in follow(model, few or batches[0]).items():
-            if own.chosen:
-                result.left[name] = CHOSEN
-                continue
+        few = few or batches[0]
+        story = listen(model, few, partial(calling.call, model, few))
+        result.left |= story.left()
+        for name in story.ran.keys() - result.left.keys():
             layer = layer_at(model, name)
             context.callback(layer.register_forward_hook(watching(name, result, seed, images, share)).remove)
         for number, inputs in enumerate(batches):

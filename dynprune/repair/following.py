@@ -32,6 +32,7 @@ RECTIFY = set(named("relu relu6"))
 # what decides by values which of them go on: two networks choose differently, so what comes behind cannot be compared
 CHOOSE = {"topk", "sort", "argsort", "nonzero", "argwhere", "masked_select", "unique", "multinomial", "nms"}
 CHOSEN = "runs on what was chosen by value"
+BY_NAME = "is given its input by name"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,26 @@ class Story:
                 found.add(number)
         return found
 
+    def shared(self) -> list[str]:
+        """Layers that run several times, as a detector's head does at every scale; in the order of their first runs."""
+        chosen = self.chosen()
+        return [
+            name
+            for name, places in self.ran.items()
+            if len(places) > 1 and all(seen and place is not None and place not in chosen for place, seen in places)
+        ]
+
+    def left(self) -> dict[str, str]:
+        """Layers that nothing can be made of, and why."""
+        chosen = self.chosen()
+        found = {}
+        for name, places in self.ran.items():
+            if any(place in chosen for place, _ in places):
+                found[name] = CHOSEN
+            elif not all(seen for _, seen in places):
+                found[name] = BY_NAME
+        return found
+
 
 @torch.no_grad()
 def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
@@ -127,7 +148,11 @@ def follow(model: nn.Module, inputs: tuple) -> dict[str, Following]:
 
     model: in eval mode. inputs: arguments for a few examples; every activation is held while this runs.
     """
-    story = listen(model, inputs, lambda: calling.call(model, inputs))
+    return followed(model, listen(model, inputs, lambda: calling.call(model, inputs)))
+
+
+def followed(model: nn.Module, story: Story) -> dict[str, Following]:
+    """The same of a story that was heard."""
     readers, chosen = story.readers(), story.chosen()
     once = {name: places[0] for name, places in story.ran.items() if len(places) == 1}
     return {

@@ -11,16 +11,17 @@ filters); and places are sampled, so that no unfolded activation is ever held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynprune.repair.calibration import sample_rows
-from dynprune.repair.following import CHOSEN, Following, Numbered, follow
+from dynprune.repair.calibration import MOST_COLUMNS, sample_rows
+from dynprune.repair.following import Following, Numbered, followed, listen
 from dynprune.repair.patches import (
     Conv,
     Layer,
@@ -70,15 +71,32 @@ class Target:
 
 
 @dataclass
+class Sums:
+    """Of an untouched layer that runs several times, over the places of all its runs. inputs: of u uᵀ, u a patch with
+    a 1 appended, (groups, columns + 1, columns + 1). outputs: of u yᵀ, y what it says there, (groups, columns + 1,
+    channels)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """rows: (groups, places, columns + 1). values: (groups, places, channels)."""
+        self.inputs += (rows.transpose(1, 2) @ rows).double()
+        self.outputs += (rows.transpose(1, 2) @ values).double()
+
+
+@dataclass
 class Targets:
     """What the untouched network says of `inputs`, arguments of a call, of which other processes have other shares.
-    left: layers that are not refitted, and why."""
+    left: layers that are not refitted, and why. shared: layers that run several times; they are refitted from what the
+    untouched network gives them."""
 
     inputs: tuple
     layers: dict[str, Target]
     following: dict[str, Following]
     left: dict[str, str]
     share: Share = WHOLE
+    shared: dict[str, Sums] = field(default_factory=dict)
 
 
 def frozen(model: nn.Module) -> list[str]:
@@ -101,9 +119,11 @@ def targets_of(
 ) -> Targets:
     """One forward pass of the untouched network, in eval mode. inputs: arguments of a call; few: of a small one. scale:
     of the number of places, see `sample_rows`."""
-    following = follow(model, few or inputs)
-    left = {name: CHOSEN for name, own in following.items() if own.chosen} | dict.fromkeys(frozen(model), FROZEN)
+    few = few or inputs
+    story = listen(model, few, lambda: calling.call(model, few))
+    following, left = followed(model, story), story.left() | dict.fromkeys(frozen(model), FROZEN)
     result = Targets(inputs, {}, following, left, share)
+    runs = {name: len(story.ran[name]) for name in story.shared() if name not in left}
     ending = {own.end: name for name, own in following.items()}
     wanted = {own.added for own in following.values() if own.added is not None}
     seen = {-1 - i: value for i, value in enumerate(tensors_in(inputs))}
@@ -131,8 +151,32 @@ def targets_of(
         if numbered.count - 1 == following[name].end:  # nothing comes between the layer and its end
             reach_end(name, output)
 
+    def add(name: str, layer: Layer, x: Tensor, output: Tensor) -> None:
+        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale / runs[name], share).to(x.device)
+        if name in result.left or not share.everywhere(explains(layer, x, output, rows[:256]), x.device):
+            result.left.setdefault(name, "says something else than the product of its input with its weight")
+            return
+        groups = groups_of(layer)
+        read = patches(layer, x, size_of(layer, output), rows)
+        read = torch.cat([read, read.new_ones(*read.shape[:2], 1)], dim=2)
+        if read.shape[2] > MOST_COLUMNS:
+            result.left[name] = f"runs several times and reads more than {MOST_COLUMNS} numbers"
+            return
+        values = rows_of(layer, output, rows).unflatten(1, (groups, -1)).movedim(1, 0)
+        if name not in result.shared:
+            sizes = groups, read.shape[2], read.shape[2], values.shape[2]
+            result.shared[name] = Sums(
+                read.new_zeros(sizes[0], sizes[1], sizes[2], dtype=torch.float64),
+                read.new_zeros(sizes[0], sizes[1], sizes[3], dtype=torch.float64),
+            )
+        result.shared[name].add(read, values)
+
     numbered = Numbered(tell)
-    run_hooked(model, inputs, numbered, after={name: look for name in following if name not in result.left})
+    looking: dict[str, Callable] = {name: look for name in following if name not in result.left}
+    run_hooked(model, inputs, numbered, after=looking | dict.fromkeys(runs, add))
+    result.shared = {name: own for name, own in result.shared.items() if name not in result.left}
+    for own in result.shared.values():
+        own.inputs, own.outputs = share.total(own.inputs), share.total(own.outputs)
     return result
 
 
@@ -175,7 +219,39 @@ def repair(
         rows = patches(layer, x, target.size, target.rows)
         solve(layer, rows, wanted, ridge, norm, edge, rounds, targets.share)
 
+    for name, own in targets.shared.items():
+        refit_shared(layer_at(narrow, name), own, kept, name, ridge)
     run_hooked(narrow, targets.inputs, Numbered(tell), before={name: refit for name in targets.layers})
+
+
+def refit_shared(layer: Layer, sums: Sums, kept: Mapping[AxisKey, np.ndarray], name: str, ridge: float = RIDGE) -> None:
+    """Refit a layer that runs several times, in place: from the inputs that it still has to what it said of all."""
+    if isinstance(layer, Conv) and layer.transposed:
+        return
+    taps = math.prod(layer.kernel_size) if isinstance(layer, Conv) else 1
+    groups, every = sums.inputs.shape[:2]
+    reads = torch.from_numpy(kept.get((f"{name}.weight", 1), np.arange((every - 1) // taps)))
+    columns = (reads[:, None] * taps + torch.arange(taps)).reshape(-1).to(sums.inputs.device)
+    channels = torch.from_numpy(kept.get((f"{name}.weight", 0), np.arange(groups * sums.outputs.shape[2])))
+    if groups > 1 and len(channels) != groups * sums.outputs.shape[2]:
+        return  # filters of some groups are gone, and others moved up
+    count = sums.inputs[0, -1, -1]
+    both, said = sums.inputs / count, sums.outputs / count
+    if groups == 1:
+        said = said[:, :, channels.to(said.device)]
+    mean_read, mean_said = both[:, columns, -1:], said[:, -1:, :]
+    gram, cross = both[:, columns][:, :, columns], said[:, columns]
+    if layer.bias is not None:
+        gram, cross = gram - mean_read @ mean_read.transpose(1, 2), cross - mean_read @ mean_said
+    before = matrix_of(layer).double()
+    penalty = ridge * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
+    gap = cross - gram @ before
+    gram = gram.clone()
+    gram.diagonal(dim1=1, dim2=2).add_(penalty)
+    fitted = before + torch.linalg.solve(gram, gap)
+    layer.weight.copy_(weight_from(layer, fitted.to(layer.weight.dtype)))
+    if layer.bias is not None:
+        layer.bias.copy_((mean_said - mean_read.transpose(1, 2) @ fitted).reshape(-1))
 
 
 def run_hooked(

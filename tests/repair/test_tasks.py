@@ -1,10 +1,12 @@
 """Networks of other tasks than classes: compacted by what their last layers say, tuned by a loss of one's own."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
@@ -12,8 +14,10 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import dynprune
 from dynprune.errors import DynpruneError
 from dynprune.repair.examples import Reader, count_of, joined, part_of
-from dynprune.repair.following import follow, last_layers
+from dynprune.repair.following import follow, last_layers, listen
+from dynprune.repair.refit import repair, targets_of
 from dynprune.repair.says import apart, own_loss, what_says
+from dynprune.structure.surgery import slim
 from tests.shapes import average_precision, draw, mean_iou
 
 QUICK = {"images": 32, "search": 0.2}
@@ -236,6 +240,54 @@ def test_pictures_of_several_shapes_are_refused_in_a_line():
     with pytest.raises(DynpruneError, match="a batch without extra, which the example inputs have"):
         example = ({"image": torch.zeros(1, 3, 12, 12), "extra": torch.zeros(1, 5)},)
         dynprune.compact(Two(), example, [{"image": torch.zeros(32, 3, 12, 12)}], "macs=0.5", **QUICK)
+
+
+class Scales(nn.Module):
+    """One head for two scales, as RetinaNet's, of two layers that run twice; with a bias and without, in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(24, 24, 3, 2, 1), nn.ReLU())
+        self.tower = nn.Sequential(
+            nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1, bias=False), nn.ReLU()
+        )
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.what = nn.Conv2d(32, 5, 1)
+
+    def forward(self, x):
+        one = self.one(x)
+        return [self.what(self.deep(self.tower(level)).relu()) for level in (one, self.two(one))]
+
+
+def test_layers_that_run_several_times_are_refitted_too():
+    torch.manual_seed(0)
+    model, data = Scales(), [torch.randn(32, 3, 12, 12) for _ in range(8)]
+    example = data[0][:1]
+    graph = dynprune.trace(model, example)
+    repaired = dynprune.compact(model, example, data, "macs=0.5", tune=0, images=64, search=0)
+    assert not repaired.left and repaired.macs <= 0.5 * graph.macs({})
+    cut, fresh = slim(model, graph.kept(repaired.selection)).eval(), torch.randn(64, 3, 12, 12)
+    with torch.no_grad():
+        wanted, as_cut, now = model(fresh), cut(fresh), repaired.model(fresh)
+    for was, then, own in zip(wanted, as_cut, now):
+        assert float((own - was).square().mean()) < 0.5 * float((then - was).square().mean())
+    same = copy.deepcopy(model).eval()
+    repair(same, {}, targets_of(model.eval(), (data[0],)))
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(same(fresh), wanted))
+
+
+def test_a_detector_with_one_head_for_all_scales_has_every_layer_refitted():
+    torch.manual_seed(0)
+    model = torchvision.models.detection.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64
+    ).eval()
+    images = ([torch.rand(3, 64, 64)] * 2,)
+    story = listen(model, images, lambda: model(*images))
+    assert len(story.shared()) == 10 and not story.left()
+    found = targets_of(model, images)
+    assert not found.left and set(found.shared) == set(story.shared())
 
 
 class Named(nn.Module):
