@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dynprune.commands.gate import gate
     from dynprune.commands.inspect import inspect
     from dynprune.commands.plan import plan
+    from dynprune.commands.predict import predict
     from dynprune.commands.save import save
     from dynprune.commands.train import train
     from dynprune.execution.dynamic import DynamicExecution
@@ -33,6 +34,7 @@ WHERE = {
     "train": "commands.train",
     "compact": "commands.compact",
     "load": "gates.file",
+    "predict": "commands.predict",
     "save": "commands.save",
     "export": "commands.export",
     "bench": "commands.bench",
@@ -60,6 +62,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "predict",
     "save",
     "trace",
     "train",

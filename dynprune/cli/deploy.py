@@ -1,8 +1,10 @@
-"""Commands that take a run: compact, export, bench."""
+"""Commands that take a run: compact, export, predict, bench."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from csv import writer
 from pathlib import Path
 from typing import Annotated
 
@@ -179,6 +181,45 @@ def export(
             f"next: dynprune bench {run}",
         ],
     )
+
+
+def predict(
+    target: Annotated[
+        Path, typer.Argument(metavar="FILE|RUN", help="ONNX file that export wrote, compact file, or run directory.")
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option("--top", "-k", help="How many classes to name for each image.")] = 3,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print lines of path, rank, class and probability, and nothing else there.")
+    ] = False,
+    bench_threads: BenchThreads = 0,
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
+    """Name the most probable classes of images.
+
+    How images become inputs, and what the classes are called, is read from the file alone. Example: dynprune predict
+    runs/mine/compact.onnx photos/new --csv
+    """
+    from dynprune.commands.predict import predict as verb
+    from dynprune.report.tables import predictions_table
+
+    if csv and json_output:
+        raise DynpruneError("--csv and --json exclude each other. Choose one.")
+    if target.is_dir():
+        opened(target, "", trust)
+    with listening() as listener:
+        found = verb(target, images, top=top, threads=bench_threads, trust=trust, listener=listener)
+    if csv:
+        lines = writer(sys.stdout, lineterminator="\n")
+        lines.writerow(["path", "rank", "class", "probability"])
+        for own in found:
+            lines.writerows([own.path, rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(own.classes, 1))
+        return
+    rows = [
+        {"path": own.path, "classes": [{"class": name, "probability": p} for name, p in own.classes]} for own in found
+    ]
+    finish(json_output, {"images": rows}, lambda: [predictions_table(found)])
 
 
 @with_settings

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dynprune.cli.deploy import bench, compact, export
+from dynprune.cli.deploy import bench, compact, export, predict
 from dynprune.cli.look import guide, inspect, plan
 from dynprune.cli.options import with_settings
 from dynprune.cli.process import run_app
@@ -52,6 +52,7 @@ for command in (
     with_settings(compact, CompactConfig),
     export,
     bench,
+    predict,
     with_settings(gate, GateConfig, without=("base",)),
     run,
     compare,

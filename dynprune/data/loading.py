@@ -35,6 +35,7 @@ from dynprune.data.photos import (
     resized,
     shown_size,
 )
+from dynprune.data.preprocess import LUMINANCE, Preprocess
 from dynprune.errors import DynpruneError
 from dynprune.state.copies import generator
 
@@ -42,7 +43,6 @@ IN_MEMORY_SIDE = 96  # images up to this size are decoded once and kept; 50,000 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "fashion-mnist": "FashionMNIST"}
 NO_FLIP = {"digits", "svhn"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 HELD_OUT = {"val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}  # names of folders beside train/
 
 
@@ -85,7 +85,8 @@ class Data:
 
     size: channels, height and width of what the network is given; images are kept in colour and turned into grey for a
     network of one channel. mean, std: per channel, of pixels in 0..1. chooses, reports: which images validation and
-    test are, in words. remarks: what users should know of how the images were read.
+    test are, in words. remarks: what users should know of how the images were read. depth: what is white in images of
+    more than 8 bits.
     """
 
     name: str
@@ -102,6 +103,14 @@ class Data:
     workers: int
     remarks: tuple[str, ...] = ()
     resize: Resize = Resize()
+    depth: Depth = field(default_factory=Depth)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How one photo becomes an input. Images in memory were resized without a margin."""
+        margin = 1.0 if isinstance(self.train, ImagesInMemory) else self.resize.margin
+        resize = dataclasses.replace(self.resize, margin=margin)
+        return Preprocess(self.size, self.mean, self.std, resize, self.depth.white)
 
     @property
     def example(self) -> Tensor:
@@ -318,6 +327,7 @@ def finish(
     chooses: str,
     reports: str,
     remarks: tuple[str, ...] = (),
+    depth: Depth = Depth(),
 ) -> Data:
     """Split validation off if there is none, measure mean and standard deviation, and settle the defaults."""
     if val is None:
@@ -355,6 +365,7 @@ def finish(
         workers,
         remarks,
         source.resize,
+        depth,
     )
 
 
@@ -504,6 +515,7 @@ def load_folder(source: Source, path: Path) -> Data:
         chooses,
         reports,
         tuple(remarks),
+        depth,
     )
 
 

@@ -229,7 +229,8 @@ def facts_of(config: TrainConfig, data: Data, reservoir: Reservoir, accuracy: fl
         graph.macs({}),
         graph.params({}),
         accuracy,
-        resize=asdict(data.resize),
+        resize=asdict(data.preprocess.resize),
+        white=data.depth.white,
     )
 
 

@@ -167,6 +167,7 @@ def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
         "input_range": f"{pixels} in 0..1" if folded else f"{pixels} in 0..1, then (x - mean) / std",
         "mean": json.dumps([0.0] * channels if folded else facts.mean),
         "std": json.dumps([1.0] * channels if folded else facts.std),
+        "preprocess": facts.preprocess.as_json(folded),
     }
 
 

@@ -488,7 +488,8 @@ def write(run: CompactRun, bench: Bench, narrow: nn.Module, found: Found, told: 
         graph.macs({}),
         graph.params({}),
         accuracy,
-        resize=asdict(data.resize),
+        resize=asdict(data.preprocess.resize),
+        white=data.depth.white,
     )
     artifact.save(run.compact_file, narrow, facts, within=paths_of(full))
     loaded = artifact.load(run.compact_file, zoo.build(config.model, len(data.classes), size=data.size))

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import zoo
+from dynprune.data.photos import Resize
+from dynprune.data.preprocess import Preprocess
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import read_tensors, write_tensors
 from dynprune.state.tensors import check_facts as check_state
@@ -34,7 +36,8 @@ from dynprune.zoo import runs_code
 class Facts:
     """What a compact file knows of itself. kept: "tensor:dimension" to positions; settings: what the run was trained
     with; input_size: channels, height, width; state: what the network computes with beside its tensors
-    (`state/tensors.py`); resize: interpolation and margin by which photos got their size (`data/photos.Resize`)."""
+    (`state/tensors.py`); resize: interpolation and margin by which photos got their size (`data/photos.Resize`); white:
+    which number is white in images deeper than 8 bits (`data/photos.Depth`)."""
 
     settings: dict
     classes: list[str]
@@ -50,6 +53,14 @@ class Facts:
     accuracy: float
     state: dict = dataclasses.field(default_factory=dict)
     resize: dict = dataclasses.field(default_factory=dict)
+    white: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From a photo to the network's input."""
+        channels, height, width = self.input_size
+        resize = Resize(**self.resize) if self.resize else Resize()
+        return Preprocess((channels, height, width), tuple(self.mean), tuple(self.std), resize, self.white)
 
     @property
     def example(self) -> Tensor:
@@ -246,7 +257,8 @@ def check_facts(facts: Facts) -> None:
         and all(0 < value <= 4096 for value in size[1:])
     ), "input_size"
     check_state(facts.state)
-    assert isinstance(facts.resize, dict), "resize"
+    assert isinstance(facts.resize, dict) and facts.resize.keys() <= {"interpolation", "margin"}, "resize"
+    assert isinstance(facts.white, dict) and all(isinstance(v, int | float) for v in facts.white.values()), "white"
     for name, values in (("mean", facts.mean), ("std", facts.std)):
         assert (
             isinstance(values, list)

@@ -6,7 +6,7 @@ Takes the result dataclasses of the other modules and a rich Console; computes n
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
     from dynprune.deploy.export import ExportResult
+    from dynprune.deploy.predict import Prediction
     from dynprune.deploy.trained import Curve, TrainedResult
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
@@ -250,6 +251,14 @@ def export_table(result: ExportResult) -> Table:
             ("same class", f"{percent(result.top1_agreement)} of {result.images} images"),
         ],
     )
+
+
+def predictions_table(found: Sequence[Prediction]) -> Table:
+    count = max((len(own.classes) for own in found), default=1)
+    table = titled("predict", "image", *(["class"] if count == 1 else [str(rank) for rank in range(1, count + 1)]))
+    for own in found:
+        table.add_row(own.path, *(f"{name}  {percent(chance)}" for name, chance in own.classes))
+    return table
 
 
 def bench_table(result: BenchResult) -> Table:

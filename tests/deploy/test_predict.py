@@ -1,0 +1,142 @@
+"""Predictions by a file alone: the command, both kinds of file and ten lines of others' code agree, on any photo."""
+
+import ast
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import dynprune
+from dynprune.data.preprocess import Preprocess
+from dynprune.errors import DynpruneError
+from dynprune.guide import page
+from tests.cli.test_commands import refused, write_folder
+from tests.cli.test_commands import dynprune as command
+
+TRAIN = ["--model", "resnet20", "--batch-size", 16, "--epochs", 2, "--image-size", "48x40", "--budget", 0.5, "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder to train on, and photos of every kind to predict."""
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root / "data", side=60)
+    rng = np.random.default_rng(1)
+    for split in ("train", "val"):  # photos of 16 bits, of which 4095 is white
+        for i in range(4):
+            values = rng.integers(0, 4096, (50, 70)).astype(np.uint16)
+            values[0, 0] = 4095
+            Image.fromarray(values).save(root / "data" / split / "cat" / f"deep{i}.png")
+    new = root / "new"
+    new.mkdir()
+    for number in range(30):
+        size = rng.integers(5, 300, 2)
+        pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8) // (1 + number % 2)
+        image = Image.fromarray(pixels)
+        if number % 3 == 0:
+            exif = image.getexif()
+            exif[0x0112] = 1 + number % 8
+            image.save(new / f"{number}.jpg", exif=exif)
+        elif number % 3 == 1:
+            image.convert("L" if number % 2 else "P").save(new / f"{number}.png")
+        else:
+            image.save(new / f"{number}.webp", lossless=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(photos):
+    path = photos / "run"
+    command("run", *TRAIN, "--data", photos / "data", "--out", path, "--batch", 1)
+    return path
+
+
+def hard(photos):
+    """What ten lines do not handle: transparent and deeper than 8 bits."""
+    rng = np.random.default_rng(2)
+    folder = photos / "hard"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (90, 50, 4)).astype(np.uint8)).save(folder / "alpha.png")
+    Image.fromarray(rng.integers(0, 4096, (50, 70)).astype(np.uint16)).save(folder / "deep.png")
+    return folder
+
+
+def test_onnx_file_compact_file_and_run_agree(photos, finished):
+    images = [photos / "new", hard(photos)]
+    by_onnx = dynprune.predict(finished / "compact.onnx", images, top=2)
+    assert len(by_onnx) == 32 and by_onnx[0].classes[0][1] >= by_onnx[0].classes[1][1]
+    for other in (finished, finished / "compact.safetensors"):
+        for one, own in zip(by_onnx, dynprune.predict(other, images, top=2), strict=True):
+            assert one.path == own.path
+            np.testing.assert_allclose([p for _, p in one.classes], [p for _, p in own.classes], atol=1e-4)
+            if abs(one.classes[0][1] - 0.5) > 1e-3:
+                assert one.classes[0][0] == own.classes[0][0]
+    command("export", finished, "--onnx", "--fold-normalization", "--out", photos / "folded.onnx")
+    folded = dynprune.predict(photos / "folded.onnx", images, top=1)
+    for one, own in zip(by_onnx, folded, strict=True):
+        assert own.classes[0][1] == pytest.approx(one.classes[0][1], abs=1e-4)
+
+
+def test_predictions_are_those_of_the_accuracy(photos, finished):
+    """Validation images, as training read them: the share that is right is the accuracy in the file."""
+    truth = json.loads((finished / "result.json").read_text())["compact"]["accuracy"]
+    found = dynprune.predict(finished / "compact.onnx", photos / "data" / "val", top=1)
+    right = [own.classes[0][0] in own.path for own in found]
+    assert sum(right) / len(right) == pytest.approx(truth, abs=1e-6)
+
+
+def test_ten_lines_without_this_library_give_the_same_classes(photos, finished, capsys):
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page("predict"), re.MULTILINE | re.DOTALL)
+    assert "dynprune" not in program
+    statements = [own for own in ast.parse(program).body if not isinstance(own, ast.Import | ast.ImportFrom)]
+    assert len(statements) == 10
+    expected = dynprune.predict(finished / "compact.onnx", photos / "new", top=1)
+    for own in expected:
+        code = program.replace("compact.onnx", str(finished / "compact.onnx")).replace("photo.jpg", own.path)
+        exec(compile(code, "predict.md", "exec"), {})  # noqa: S102 (our own page)
+        name, chance = capsys.readouterr().out.split()
+        assert float(chance) == pytest.approx(own.classes[0][1], abs=1e-3)
+        assert name == own.classes[0][0] or abs(float(chance) - 0.5) < 1e-3
+
+
+def test_the_command_prints_tables_json_and_csv(photos, finished):
+    shown = command("predict", finished, photos / "new", "--top", 1)
+    assert "cat" in shown.stdout or "dog" in shown.stdout
+    told = json.loads(command("predict", finished / "compact.onnx", photos / "new", "--json").stdout)
+    rows = list(csv.DictReader(io.StringIO(command("predict", finished, photos / "new", "--csv").stdout)))
+    assert len(told["images"]) == 30 and len(rows) == 60  # two classes
+    first = told["images"][0]
+    assert rows[0]["path"] == first["path"] and rows[0]["class"] == first["classes"][0]["class"]
+    assert sum(own["probability"] for own in first["classes"]) == pytest.approx(1)
+
+
+def test_what_cannot_be_predicted_is_one_line(photos, finished, tmp_path):
+    new, file = photos / "new", finished / "compact.onnx"
+    both = command("predict", file, new, "--csv", "--json", check=False)
+    assert both.returncode == 1 and "--csv and --json exclude each other" in both.stderr
+    assert "--top got 0" in refused("predict", file, new, "--top", 0)
+    assert "There is no file or folder nowhere" in refused("predict", file, "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("predict", file, tmp_path / "empty")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert "Cannot read the image" in refused("predict", file, tmp_path / "broken.jpg")
+    assert "There is no" in refused("predict", tmp_path / "none.safetensors", new)
+    other = onnx.load(file)
+    del other.metadata_props[:]
+    onnx.save(other, tmp_path / "other.onnx")
+    assert "does not say how images become inputs" in refused("predict", tmp_path / "other.onnx", new)
+
+
+@pytest.mark.parametrize(
+    "change", [{"schema": 9}, {"size": [3, 8]}, {"interpolation": "best"}, {"std": [0, 1, 1]}, {"white": 3}]
+)
+def test_a_garbled_entry_is_refused(change):
+    how = json.loads(Preprocess((3, 8, 8), (0.5,) * 3, (0.2,) * 3).as_json())
+    assert Preprocess.from_metadata({"preprocess": json.dumps(how)}, "x").size == (3, 8, 8)
+    with pytest.raises(DynpruneError, match="garbles its entry preprocess"):
+        Preprocess.from_metadata({"preprocess": json.dumps({**how, **change})}, "x")
