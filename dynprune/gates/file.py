@@ -79,6 +79,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
     A gated network comes without what its gates have closed for good. It computes of a single image (under
     `torch.no_grad()`) only what its gates open, and masks larger batches.
 
+    Of a file of the commands, `model.classes` are the class names, and `model.preprocess(path)` is the input for one
+    photo, float32, (channels, height, width).
+
     Raises DynpruneError for files that are absent, garbled or of another network, and for one that asks to run code
     which was neither passed nor trusted.
 
@@ -91,12 +94,21 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
             raise DynpruneError(f"{path} does not say how to build its network. Pass it: load(path, model).")
         return load_module(path, model)
     try:
-        return artifact.load(path, model, trust=trust)
+        return described(*artifact.load_with_facts(path, model, trust=trust))
     except DynpruneError as error:
         if "of another kind" not in str(error):
             raise
     gated, facts, _ = load_gated(path, model, trust=trust)
-    return cut_closed(gated, facts.example)
+    return described(cut_closed(gated, facts.example), facts)
+
+
+def described(model: nn.Module, facts: artifact.Facts) -> nn.Module:
+    """The same model, which knows its class names and how photos become its inputs, unless its class uses these words
+    for something else."""
+    for name, value in (("classes", facts.classes), ("preprocess", facts.preprocess)):
+        if not hasattr(model, name):
+            setattr(model, name, value)
+    return model
 
 
 def load_gated(

@@ -1,6 +1,7 @@
 """Predictions by a file alone: the command, both kinds of file and ten lines of others' code agree, on any photo."""
 
 import ast
+import copy
 import csv
 import io
 import json
@@ -9,16 +10,30 @@ import re
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 import dynprune
 from dynprune.data.preprocess import Preprocess
 from dynprune.errors import DynpruneError
 from dynprune.guide import page
-from tests.cli.test_commands import refused, write_folder
 from tests.cli.test_commands import dynprune as command
+from tests.cli.test_commands import refused, write_folder
 
-TRAIN = ["--model", "resnet20", "--batch-size", 16, "--epochs", 2, "--image-size", "48x40", "--budget", 0.5, "--workers", 0]
+TRAIN = [
+    "--model",
+    "resnet20",
+    "--batch-size",
+    16,
+    "--epochs",
+    2,
+    "--image-size",
+    "48x40",
+    "--budget",
+    0.5,
+    "--workers",
+    0,
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +155,19 @@ def test_a_garbled_entry_is_refused(change):
     assert Preprocess.from_metadata({"preprocess": json.dumps(how)}, "x").size == (3, 8, 8)
     with pytest.raises(DynpruneError, match="garbles its entry preprocess"):
         Preprocess.from_metadata({"preprocess": json.dumps({**how, **change})}, "x")
+
+
+def test_a_loaded_network_knows_its_classes_and_its_preprocessing(photos, finished, tmp_path):
+    model = dynprune.load(finished / "compact.safetensors")
+    (expected,) = dynprune.predict(finished, photos / "new" / "0.jpg", top=1)
+    with torch.no_grad():
+        chances = model(torch.from_numpy(model.preprocess(photos / "new" / "0.jpg"))[None]).softmax(1)[0]
+    assert model.classes == ["cat", "dog"]
+    assert model.classes[int(chances.argmax())] == expected.classes[0][0]
+    assert float(chances.max()) == pytest.approx(expected.classes[0][1], abs=1e-5)
+    graph = dynprune.trace(model, torch.zeros(1, 3, 48, 40))  # what it knows is in nobody's way
+    assert len(graph.groups) > 5
+    dynprune.save(model, tmp_path / "again.safetensors")
+    again = dynprune.load(tmp_path / "again.safetensors", copy.deepcopy(model))
+    x = torch.randn(2, 3, 48, 40)
+    assert torch.equal(again(x), model(x))
