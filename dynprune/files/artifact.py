@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynprune import zoo
+from dynprune.data.loading import IN_MEMORY_SIDE
 from dynprune.data.photos import Resize
 from dynprune.data.preprocess import Preprocess
 from dynprune.errors import DynpruneError
@@ -142,15 +143,23 @@ def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, 
 
 
 def as_now(header: Mapping) -> dict:
-    """A header's entries; those of schema 1 in today's form."""
-    if header["schema"] != 1:
-        return {"resize": {}, **header}
-    kept = {
-        named_as_before(name)
-        + (":-1" if name.startswith("#") and named_as_before(name) != name else f":{dim}"): positions
-        for name, _, dim, positions in ((*key.rpartition(":"), positions) for key, positions in header["kept"].items())
-    }
-    return {**header, "kept": kept, "input_size": [3, header["side"], header["side"]], "state": {}, "resize": {}}
+    """A header's entries in today's form."""
+    entries = dict(header)
+    if header["schema"] == 1:
+        names = (
+            (named_as_before(name), name, dim, positions)
+            for (name, _, dim), positions in ((key.rpartition(":"), own) for key, own in header["kept"].items())
+        )
+        entries["kept"] = {
+            now + (":-1" if name.startswith("#") and now != name else f":{dim}"): positions
+            for now, name, dim, positions in names
+        }
+        entries |= {"input_size": [3, header["side"], header["side"]], "state": {}}
+    if "white" not in header:  # then small images, which are resized without a margin, were noted with one
+        entries = {"resize": {}, **entries, "white": {}}
+        if max(entries["input_size"]) <= IN_MEMORY_SIDE:
+            entries["resize"] = {**dataclasses.asdict(Resize()), **entries["resize"], "margin": 1.0}
+    return entries
 
 
 def built(
