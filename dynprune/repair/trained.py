@@ -37,6 +37,7 @@ from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.labels import tensors_in
 from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import slim
+from dynprune.structure.tracing import first_line
 
 FEWEST = 32  # images without which nothing can be calibrated
 PULL_SCALE = 0.25  # of the places that a repair within the search looks at
@@ -298,10 +299,12 @@ def trainable(model: nn.Module) -> Iterator[None]:
     stiff = not any(value.requires_grad for value in parameters)
     for value in parameters if stiff else ():
         value.requires_grad_(True)
-    yield
-    for value in parameters if stiff else ():
-        value.requires_grad_(False)
-        value.grad = None
+    try:
+        yield
+    finally:
+        for value in parameters if stiff else ():
+            value.requires_grad_(False)
+            value.grad = None
 
 
 def refuse_not_finite(model: nn.Module) -> None:
@@ -323,7 +326,15 @@ def refuse_loss(loss: Callable[[nn.Module, Any], Tensor] | None, model: nn.Modul
     """A loss that cannot be trained on: it is called once, on a copy."""
     if loss is None:
         return
-    value = loss(learning(copied(model)), taken.batches[0])
+    trial = learning(copied(model))
+    with trainable(trial):
+        try:
+            value = loss(trial, taken.batches[0])
+        except Exception as error:
+            raise DynpruneError(
+                f"loss(model, batch) failed on the first batch ({type(error).__name__}: {first_line(error)[:200]}). "
+                "Expected a function of the model, which is in train mode, and a batch as data gives it."
+            ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise DynpruneError(
