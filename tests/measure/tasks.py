@@ -1,5 +1,5 @@
 """Other tasks than classes, on drawn shapes: `python -m tests.measure.tasks segmentation|detection [--seeds 3]
-[--steps N] [--side N]`.
+[--first 0] [--steps N] [--side N]`.
 
 For every seed: the dense network; at each budget the thin one and dynamic execution from scratch with as many steps,
 and the trained dense network compacted, untuned and tuned by its own loss for some seconds. Prints Markdown rows as
@@ -162,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["segmentation", "detection"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--budgets", default="0.5,0.25")
@@ -179,7 +180,7 @@ def main() -> None:
         print(f"| {seed} | {how} | {share:.3f} | {task.score(network):.2f} | {seconds:.0f} |", flush=True)
         return network
 
-    for seed in range(given.seeds):
+    for seed in range(given.first, given.first + given.seeds):
         dense = row(seed, "dense", partial(trained, task, None, "dense", given.steps, seed))
         batches = [task.batch(seed * 10**5 + number) for number in range(BATCHES)]
         for budget in (f"macs={text}" for text in given.budgets.split(",")):
