@@ -10,7 +10,7 @@ from dynprune.deploy.predict import Prediction, Predictor, images_in, of_network
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.disk import kind_of
-from dynprune.gates.file import load, load_gated
+from dynprune.gates.file import cut_closed, load_gated
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.directory import GateRun, open_any
 
@@ -55,6 +55,7 @@ def opened(path: Path, threads: int, trust: bool) -> Predictor:
     if not path.is_file():
         raise DynpruneError(f"There is no {path}. Expected an ONNX file, a compact file, or a run.")
     if kind_of(path) == "gated":
-        return of_network(path, load(path, trust=trust).eval(), load_gated(path, trust=trust)[1], one=True)
+        gated, facts, _ = load_gated(path, trust=trust)
+        return of_network(path, cut_closed(gated, facts.example).eval(), facts, one=True)
     model, facts = artifact.load_with_facts(path, trust=trust)
     return of_network(path, model.eval(), facts)

@@ -71,7 +71,13 @@ class Preprocess:
                 raise ValueError(f"schema {how['schema']}")
             channels, height, width = map(int, how["size"])
             resize = Resize(str(how["interpolation"]), float(how["margin"]))
-            assert resize.mode >= 0 and channels in (1, 3) and 0 < height <= 4096 and 0 < width <= 4096
+            assert (
+                resize.mode >= 0
+                and resize.margin > 0
+                and channels in (1, 3)
+                and 0 < height <= 4096
+                and 0 < width <= 4096
+            )
             mean, std = (tuple(map(float, how[key])) for key in ("mean", "std"))
             assert len(mean) == len(std) == channels and all(std)
             return cls((channels, height, width), mean, std, resize, {k: float(v) for k, v in how["white"].items()})

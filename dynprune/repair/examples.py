@@ -52,7 +52,9 @@ class Reader:
                 and len(batch) >= count
                 and all(kind_of(own) == kind_of(example) for own, example in zip(batch, self.example[:count]))
             ):
-                return (*batch[:count], *self.example[count:])
+                given = [list(own) if isinstance(own, tuple) and isinstance(example, list) else own
+                         for own, example in zip(batch[:count], self.example)]  # fmt: skip
+                return (*given, *self.example[count:])
         wanted = f"{count} inputs" if count != 1 else "images"
         raise DynpruneError(
             f"data gave a {type(batch).__name__}. Expected batches of {wanted}, or {wanted} and labels behind them in "
@@ -86,7 +88,9 @@ def like(value: tuple | list, parts: list) -> Any:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A batch on a device, whatever it is made of."""
+    """A batch on a device, whatever it is made of; itself where it is there already."""
+    if all(own.device == device for own in tensors_in(value)):
+        return value
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):

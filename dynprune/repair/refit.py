@@ -81,6 +81,8 @@ class Sums:
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """rows: (groups, places, columns + 1). values: (groups, places, channels)."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        rows, values = rows.to(wide), values.to(wide)
         self.inputs += (rows.transpose(1, 2) @ rows).double()
         self.outputs += (rows.transpose(1, 2) @ values).double()
 
@@ -123,6 +125,9 @@ def targets_of(
     story = listen(model, few, lambda: calling.call(model, few))
     following, left = followed(model, story), story.left() | dict.fromkeys(frozen(model), FROZEN)
     result = Targets(inputs, {}, following, left, share)
+    for name in story.shared():
+        if isinstance(layer := layer_at(model, name), Conv) and layer.transposed:
+            left.setdefault(name, "runs several times, and is transposed")
     runs = {name: len(story.ran[name]) for name in story.shared() if name not in left}
     ending = {own.end: name for name, own in following.items()}
     wanted = {own.added for own in following.values() if own.added is not None}
@@ -226,19 +231,17 @@ def repair(
 
 def refit_shared(layer: Layer, sums: Sums, kept: Mapping[AxisKey, np.ndarray], name: str, ridge: float = RIDGE) -> None:
     """Refit a layer that runs several times, in place: from the inputs that it still has to what it said of all."""
-    if isinstance(layer, Conv) and layer.transposed:
-        return
     taps = math.prod(layer.kernel_size) if isinstance(layer, Conv) else 1
     groups, every = sums.inputs.shape[:2]
+    each = sums.outputs.shape[2]  # channels of a group
     reads = torch.from_numpy(kept.get((f"{name}.weight", 1), np.arange((every - 1) // taps)))
     columns = (reads[:, None] * taps + torch.arange(taps)).reshape(-1).to(sums.inputs.device)
-    channels = torch.from_numpy(kept.get((f"{name}.weight", 0), np.arange(groups * sums.outputs.shape[2])))
-    if groups > 1 and len(channels) != groups * sums.outputs.shape[2]:
-        return  # filters of some groups are gone, and others moved up
+    channels = torch.from_numpy(kept.get((f"{name}.weight", 0), np.arange(groups * each)))
+    channels = channels.to(sums.inputs.device).view(groups_of(layer), -1)  # whole groups go, or as many of every one
+    own = channels[:, 0] // each
     count = sums.inputs[0, -1, -1]
-    both, said = sums.inputs / count, sums.outputs / count
-    if groups == 1:
-        said = said[:, :, channels.to(said.device)]
+    both = sums.inputs[own] / count
+    said = (sums.outputs[own] / count).gather(2, (channels % each)[:, None].expand(-1, every, -1))
     mean_read, mean_said = both[:, columns, -1:], said[:, -1:, :]
     gram, cross = both[:, columns][:, :, columns], said[:, columns]
     if layer.bias is not None:

@@ -137,4 +137,6 @@ def apart(said: Said, teacher: Said, *, scores: bool = True) -> Tensor:
     pairs: Sequence[tuple[Tensor, Tensor]] = [
         (now.float(), then.float()) for now, then in zip(said, teacher, strict=True) if now.shape == then.shape
     ]
+    if not pairs:
+        return said[0].new_zeros(())
     return torch.stack([divergence(now, then, scores=scores) for now, then in pairs]).mean()

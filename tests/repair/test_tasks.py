@@ -13,7 +13,7 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import dynprune
 from dynprune.errors import DynpruneError
-from dynprune.repair.examples import Reader, count_of, joined, part_of
+from dynprune.repair.examples import Reader, count_of, joined, moved, part_of
 from dynprune.repair.following import follow, last_layers, listen
 from dynprune.repair.refit import repair, targets_of
 from dynprune.repair.says import apart, own_loss, what_says
@@ -211,6 +211,18 @@ def test_the_last_layers_of_a_segmentation_network_are_its_classifiers():
     assert found == ["classifier.low_classifier", "classifier.high_classifier"]
 
 
+def test_outputs_of_other_shapes_are_no_distance():
+    assert float(apart([torch.zeros(2, 3)], [torch.zeros(2, 4)], scores=False)) == 0
+
+
+def test_a_batch_that_is_there_stays_what_it_is():
+    class Batch(dict):
+        pass
+
+    batch = Batch(x=torch.zeros(2), name="y")
+    assert moved(batch, torch.device("cpu")) is batch
+
+
 def test_every_output_counts_for_as_much_whatever_its_scale():
     torch.manual_seed(0)
     said = [torch.randn(64, 3, requires_grad=True), (1000 * torch.randn(64, 5, 4)).requires_grad_()]
@@ -273,6 +285,7 @@ def test_layers_that_run_several_times_are_refitted_too():
         wanted, as_cut, now = model(fresh), cut(fresh), repaired.model(fresh)
     for was, then, own in zip(wanted, as_cut, now):
         assert float((own - was).square().mean()) < 0.5 * float((then - was).square().mean())
+    assert not torch.equal(repaired.model.deep.weight, cut.deep.weight)  # whose groups have gone
     same = copy.deepcopy(model).eval()
     repair(same, {}, targets_of(model.eval(), (data[0],)))
     with torch.no_grad():
@@ -354,6 +367,9 @@ def test_batches_of_any_structure_are_joined_and_cut():
     inputs = reader((images, "targets"))
     assert reader.listed(inputs) and count_of(inputs, True) == 3
     assert len(joined([inputs, inputs], True)[0]) == 6 and len(part_of(inputs, 1, 3, True)[0]) == 2
+    by_torchvision = reader((tuple(images), ("targets",) * 3))  # tuple(zip(*batch)), as its references collate
+    assert isinstance(by_torchvision[0], list) and reader.listed(by_torchvision)
+    assert count_of(by_torchvision, reader.listed(by_torchvision)) == 3
     levels = Reader(([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)],))
     assert not levels.listed(([torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 4, 4)],))
 
