@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 import typer
@@ -18,7 +20,7 @@ from dynprune.errors import DynpruneError, DynpruneWarning, Stopped
 from dynprune.listener import Listener
 
 
-@contextmanager
+@contextlib.contextmanager
 def listening() -> Iterator[Listener]:
     """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop
     to stop."""
@@ -29,14 +31,14 @@ def listening() -> Iterator[Listener]:
         yield Listener(display.note, display.live_note, display.say, display.step, display.work)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stoppable() -> Iterator[Listener]:
     """As `listening`, for training: Ctrl-C and SIGTERM ask it to stop after its step, and to save."""
     with listening() as listener, stop_requested() as stop:
         yield dataclasses.replace(listener, stop=stop)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask the training loop to stop after its step; a second one stops at once."""
     asked: list[int] = []
@@ -126,6 +128,33 @@ def fail(message: str, code: int, told: bool = False) -> NoReturn:
 def run_app(app: typer.Typer) -> None:
     """Run a command. Exit codes: 0, 1 for errors, 2 for options that make no sense, 130 after Ctrl-C, 143 after
     SIGTERM."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        run_alone(app)
+    try:
+        run_alone(app)
+    except SystemExit as stop:
+        end_now(stop.code if isinstance(stop.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        end_now(1)
+
+
+def end_now(code: int) -> NoReturn:
+    """End one of torchrun's processes without taking the interpreter apart.
+
+    gloo's threads may still hold tensors then, and a thread that asks for an interpreter that is ending is killed in
+    the middle of C++ code: "terminate called without an active exception", after everything was done and written.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def run_alone(app: typer.Typer) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know a sign, and names of files need not be UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -108,9 +108,13 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
         start_new_session=True,
     )
     try:
-        assert any(
-            line.startswith("epoch ") and int(line.split()[1].partition("/")[0]) * 21 > step for line in resumed.stderr
-        )
+        said = []
+        for line in resumed.stderr:
+            said.append(line)
+            if line.startswith("epoch ") and int(line.split()[1].partition("/")[0]) * 21 > step:
+                break
+        else:
+            pytest.fail("the resumed run ended:\n" + "".join(said))
     finally:
         os.killpg(resumed.pid, signal.SIGKILL)
         resumed.wait()
