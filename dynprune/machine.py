@@ -31,3 +31,14 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def multiplies_int8() -> bool:
+    """Whether the processor has instructions that multiply and add up int8 (VNNI on x86, dot products on ARM); True
+    where the operating system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return True
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return not flags or bool(flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "asimddp"})

@@ -85,9 +85,12 @@ class Fitter:
         """Measure the layers and the dense network, once; from then on the cost model knows milliseconds."""
         if self.stopwatch is not None:
             return
-        self.cost.latency = LatencyModel(self.graph, self.cost, self.allowed.smallest, LayerTable(), self.report)
+        int8 = self.budget.int8
+        self.cost.latency = LatencyModel(
+            self.graph, self.cost, self.allowed.smallest, LayerTable(), self.report, int8=int8
+        )
         self.report("exporting and timing the dense network", 0, 0)
-        self.stopwatch = Stopwatch(self.full, self.graph, self.example, self.whole)
+        self.stopwatch = Stopwatch(self.full, self.graph, self.example, self.whole, int8)
         self.cost.dense_ms = self.stopwatch.measure_dense()
         self.cost.latency.correction = self.cost.dense_ms / self.cost.cost("latency", self.cost.arms)
 

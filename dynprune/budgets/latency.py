@@ -14,10 +14,11 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import platformdirs
 import torch
@@ -29,6 +30,7 @@ from dynprune.data.scores import Scores
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
 from dynprune.files.onnxfile import open_session, run, write_onnx, write_program
+from dynprune.files.quantized import Quantiser
 from dynprune.machine import processor
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.labels import tensors_in
@@ -38,6 +40,7 @@ from dynprune.structure.surgery import slim
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's channels, where it is measured
 LAYER_SECONDS, LAYER_RUNS = 0.015, (5, 60)  # per layer: so long, within these numbers of runs
 NETWORK_SECONDS, NETWORK_RUNS = 2.0, (15, 300)
+SETTLED_RUNS = 50  # before a measurement may end early
 SAVE_EVERY = 50  # layers
 
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, out of how much
@@ -56,6 +59,7 @@ class Layer:
     inputs: int
     outputs: int
     groups: int
+    int8: bool = False
 
     @property
     def key(self) -> str:
@@ -64,7 +68,7 @@ class Layer:
         kernel, stride, padding, dilation, size = parts
         return (
             f"{op.kind} {self.inputs}>{self.outputs} groups {self.groups} kernel {kernel} stride {stride} "
-            f"padding {padding} dilation {dilation} at {size}"
+            f"padding {padding} dilation {dilation} at {size}{' int8' if self.int8 else ''}"
         )
 
     def onnx(self) -> bytes:
@@ -92,14 +96,41 @@ class Layer:
                 dilations=op.dilation,
             )
             shape = [1, self.inputs, *op.size]
+        weights = (0.01 * weight).astype(np.float32)
+        nodes, tensors = [node], [numpy_helper.from_array(weights, "w")]
+        if self.int8:
+            nodes, tensors = in_int8(node, weights)
         graph = helper.make_graph(
-            [node],
+            nodes,
             "layer",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array((0.01 * weight).astype(np.float32), "w")],
+            tensors,
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+
+
+def in_int8(node: onnx.NodeProto, weights: np.ndarray) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """A layer of "x" and "w" between quantise and dequantise nodes, as onnxruntime's quantiser writes them."""
+    scale, middle = (
+        numpy_helper.from_array(np.array(0.03, np.float32), "s"),
+        numpy_helper.from_array(np.array(128, np.uint8), "m"),
+    )
+    of_weights = numpy_helper.from_array(np.array(max(float(np.abs(weights).max()) / 127, 1e-9), np.float32), "ws")
+    whole = np.clip(np.round(weights / numpy_helper.to_array(of_weights)), -127, 127).astype(np.int8)
+    zero = numpy_helper.from_array(np.array(0, np.int8), "z")
+    inner = onnx.NodeProto()
+    inner.CopyFrom(node)
+    inner.input[:], inner.output[:] = ["xd", "wd"], ["yf"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "m"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "m"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["wq", "ws", "z"], ["wd"]),
+        inner,
+        helper.make_node("QuantizeLinear", ["yf", "s", "m"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "s", "m"], ["y"]),
+    ]
+    return nodes, [scale, middle, of_weights, zero, numpy_helper.from_array(whole, "wq")]
 
 
 class LayerTable:
@@ -149,32 +180,58 @@ def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -
 
 
 def interleaved(
-    pairs: list[tuple[onnxruntime.InferenceSession, dict]], seconds: float, runs: tuple[int, int]
+    pairs: list[tuple[onnxruntime.InferenceSession, dict]],
+    seconds: float,
+    runs: tuple[int, int],
+    precise: float | None = None,
 ) -> list[list[float]]:
     """Milliseconds of every run of each (session, inputs), in turn, so that a drift of the machine's speed meets all
-    alike."""
-    once = sum(min(run_ms(*pair) for _ in range(2)) for pair in pairs) / 1000
+    alike. A turn of several is three runs of which the first does not count: it only brings the network's weights back
+    into the caches, as they are where one network runs alone. Ends after `seconds`, within these numbers of runs, or
+    earlier where every median is known to a share of `precise` (its standard error).
+    """
+    for pair in [*pairs, *pairs]:
+        run_ms(*pair)
     samples: list[list[float]] = [[] for _ in pairs]
-    for _ in range(int(np.clip(seconds / max(once, 1e-6), *runs))):
+    end, first, counted = time.perf_counter() + seconds, int(len(pairs) > 1), 1 + int(len(pairs) > 1)
+    while (count := len(samples[0])) < runs[1]:
+        if count >= runs[0] and time.perf_counter() >= end:
+            break
+        if precise and count >= SETTLED_RUNS and count % 20 == 0 and max(map(uncertainty, samples)) <= precise:
+            break
         for kept, pair in zip(samples, pairs):
-            kept.append(run_ms(*pair))
+            kept += [run_ms(*pair) for _ in range(first + counted)][first:]
     return samples
+
+
+def uncertainty(samples: list[float]) -> float:
+    """Standard error of the median, as a share of it: 0.93 times the interquartile range over the root of their
+    number, for errors as a normal distribution has them (McGill, Tukey & Larsen, 1978)."""
+    low, middle, high = np.percentile(samples, (25, 50, 75))
+    return float(0.93 * (high - low) / math.sqrt(len(samples)) / middle)
 
 
 class LatencyModel:
     """Milliseconds of any widths: `correction` x the sum of interpolated layers."""
 
     def __init__(
-        self, graph: ChannelGraph, cost: CostModel, smallest: np.ndarray, table: LayerTable, report: Report = silent
+        self,
+        graph: ChannelGraph,
+        cost: CostModel,
+        smallest: np.ndarray,
+        table: LayerTable,
+        report: Report = silent,
+        *,
+        int8: bool = False,
     ):
-        """smallest: the narrowest widths that will be asked for, int64 of shape (groups,)."""
+        """smallest: the narrowest widths that will be asked for, int64 of shape (groups,). int8: of layers in int8."""
         self.correction = 1.0
         least = cost.axis_sizes(smallest)
         ops = [op for op in graph.ops if op.weight in graph.shapes and op.size]
         ends = [self.ends(graph, op) for op in ops]
         grids = [[grid(int(least[cost.rows[key]]) if key else size, size) for key, size in pair] for pair in ends]
         layers = [
-            [[self.layer(graph, op, i, o) for o in outputs] for i in inputs]
+            [[replace(self.layer(graph, op, i, o), int8=int8) for o in outputs] for i in inputs]
             for op, (inputs, outputs) in zip(ops, grids)
         ]
         table.measure([layer for rows in layers for row in rows for layer in row], report)
@@ -262,11 +319,12 @@ class Everything(nn.Module):
 class Stopwatch:
     """Times compact candidates of one network beside its dense form, as whole ONNX files in onnxruntime.
 
-    whole: with all that the network returns; else its class scores, which is what the commands export.
+    whole: with all that the network returns; else its class scores, which is what the commands export. int8: both
+    forms in int8, with the ranges of one example.
     """
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, whole: bool = False):
-        self.full, self.graph, self.example, self.whole = full, graph, example.cpu(), whole
+    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, whole: bool = False, int8: bool = False):
+        self.full, self.graph, self.example, self.whole, self.int8 = full, graph, example.cpu(), whole, int8
         self.dense = self.open(full)
 
     def open(self, model: nn.Module) -> onnxruntime.InferenceSession:
@@ -275,6 +333,9 @@ class Stopwatch:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.onnx"
                 self.write(model.eval(), path)
+                if self.int8:
+                    feed = {"input": self.example.numpy()}
+                    return open_session(Quantiser(path, [feed]).quantised(), 1)
                 return open_session(path.read_bytes(), 1)
         finally:
             model.train(was_training)

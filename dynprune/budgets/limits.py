@@ -35,7 +35,7 @@ class Budget:
 
     limits: each as users write it, see FORMS; all hold at once. allocation: uniform, balanced or learned. align: widths
     are multiples of this number, or of what onnxruntime runs fastest with "auto". min_width, max_width_share: of every
-    layer. keep: layers that stay whole, by name or pattern.
+    layer. keep: layers that stay whole, by name or pattern. int8: milliseconds are those of int8 files.
 
     Raises DynpruneError where it is used, for limits in another form and for those that cannot be met.
 
@@ -48,6 +48,7 @@ class Budget:
     min_width: int = 1
     max_width_share: float = 1.0
     keep: tuple[str, ...] = ()
+    int8: bool = False
 
 
 def parse_limit(text: str) -> Limit:

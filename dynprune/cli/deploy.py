@@ -15,11 +15,15 @@ from dynprune.cli.options import (
     Batch,
     BenchThreads,
     BnImages,
+    Calibration,
     DataNow,
     FinetuneEpochs,
     FinetuneLr,
     Fold,
+    Fp16,
+    Int8,
     Json,
+    MaxDrop,
     MinRate,
     Named,
     Opset,
@@ -151,6 +155,10 @@ def export(
     ] = None,
     opset: Opset = None,
     fold_normalization: Fold = False,
+    int8: Int8 = False,
+    fp16: Fp16 = False,
+    calibration: Calibration = None,
+    max_drop: MaxDrop = None,
     data: DataNow = "",
     model: Named = "",
     trust: Trust = False,
@@ -159,6 +167,11 @@ def export(
     """Write the compact model as one ONNX file with a dynamic batch, and prove that onnxruntime computes the same as
     torch.
 
+    With --int8 (and --fp16) write it in these precisions too, and show accuracy, time and size beside float32. Layers
+    for which int8 costs too much accuracy stay in float32, and are named.
+
+    Examples: `dynprune export runs/mine --onnx`, `dynprune export runs/mine --onnx --int8 --max-drop 0.5`
+
     A run of `dynprune gate` gives a graph for one image at a time, in which closed gates mean less work; the form of
     each layer is measured.
     """
@@ -166,18 +179,30 @@ def export(
         raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
     from dynprune.commands import export as verb
     from dynprune.deploy.export import ExportResult
-    from dynprune.report.tables import export_table, gated_export_table
+    from dynprune.report.tables import export_tables, gated_export_table
 
+    limits: dict = {"calibration": calibration, "max_drop": max_drop}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if limits and not int8:
+        raise DynpruneError(f"--{next(iter(limits)).replace('_', '-')} belongs to --int8. Pass that too, or drop it.")
     opened(run, model, trust)
     with listening() as listener:
         result = verb.export(
-            run, out=out, opset=opset, fold_normalization=fold_normalization, data=data, listener=listener
+            run,
+            out=out,
+            opset=opset,
+            fold_normalization=fold_normalization,
+            int8=int8,
+            fp16=fp16,
+            **limits,
+            data=data,
+            listener=listener,
         )
     finish(
         json_output,
         dataclasses.asdict(result),
         lambda: [
-            export_table(result) if isinstance(result, ExportResult) else gated_export_table(result),
+            *(export_tables(result) if isinstance(result, ExportResult) else [gated_export_table(result)]),
             f"next: dynprune bench {run}",
         ],
     )

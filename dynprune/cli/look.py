@@ -60,6 +60,7 @@ def plan(
         float, typer.Option("--max-width-share", help=meaning("max_width_share"))
     ] = TrainConfig.max_width_share,
     keep: Annotated[list[str] | None, typer.Option("--keep", help=meaning("keep"))] = None,
+    int8: Annotated[bool, typer.Option("--int8", help=meaning("int8"))] = False,
     input_shape: Input = "",
     classes: Classes = 0,
     json_output: Json = False,
@@ -68,7 +69,7 @@ def plan(
 
     Example: `dynprune plan --model torchvision:resnet18 --budget macs=0.25 --budget params=0.11 --allocation balanced`
     """
-    allowed = Budget(tuple(budget), allocation, align, min_width, max_width_share, tuple(keep or ()))
+    allowed = Budget(tuple(budget), allocation, align, min_width, max_width_share, tuple(keep or ()), int8)
     from dynprune.commands import plan as verb
     from dynprune.report.tables import plan_table
 

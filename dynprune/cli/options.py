@@ -73,6 +73,25 @@ Fold = Annotated[
         "--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1."
     ),
 ]
+Int8 = Annotated[bool, typer.Option("--int8", help="Write RUN/compact.int8.onnx too: weights and activations in int8.")]
+Fp16 = Annotated[
+    bool, typer.Option("--fp16", help="Write RUN/compact.fp16.onnx too: half the size, for GPUs; float32 in and out.")
+]
+Calibration = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration", help="Training images that give --int8 its ranges. [default: 500]", show_default=False
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        help="Points of validation accuracy that --int8 may lose; beyond, the most sensitive layers stay in float32. "
+        "[default: 1]",
+        show_default=False,
+    ),
+]
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas; the first gives the verdict.")]
 BenchThreads = Annotated[int, typer.Option("--bench-threads", help="onnxruntime threads; 0 leaves its choice.")]
 

@@ -12,6 +12,7 @@ from dynprune.data.loading import Data
 from dynprune.deploy.export import ExportResult
 from dynprune.deploy.export import export as make_onnx
 from dynprune.deploy.modules import Axes, ModuleExport, export_module
+from dynprune.deploy.quantize import CALIBRATION, MAX_DROP
 from dynprune.errors import DynpruneError
 from dynprune.gates.export import GatedExportResult, export_gated
 from dynprune.listener import SILENT, Listener
@@ -26,6 +27,10 @@ def export(
     out: str | Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    int8: bool = False,
+    fp16: bool = False,
+    calibration: int = CALIBRATION,
+    max_drop: float = MAX_DROP,
     data: str | Data = "",
     listener: Listener = SILENT,
 ) -> ExportResult | GatedExportResult: ...
@@ -49,7 +54,10 @@ def export(what, *args, listener: Listener = SILENT, **options):
     """Write a network as ONNX, and prove that onnxruntime computes the same as torch.
 
     *A run* (a path): its compact or gated network. out: the file, RUN/compact.onnx or RUN/gated.onnx if none is given.
-    fold_normalization: the graph takes pixels in 0..1. data: where the run's data lie now, or the data themselves.
+    fold_normalization: the graph takes pixels in 0..1. int8, fp16: write it in these precisions too, as
+    RUN/compact.int8.onnx, and measure them beside float32. calibration: training images that give int8 its ranges.
+    max_drop: points of validation accuracy that int8 may lose before its most sensitive layers stay in float32. data:
+    where the run's data lie now, or the data themselves.
 
     *A module*, with example inputs as torch.onnx.export takes its `args`, and a path: every tensor in them is an input,
     every tensor that comes back an output, and each output is compared. input_names, output_names: in order; without
@@ -98,11 +106,24 @@ def of_run(
     out: str | Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    int8: bool = False,
+    fp16: bool = False,
+    calibration: int = CALIBRATION,
+    max_drop: float = MAX_DROP,
     data: str | Data = "",
     listener: Listener = SILENT,
 ) -> ExportResult | GatedExportResult:
     found, path = open_any(Path(run)), Path(out) if out else None
+    if calibration < 1 or calibration > 1_000_000:
+        raise DynpruneError(f"--calibration got {calibration}. Expected 1 to 1000000 images.")
+    if not 0 <= max_drop < 100:
+        raise DynpruneError(f"--max-drop got {max_drop:g}. Expected points from 0 to 100.")
     if isinstance(found, GateRun):
+        if int8 or fp16:
+            raise DynpruneError(
+                f"{run} is gated: its gates and closed channels are computed in float32 only. Drop "
+                f"{'--int8' if int8 else '--fp16'}."
+            )
         return export_gated(
             found,
             out=path,
@@ -112,4 +133,14 @@ def of_run(
             report=listener.work,
         )
     listener.note("exporting to ONNX and comparing with torch")
-    return make_onnx(found, out=path, opset=opset, fold_normalization=fold_normalization, data=found.images(data))
+    return make_onnx(
+        found,
+        out=path,
+        opset=opset,
+        fold_normalization=fold_normalization,
+        kinds=["int8"] * (int8 or found.config.int8) + ["fp16"] * fp16,
+        calibration=calibration,
+        max_drop=max_drop,
+        data=found.images(data),
+        report=listener.work,
+    )

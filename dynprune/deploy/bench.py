@@ -22,18 +22,20 @@ from dynprune import zoo
 from dynprune.budgets.fit import TOLERANCE
 from dynprune.budgets.latency import interleaved
 from dynprune.budgets.limits import parse_limit
-from dynprune.data.loading import Data, Images, load_data
+from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores
+from dynprune.deploy.answers import accuracy_of
 from dynprune.deploy.export import check_classes, load_compact
+from dynprune.deploy.quantize import as_fast_as_int8, beside, is_of
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.onnxfile import metadata_of, open_session, size_bytes, write_onnx
-from dynprune.files.onnxfile import run as execute
+from dynprune.files.onnxfile import open_session, size_bytes, write_onnx
 from dynprune.machine import environment
 from dynprune.runs.directory import CompactDirectory, Run
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
-RUNS = (20, 2000)
+RUNS = (7, 2000)
+PRECISE = 0.003  # of a median: known so well, a measurement ends before its seconds are over
 LARGEST_INPUT = 2**26  # numbers, 256 MiB
 FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
 
@@ -50,16 +52,23 @@ class Latency:
 
 @dataclass(frozen=True)
 class BenchRow:
+    """dense_int8, compact_int8: the same files in int8, where the run has them; speedup_int8_p50: compact int8 over
+    dense float32."""
+
     batch: int
     dense: Latency
     compact: Latency
     speedup_p50: float
+    dense_int8: Latency | None = None
+    compact_int8: Latency | None = None
+    speedup_int8_p50: float | None = None
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """dense is the first file, compact the second; accuracies are shares of the test images, None where unknown.
-    budgets: of the run, with what was predicted and measured; empty for files that belong to none."""
+    budgets: of the run, with what was predicted and measured; empty for files that belong to none. int8: of both files
+    in int8, where the run has them: paths, bytes and accuracy on test images (None of a twin with random weights)."""
 
     dense_path: str
     compact_path: str
@@ -80,13 +89,15 @@ class BenchResult:
     verdict: str
     budgets: list[dict]
     environment: dict
+    int8: dict[str, object] | None = None
 
     def without_samples(self) -> dict:
         """As a dict for --json; the raw samples stay in the run's bench.json."""
         result = asdict(self)
         for row in result["rows"]:
-            for side in ("dense", "compact"):
-                row[side]["runs"] = len(row[side].pop("samples_ms"))
+            for side in ("dense", "compact", "dense_int8", "compact_int8"):
+                if row[side]:
+                    row[side]["runs"] = len(row[side].pop("samples_ms"))
         return result
 
 
@@ -115,11 +126,45 @@ def bench_run(
         dense_file = dense_twin(run, facts, data, report, Path(elsewhere)) if against is None else against.onnx_file
         if against is not None and not dense_file.is_file():
             raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
-        rows = measure(dense_file, run.onnx_file, batches, threads, report)
+        int8 = int8_pair(run, dense_file, data, Path(elsewhere), report)
+        rows = measure([dense_file, run.onnx_file, *int8], batches, threads, report)
         report("accuracy of the ONNX file on the test data")
         accuracy = accuracy_of(run.onnx_file, data, data.test)
         dense_accuracy = accuracy_of(dense_file, data, data.test) if against is not None else None
-        return record(run, facts, dense_file, rows, threads, accuracy, dense_accuracy, data, against)
+        told = int8_facts(int8, data, against) if int8 else None
+        return record(run, facts, dense_file, rows, threads, accuracy, dense_accuracy, data, against, told)
+
+
+def int8_pair(
+    run: CompactDirectory, dense_file: Path, data: Data, elsewhere: Path, report: Callable[[str], None]
+) -> list[Path]:
+    """Dense and compact file in int8, where `export --int8` wrote the second; else none. The dense one is made where it
+    lacks, and kept beside its float32 file if that is the run's own."""
+    own = beside(run.onnx_file, "int8")
+    if not own.is_file():
+        return []
+    if not is_of(own, run.onnx_file):
+        report(f"{own} is of an earlier export and left out; export --int8 again")
+        return []
+    twin = beside(dense_file, "int8")
+    if not is_of(twin, dense_file):
+        if dense_file.parent != run.path or not os.access(run.path, os.W_OK):
+            twin = elsewhere / twin.name
+        report("quantising the dense file")
+        as_fast_as_int8(dense_file, twin, data)
+    return [twin, own]
+
+
+def int8_facts(pair: list[Path], data: Data, against: Run | None) -> dict[str, object]:
+    dense, compact = pair
+    return {
+        "dense_path": str(dense),
+        "compact_path": str(compact),
+        "dense_bytes": size_bytes(dense),
+        "compact_bytes": size_bytes(compact),
+        "accuracy": accuracy_of(compact, data, data.test),
+        "dense_accuracy": accuracy_of(dense, data, data.test) if against is not None else None,
+    }
 
 
 def record(
@@ -132,6 +177,7 @@ def record(
     dense_accuracy: float | None,
     data: Data,
     against: Run | None,
+    int8: dict[str, object] | None = None,
 ) -> BenchResult:
     """Sum up what was measured, and keep it in the run directory."""
     widths = facts.widths
@@ -152,6 +198,7 @@ def record(
         data.reports,
         odd,
         budgets_of(run, facts, rows, threads, against),
+        int8,
     )
     run.keep("bench.json", json.dumps(asdict(result)))
     run.record("bench", result.without_samples())
@@ -180,15 +227,20 @@ def budgets_of(
                 }
             )
         elif single is not None:
-            bound = limit.value(single.dense.p50_ms)
+            dense_side, compact_side = single.dense, single.compact
+            if run.config.int8:
+                if single.dense_int8 is None or single.compact_int8 is None:
+                    continue  # what the budget is about was not exported
+                dense_side, compact_side = single.dense_int8, single.compact_int8
+            bound = limit.value(dense_side.p50_ms)
             known = recorded_ms(run, str(limit))
             lines.append(
                 {
                     "budget": str(limit),
                     "limit": bound,
                     "predicted": known,
-                    "actual": single.compact.p50_ms,
-                    "met": single.compact.p50_ms <= TOLERANCE * bound,
+                    "actual": compact_side.p50_ms,
+                    "met": compact_side.p50_ms <= TOLERANCE * bound,
                 }
             )
     return lines
@@ -227,7 +279,7 @@ def bench_files(
     dense: Path, compact: Path, *, batches: list[int], threads: int, report: Callable[[str], None] = lambda _: None
 ) -> BenchResult:
     """Any two ONNX files with one image-like input; the first is called dense, the second compact."""
-    rows = measure(dense, compact, batches, threads, report)
+    rows = measure([dense, compact], batches, threads, report)
     result = summarise(dense, compact, rows, threads, (None, None), (None, None), None, None, None, [], [])
     sizes = [input_size(path) for path in (dense, compact)]
     return (
@@ -259,6 +311,7 @@ def summarise(
     test_data: str | None,
     odd: list[str],
     budgets: list[dict],
+    int8: dict[str, object] | None = None,
 ) -> BenchResult:
     first = rows[0]
     return BenchResult(
@@ -279,11 +332,22 @@ def summarise(
         verdict(first, macs, odd),
         budgets,
         {**environment(), "threads": threads},
+        int8,
     )
 
 
 def verdict(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) -> str:
-    """One honest line for the first batch size: how much faster, or not faster and the likely reason."""
+    """One honest line for the first batch size: how much faster, or not faster and the likely reason; and in int8."""
+    line = verdict_float32(row, macs, odd)
+    if row.compact_int8 is None or row.dense_int8 is None:
+        return line
+    own, dense = row.compact.p50_ms / row.compact_int8.p50_ms, row.dense.p50_ms / row.compact_int8.p50_ms
+    if own < FASTER:
+        return f"{line}; int8 is not faster than float32 on the compact network ({own:.2f}x)"
+    return f"{line}; with int8 {dense:.1f}x ({row.compact_int8.p50_ms:.3g} ms)"
+
+
+def verdict_float32(row: BenchRow, macs: tuple[int | None, int | None], odd: list[str]) -> str:
     times = f"p50 {row.dense.p50_ms:.3g} ms to {row.compact.p50_ms:.3g} ms"
     if row.speedup_p50 >= FASTER:
         return f"{row.speedup_p50:.1f}x faster at batch {row.batch} ({times})"
@@ -359,38 +423,23 @@ def latency_of(samples: list[float], batch: int) -> Latency:
     return Latency(median, float(np.percentile(samples, 95)), 1000 * batch / median, samples)
 
 
-def measure(
-    dense: Path, compact: Path, batches: list[int], threads: int, report: Callable[[str], None]
-) -> list[BenchRow]:
-    """Time both files in turn at every batch size."""
-    for path in (dense, compact):
+def measure(files: list[Path], batches: list[int], threads: int, report: Callable[[str], None]) -> list[BenchRow]:
+    """Time files in turn at every batch size: dense and compact, and the two in int8 where they are given."""
+    for path in files:
         if not path.is_file():
             raise DynpruneError(f"No file {path}. Expected an ONNX file.")
     if not batches or min(batches) < 1:
         raise DynpruneError(f"--batch got {batches}. Expected numbers of images, such as 1 or 1,8,32.")
-    sessions = [open_session(path, threads) for path in (dense, compact)]
+    sessions = [open_session(path, threads) for path in files]
     rows = []
     for batch in batches:
         report(f"timing batch {batch}")
-        feeds = [input_for(session, path, batch) for session, path in zip(sessions, (dense, compact))]
-        samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS)
-        first, second = (latency_of(kept, batch) for kept in samples)
-        rows.append(BenchRow(batch, first, second, first.p50_ms / second.p50_ms))
+        feeds = [input_for(session, path, batch) for session, path in zip(sessions, files)]
+        samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS, PRECISE)
+        dense, compact, *int8 = (latency_of(kept, batch) for kept in samples)
+        row = BenchRow(batch, dense, compact, dense.p50_ms / compact.p50_ms)
+        if int8:
+            own = dense.p50_ms / int8[1].p50_ms
+            row = replace(row, dense_int8=int8[0], compact_int8=int8[1], speedup_int8_p50=own)
+        rows.append(row)
     return rows
-
-
-def accuracy_of(path: Path, data: Data, images: Images) -> float:
-    """Share of the images whose class the ONNX file predicts right."""
-    session, right = open_session(path), 0
-    folded = metadata_of(session).get("mean") in ("[0.0, 0.0, 0.0]", "[0.0]")
-    mean, std = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in (data.mean, data.std))
-    for batch, labels in data.eval_batches(images, 100):
-        values = batch.numpy() * std + mean if folded else batch.numpy()
-        scores = execute(session, {session.get_inputs()[0].name: values})
-        if scores.ndim != 2 or scores.shape[0] != len(labels):
-            raise DynpruneError(
-                f"{path} gives an output of shape {'x'.join(map(str, scores.shape))} for "
-                f"{len(labels)} images. Expected one row of class scores for each."
-            )
-        right += int((scores.argmax(1) == labels.numpy()).sum())
-    return right / len(images)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores, logits
+from dynprune.deploy.quantize import CALIBRATION, KINDS, MAX_DROP, Variant, beside, is_of, write_variant
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
@@ -34,7 +36,7 @@ PARITY_IMAGES = 256
 @dataclass(frozen=True)
 class ExportResult:
     """max_abs_diff, max_rel_diff: between torch and onnxruntime on `images` validation images; top1_agreement: their
-    share with the same class first."""
+    share with the same class first. variants: the same network in int8 or float16, measured beside it."""
 
     path: str
     opset: int
@@ -44,6 +46,7 @@ class ExportResult:
     top1_agreement: float
     images: int
     fold_normalization: bool
+    variants: list[Variant] = field(default_factory=list)
 
 
 def load_compact(run: CompactDirectory) -> tuple[nn.Module, artifact.Facts]:
@@ -88,10 +91,14 @@ def export(
     out: Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    kinds: Sequence[str] = (),
+    calibration: int = CALIBRATION,
+    max_drop: float = MAX_DROP,
     data: Data | None = None,
+    report: Report = silent,
 ) -> ExportResult:
-    """Write the run's compact model as ONNX. Raises DynpruneError and leaves no file when onnxruntime disagrees with
-    torch."""
+    """Write the run's compact model as ONNX, and beside it in the precisions that `kinds` names ("int8", "fp16"):
+    `quantize.write_variant` says how. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
@@ -108,6 +115,12 @@ def export(
                 f"another --opset, and please report the model's name."
             )
         partial.replace(path)
+    for stale in (beside(path, kind) for kind in KINDS):
+        if stale.is_file() and not is_of(stale, path):
+            stale.unlink()
+    made = [
+        write_variant(kind, path, data, calibration=calibration, max_drop=max_drop, report=report) for kind in kinds
+    ]
     result = ExportResult(
         str(path),
         read_opset(path),
@@ -117,6 +130,7 @@ def export(
         agreement,
         count,
         fold_normalization,
+        made,
     )
     run.record("export", asdict(result))
     return result

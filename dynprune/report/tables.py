@@ -16,11 +16,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 if TYPE_CHECKING:  # these import torch
-    from dynprune.deploy.bench import BenchResult
+    from dynprune.deploy.bench import BenchResult, Latency
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
     from dynprune.deploy.export import ExportResult
     from dynprune.deploy.predict import Prediction
+    from dynprune.deploy.quantize import Variant
     from dynprune.deploy.trained import Curve, TrainedResult
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
@@ -241,6 +242,41 @@ def spent(seconds: dict[str, float]) -> str:
     return ", ".join(f"{phase} {value:.0f}" for phase, value in longest)
 
 
+def export_tables(result: ExportResult) -> list[Table]:
+    return [export_table(result), *([variants_table(result.variants)] if result.variants else [])]
+
+
+def variants_table(variants: Sequence[Variant]) -> Table:
+    """Precisions beside float32: accuracy, time, bytes."""
+    table = titled("precision", "", "test accuracy", "validation", "same class", "ms, batch 1", "size")
+    first = variants[0]
+    table.add_row(
+        "float32",
+        percent(first.float32_accuracy),
+        percent(first.float32_val_accuracy),
+        "",
+        digits(first.float32_ms),
+        mebibytes(first.float32_size_bytes),
+    )
+    for own in variants:
+        table.add_row(
+            own.kind,
+            percent(own.accuracy),
+            percent(own.val_accuracy),
+            percent(own.agreement),
+            f"{digits(own.ms)} (float32 in turn: {digits(own.float32_ms)})",
+            mebibytes(own.size_bytes),
+        )
+    lines = [own.verdict for own in variants]
+    for own in variants:
+        if own.float32_layers:
+            named = ", ".join(own.float32_layers[:3]) + (", ..." if len(own.float32_layers) > 3 else "")
+            lines.append(f"{len(own.float32_layers)} of {own.layers} layers stay in float32: {named}")
+        lines.append(f"written to {own.path}")
+    table.caption, table.caption_justify = "; ".join(lines), "left"
+    return table
+
+
 def export_table(result: ExportResult) -> Table:
     return pairs(
         "export",
@@ -262,36 +298,55 @@ def predictions_table(found: Sequence[Prediction]) -> Table:
 
 
 def bench_table(result: BenchResult) -> Table:
-    table = titled(
-        f"bench: onnxruntime, {result.threads or 'default'} thread(s)",
-        "batch",
-        "dense, ms\np50 / p95",
-        "\nimages/s",
-        "compact, ms\np50 / p95",
-        "\nimages/s",
-        "speed-up\np50",
-    )
-    for row in result.rows:
-        cells = [
-            cell
-            for side in (row.dense, row.compact)
-            for cell in (f"{digits(side.p50_ms)} / {digits(side.p95_ms)}", digits(side.images_per_second))
-        ]
-        table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x")
+    title = f"bench: onnxruntime, {result.threads or 'default'} thread(s)"
+    if result.int8:
+        table = titled(
+            f"{title}, ms p50 / p95", "batch", "dense", "dense int8", "compact", "compact int8", "compact", "both"
+        )
+        for row in result.rows:
+            sides = (row.dense, row.dense_int8, row.compact, row.compact_int8)
+            cells = [timed(own)[0] for own in sides if own is not None]
+            table.add_row(str(row.batch), *cells, f"{row.speedup_p50:.2f}x", f"{row.speedup_int8_p50:.2f}x")
+    else:
+        table = titled(
+            title,
+            "batch",
+            "dense, ms\np50 / p95",
+            "\nimages/s",
+            "compact, ms\np50 / p95",
+            "\nimages/s",
+            "speed-up\np50",
+        )
+        for row in result.rows:
+            table.add_row(str(row.batch), *timed(row.dense), *timed(row.compact), f"{row.speedup_p50:.2f}x")
     facts = [
         f"runs {', '.join(str(len(row.dense.samples_ms)) for row in result.rows)}",
         f"MACs {million(result.dense_macs)} to {million(result.compact_macs)}",
         f"parameters {million(result.dense_params)} to {million(result.compact_params)}",
         f"files {mebibytes(result.dense_bytes)} to {mebibytes(result.compact_bytes)}",
     ]
+    if result.int8:
+        sizes = [mebibytes(int(str(result.int8[key]))) for key in ("dense_bytes", "compact_bytes")]
+        facts[-1] += f", int8 {' to '.join(sizes)}"
     if result.accuracy_onnx is not None:
-        dense = f", dense {percent(result.dense_accuracy_onnx)}" if result.dense_accuracy_onnx is not None else ""
-        facts.append(f"accuracy {percent(result.accuracy_onnx)} on {result.test_data}{dense}")
+        dense_said = f", dense {percent(result.dense_accuracy_onnx)}" if result.dense_accuracy_onnx is not None else ""
+        facts.append(f"accuracy {percent(result.accuracy_onnx)} on {result.test_data}{dense_said}")
+    if result.int8:
+        accuracy, before = (result.int8[key] for key in ("accuracy", "dense_accuracy"))
+        facts.append(
+            f"int8 {percent(float(str(accuracy)))}"
+            + ("" if before is None else f", dense {percent(float(str(before)))}")
+        )
     facts += [f"budget {line['budget']}: {used(line)}, {'met' if line['met'] else 'MISSED'}" for line in result.budgets]
     environment = result.environment
     facts.append(f"{environment['processor']}, onnxruntime {environment['onnxruntime']}")
     table.caption, table.caption_justify = "; ".join(facts), "left"
     return table
+
+
+def timed(own: Latency) -> tuple[str, str]:
+    """Milliseconds and images per second."""
+    return f"{digits(own.p50_ms)} / {digits(own.p95_ms)}", digits(own.images_per_second)
 
 
 def training_table(result: TrainingBench) -> Table:

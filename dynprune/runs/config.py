@@ -301,6 +301,16 @@ class Limited:
         check=lambda v: v == "auto" or v.isdecimal() and int(v) > 0,
         expected="auto or a number from 1",
     )
+    int8: bool = setting(
+        False, "Ship in int8: milliseconds in --budget are those of int8 files, and export writes one beside float32."
+    )
+
+
+def budget_of(config: Limited, allocation: str) -> Budget:
+    """The budget that the settings state, with widths spread so."""
+    return Budget(
+        config.budget, allocation, config.align, config.min_width, config.max_width_share, config.keep, config.int8
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,8 +398,7 @@ class TrainConfig(Limited, Recipe):
     @property
     def allowed(self) -> Budget:
         """What the network may cost, and which widths are allowed; a search begins with uniform ones."""
-        allocation = "uniform" if self.allocation in ("auto", "searched") else self.allocation
-        return Budget(self.budget, allocation, self.align, self.min_width, self.max_width_share, self.keep)
+        return budget_of(self, "uniform" if self.allocation in ("auto", "searched") else self.allocation)
 
     @property
     def searches(self) -> bool:
@@ -507,7 +516,9 @@ class CompactConfig(Limited, Task):
     @property
     def allowed(self) -> Budget:
         """What the network may cost, and which widths are allowed."""
-        return Budget(self.budget, self.allocation, self.align, self.min_width, self.max_width_share, self.keep)
+        return Budget(
+            self.budget, self.allocation, self.align, self.min_width, self.max_width_share, self.keep, self.int8
+        )
 
     def validate(self) -> Self:
         super().validate()

@@ -213,6 +213,10 @@ class CompactDirectory(RunDirectory):
     onnx_file = property(lambda self: self.path / "compact.onnx")
     dense_onnx_file = property(lambda self: self.path / "dense.onnx")
 
+    @property
+    def config(self) -> TrainConfig | CompactConfig:
+        raise NotImplementedError
+
 
 class Run(CompactDirectory):
     """Paths of a run directory of `dynprune train`, with config.toml."""

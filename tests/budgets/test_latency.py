@@ -91,7 +91,7 @@ class Fake(Stopwatch):
     """A machine on which everything takes a fixed time and the layers' own, which the table underestimates more at
     narrow widths."""
 
-    def __init__(self, full, graph, example, whole=False):
+    def __init__(self, full, graph, example, whole=False, int8=False):
         self.full, self.graph, self.example, self.seen = full, graph, example, []
 
     def measure_dense(self):
