@@ -29,6 +29,7 @@ from dynprune.cli.options import (
     Opset,
     Overwrite,
     Trust,
+    not_of_file,
     parse_batches,
     with_settings,
 )
@@ -110,6 +111,7 @@ def compact(
             lambda: [trained_table(trained), f"next: dynprune export {trained.run} --onnx"],
         )
         return
+    given = not_of_file(given)
     model, data = given.pop("model", ""), given.pop("data", "")
     if given or out or overwrite or curve:
         wrong = next(iter(given), "out" if out else "overwrite" if overwrite else "curve")
@@ -291,6 +293,7 @@ def bench(
     if training:
         bench_training(given, targets, steps, swap_share, memory, json_output)
         return
+    given = not_of_file(given)
     model, data = given.pop("model", ""), given.pop("data", "")
     if given:
         raise DynpruneError(

@@ -102,6 +102,14 @@ MACHINE = {"precision", "device", "threads", "seed", "checkpoint_every", "no_onn
 FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}
 
 
+FROM_FILE: set[str] = set()  # options of this command that --config gave, and not the command line
+
+
+def not_of_file(given: dict) -> dict:
+    """Settings that were given on the command line: a file may hold those of other commands."""
+    return {name: value for name, value in given.items() if name not in FROM_FILE}
+
+
 def with_settings(command: Callable, kind: type[Task] = TrainConfig, without: tuple[str, ...] = ()) -> Callable:
     """Give a command an option per field of `kind`; it receives the ones that were given as the dict `given`."""
     fields = [field for field in dataclasses.fields(kind) if field.name not in without]

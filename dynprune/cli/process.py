@@ -19,6 +19,8 @@ import typer
 from dynprune.errors import DynpruneError, DynpruneWarning, Stopped
 from dynprune.listener import Listener
 
+VOICE = "normal"  # how much is said meanwhile: quiet, normal or verbose
+
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
@@ -26,7 +28,8 @@ def listening() -> Iterator[Listener]:
     to stop."""
     from dynprune.report.tables import Display
 
-    display = Display() if int(os.environ.get("RANK", "0")) == 0 else Display.silent()
+    heard = int(os.environ.get("RANK", "0")) == 0 and VOICE != "quiet"
+    display = Display(verbose=VOICE == "verbose") if heard else Display.silent()
     with display.live():
         yield Listener(display.note, display.live_note, display.say, display.step, display.work)
 
@@ -118,6 +121,8 @@ def show_warning(
 
 def fail(message: str, code: int, told: bool = False) -> NoReturn:
     """One line on stderr and, with --json, an object on stdout, unless a result stands there already."""
+    if VOICE == "verbose" and sys.exc_info()[1] is not None:
+        traceback.print_exc()
     if message:
         print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv and not told:

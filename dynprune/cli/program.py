@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dynprune.cli.common import with_common
 from dynprune.cli.deploy import bench, compact, export, predict
 from dynprune.cli.look import guide, inspect, plan
 from dynprune.cli.options import with_settings
@@ -60,7 +61,7 @@ for command in (
     plan,
     guide,
 ):
-    app.command()(command)
+    app.command()(with_common(command))
 
 
 def main() -> None:

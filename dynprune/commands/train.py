@@ -13,7 +13,7 @@ from dynprune.budgets.fit import Fit
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
-from dynprune.runs.config import ENOUGH, Recipe, Task, TrainConfig
+from dynprune.runs.config import ENOUGH, Recipe, Task, TrainConfig, anchored
 from dynprune.runs.directory import Run
 from dynprune.training import distributed
 from dynprune.training.checkpoint import fit_in
@@ -144,6 +144,7 @@ def resumed(
     config: Settings, given: dict, path: Path, override: bool, free: Collection[str] = ("checkpoint_every", *PLACES)
 ) -> Settings:
     """The run's own settings; those given beside them must agree, or are taken with `override`."""
+    config, given = config.anchored(), {name: anchored(name, value) for name, value in given.items()}
     differing = [
         f"--{name.replace('_', '-')} {value} (the run has {getattr(config, name)})"
         for name, value in given.items()

@@ -7,6 +7,7 @@ share of images whose class they get right.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.data.loading import Data, Images
@@ -14,19 +15,26 @@ from dynprune.errors import DynpruneError
 from dynprune.state.copies import copied, doubled, same_randomness
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, images: Images, device: torch.device | str = "cpu") -> float:
     """Share of the images whose class is predicted right, in the model's own precision. Its mode is restored."""
-    was_training, right = model.training, 0
+    return judge(model, data, images, device)[0]
+
+
+@torch.no_grad()
+def judge(model: nn.Module, data: Data, images: Images, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """As `evaluate`, and the mean cross-entropy in nats, without label smoothing."""
+    was_training, right, loss = model.training, 0, 0.0
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     model.eval()
     try:
         for batch, labels in data.eval_batches(images):
             batch = batch.to(device, dtype, memory_format=torch.channels_last)
-            right += int((logits(model(batch)).argmax(1).cpu() == labels).sum())
+            scores = logits(model(batch)).cpu()
+            right += int((scores.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(scores.float(), labels, reduction="sum"))
     finally:
         model.train(was_training)
-    return right / len(images)
+    return right / len(images), loss / len(images)
 
 
 @torch.no_grad()

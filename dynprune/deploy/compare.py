@@ -377,6 +377,7 @@ class Trial:
 
 def without_machine(config: TrainConfig) -> TrainConfig:
     """The settings that change what is learned: how often the state is saved and who decodes the photos does not."""
+    config = config.anchored()
     return dataclasses.replace(config, checkpoint_every=TrainConfig.checkpoint_every, workers=TrainConfig.workers)
 
 

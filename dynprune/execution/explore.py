@@ -21,6 +21,7 @@ from dynprune.execution.saliency import Ledger, normalise, taylor
 from dynprune.state.copies import generator
 from dynprune.structure.channels import ChannelGraph
 
+REMEMBERED = 256  # selections
 ROUNDS_PER_ARM = 3  # a short run shortens the hold until every arm can be played about this often
 
 
@@ -49,7 +50,8 @@ class Explorer:
     say and tries out what lies near the boundary. Of an untrained network nothing is known: every arm is played once
     first.
     saliency: the mean Taylor saliency of every arm in the rounds that executed it, not normalised, so that groups can
-    be compared.
+    be compared. picked: the step of each selection and the arms in it, (all arms,) of 0 and 1; of long explorations
+    every second, fourth, ... one.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Explorer:
         self.saliency = {group.name: torch.zeros(group.arms, dtype=torch.float64) for group in graph}
         self.reallocation_step = self.rounds // 2 * self.hold if how.moves else 0
         self.executed = {group.name: torch.zeros(group.arms, dtype=torch.int64) for group in graph}
+        self.picked: dict[int, Tensor] = {}
+        self.picked_every = 1  # of so many selections one is kept
 
     def first(self) -> dict[str, np.ndarray]:
         """The selection to start with. Without exploring, the arms that look best, or the lower ones of an untrained
@@ -118,7 +122,20 @@ class Explorer:
             else:
                 arms = bandit.settle(state, width)
             selection[name] = arms.numpy()
+        self.remember(step, selection)
         return selection
+
+    def remember(self, step: int, selection: Mapping[str, np.ndarray]) -> None:
+        """Keep what was picked, to be looked at; thinned out so that it never grows beyond REMEMBERED."""
+        if step // self.hold % self.picked_every:
+            return
+        chosen = [torch.zeros(len(state.counts), dtype=torch.uint8) for state in self.bandits.values()]
+        for own, name in zip(chosen, self.bandits):
+            own[torch.from_numpy(selection[name])] = 1
+        self.picked[step] = torch.cat(chosen)
+        if len(self.picked) > REMEMBERED:
+            self.picked_every *= 2
+            self.picked = {at: arms for at, arms in self.picked.items() if at // self.hold % self.picked_every == 0}
 
     def more(self, step: int, slots: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         """Selections of larger widths that keep the arms in `slots`: those of the others join that look best, the lower
@@ -180,12 +197,16 @@ class Explorer:
             tensors[f"counts.{name}"], tensors[f"means.{name}"] = state.counts, state.means
             tensors[f"rounds.{name}"] = torch.tensor(state.rounds)
             tensors[f"executed.{name}"], tensors[f"saliency.{name}"] = self.executed[name], self.saliency[name]
+        if self.picked:
+            tensors["picked"] = torch.stack(list(self.picked.values()))
+            tensors["picked_at"] = torch.tensor([*self.picked, self.picked_every])
         return {**tensors, "sums": self.sums.cpu()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         if tensors["sums"].shape != self.sums.shape:
             raise ValueError("rewards of other widths")
         self.sums = tensors["sums"].clone()
+        self.picked, self.picked_every = picked_in(tensors, sum(len(state.counts) for state in self.bandits.values()))
         for name, state in self.bandits.items():
             for kind in ("counts", "means", "executed", "saliency"):
                 if tensors[f"{kind}.{name}"].shape != state.counts.shape:
@@ -196,6 +217,16 @@ class Explorer:
                 tensors[f"executed.{name}"].clone(),
                 tensors[f"saliency.{name}"].clone(),
             )
+
+
+def picked_in(tensors: Mapping[str, Tensor], arms: int) -> tuple[dict[int, Tensor], int]:
+    """What was picked when, (arms,) each, from named tensors; nothing where an earlier version wrote them."""
+    if "picked" not in tensors:
+        return {}, 1
+    *steps, every = tensors["picked_at"].tolist()
+    if tensors["picked"].shape != (len(steps), arms) or every < 1:
+        raise ValueError("picks of another number of arms")
+    return dict(zip(steps, tensors["picked"].clone())), every
 
 
 def worth_of_one_more(saliency: Tensor, width: int) -> float:

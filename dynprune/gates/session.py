@@ -83,7 +83,8 @@ class GateSession:
         self.policy = f"gate-{config.estimator}"
         self.part = self.ranks.part(config.batch_size)
         self.stop: Callable[[], bool] = lambda: False
-        self.stopping, self.step = False, 0
+        self.stopping, self.step, self.right = False, 0, torch.tensor(0)
+        self.keeps_best = self.settled = False  # gates close for good at the end
         self.device = choose_device(config.device)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
@@ -179,6 +180,7 @@ class GateSession:
             output, choices = (
                 (self.network(images), Choices()) if phase == "ungated" else self.model.run(images, self.choose(phase))
             )
+        self.right = (logits(output).detach().argmax(1) == labels).sum()
         taught = self.teach(images)
         each = self.loss_of(output, labels, taught)
         loss = each.mean()

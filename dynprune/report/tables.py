@@ -6,14 +6,16 @@ Takes the result dataclasses of the other modules and a rich Console; computes n
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.bench import BenchResult, Latency
@@ -56,25 +58,39 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Display:
-    """Progress on stderr: a live line in a terminal, one line per epoch or step elsewhere."""
+class HowFar(ProgressColumn):
+    """Share done and time left of a phase, or the time it has taken where its length is not known."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def render(self, task: Task) -> Text:
+        spent = task.elapsed or 0.0
+        if not task.total:
+            return Text(duration(spent))
+        share = task.completed / task.total
+        left = f"  {duration(spent / share - spent)} left" if share > 0 and not task.fields.get("told") else ""
+        return Text(f"{100 * share:.0f} %{left}")
+
+
+class Display:
+    """Progress on stderr: a live line in a terminal, one line per epoch or step elsewhere. verbose: every phase leaves
+    a line, with the time since the start."""
+
+    def __init__(self, console: Console | None = None, verbose: bool = False):
+        self.console, self.verbose, self.started = console or Console(stderr=True), verbose, time.monotonic()
         self.bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=20),
+            HowFar(),
             console=self.console,
             transient=True,
         )
         self.task = self.bar.add_task("", total=None)
+        self.phase = ""
         self.val_accuracy: float | None = None
 
     @classmethod
     def silent(cls) -> Display:
-        """For all but the first of several processes."""
+        """For all but the first of several processes, and for --quiet."""
         return cls(Console(stderr=True, quiet=True))
 
     @contextmanager
@@ -85,18 +101,21 @@ class Display:
         else:
             yield self
 
+    def show(self, phase: str, text: str, done: int, total: int, told: bool = False) -> None:
+        """Update the live line; another phase begins its own time. told: `text` says how long it takes."""
+        if phase != self.phase:
+            self.phase = phase
+            self.bar.reset(self.task, description=text, total=total or None, completed=done, told=told)
+        self.bar.update(self.task, description=text, total=total or None, completed=done, told=told)
+
     def step(self, event: Progress) -> None:
         """Show a training step; each finished epoch leaves a line."""
         if event.epoch_ended:
             self.val_accuracy = event.val_accuracy
             self.say(f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}")
-        elif self.console.is_terminal:
-            self.bar.update(
-                self.task,
-                description=f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}",
-                completed=event.step,
-                total=event.steps,
-            )
+        if self.console.is_terminal:
+            text = f"epoch {event.epoch}/{event.epochs}  {self.describe(event)}"
+            self.show("training", text, event.step, event.steps, told=True)
 
     def describe(self, event: Progress) -> str:
         accuracy = f"  val {percent(self.val_accuracy)}" if self.val_accuracy is not None else ""
@@ -106,21 +125,25 @@ class Display:
     def note(self, text: str) -> None:
         """What is being done now: shown live, or as a line where there is no terminal."""
         if self.console.is_terminal:
-            self.bar.update(self.task, description=text, completed=0, total=None)
-        else:
-            self.say(text)
+            self.show(text, text, 0, 0)
+        if not self.console.is_terminal or self.verbose:
+            self.leave(text)
 
     def live_note(self, text: str) -> None:
         """Like `note`, for things too small for a line of their own."""
-        if self.console.is_terminal:
+        if self.console.is_terminal or self.verbose:
             self.note(text)
 
     def work(self, text: str, done: int, total: int) -> None:
         """Work in `total` parts (0: not known): a bar where there is a terminal, one line at its start elsewhere."""
         if self.console.is_terminal:
-            self.bar.update(self.task, description=text, completed=done, total=total or None)
-        elif done == 0:
-            self.say(text)
+            self.show(text, text, done, total)
+        if done == 0 and (not self.console.is_terminal or self.verbose):
+            self.leave(text)
+
+    def leave(self, text: str) -> None:
+        """A line that stays."""
+        self.say(f"{duration(time.monotonic() - self.started)}  {text}" if self.verbose else text)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -150,6 +173,7 @@ def train_table(result: TrainResult) -> Table:
             ("policy", result.policy),
             ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
             ("validation accuracy", f"{percent(result.val_accuracy)} ({result.val_data})"),
+            ("weights", f"of epoch {result.kept_epoch}"),
             (
                 "MACs executed per image",
                 f"{million(result.macs)} of {million(result.dense_macs)} ({percent(result.macs_executed_share)})",

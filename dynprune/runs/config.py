@@ -7,6 +7,7 @@ from the same fields (`cli/`), and a run directory keeps the resolved values as 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 import tomllib
@@ -27,8 +28,11 @@ ENOUGH = 200  # steps with which a small network learns something; with fewer th
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 POLICIES = ("cucb", "random", "static", "dense")
 ESTIMATORS = ("reinforce", "gumbel", "random")
+LOGS = ("csv", "tensorboard")  # forms in which metrics are written beside metrics.jsonl
 SEARCHES = ("bandit", "greedy", "random", "none")  # ways to find widths on frozen weights
 CHOICES = ("repairable", "magnitude", "random")  # ways to choose arms of a trained network
+PATHS = {"data", "data_root", "weights", "base"}  # settings that may be a place on disk
+DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist")  # data that a name stands for
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)|0")
 
 
@@ -56,6 +60,26 @@ def positive(value: float) -> bool:
 
 def fraction(value: float) -> bool:
     return 0 <= value < 1
+
+
+def own(config: object) -> set[str]:
+    """The names of a dataclass's fields."""
+    return {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def anchored(name: str, value: Any, folder: Path | None = None) -> Any:
+    """A setting's value, made absolute where it is a path that exists; relative ones are looked for in `folder`, and
+    from here."""
+    if name not in PATHS or not isinstance(value, str) or not value:
+        return value
+    for base in ([folder] if folder else []) + [Path()]:
+        path = base / value
+        try:
+            if path.exists() and (name != "data" or path.is_dir() and value not in DATASETS):
+                return str(path.absolute())
+        except (OSError, ValueError):
+            continue
+    return value
 
 
 def of_type(value: object, wanted: type) -> bool:
@@ -174,8 +198,12 @@ class Task:
         resize = Resize(made.interpolation, made.margin)
         return dataclasses.replace(source, image_size=size, mean=made.mean, std=made.std, resize=resize)
 
+    def anchored(self) -> Self:
+        """The same settings with absolute paths, which mean the same from any folder."""
+        return dataclasses.replace(self, **{name: anchored(name, getattr(self, name)) for name in PATHS & own(self)})
+
     def to_toml(self) -> str:
-        return tomli_w.dumps(dataclasses.asdict(self))
+        return tomli_w.dumps(dataclasses.asdict(self.anchored()))
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
@@ -241,9 +269,22 @@ class Recipe(Task):
         check=lambda v: v == "never" or re.fullmatch(r"0*[1-9][0-9]*[smh]?", v) is not None,
         expected="steps such as 200, a time such as 90s, 5m or 2h, or never",
     )
+    log: str = setting(
+        "",
+        "Write the metrics of each epoch in other forms too: csv (metrics.csv), tensorboard (needs pip install "
+        "'dynprune[tensorboard]'), or both: csv,tensorboard.",
+        check=lambda v: all(kind in LOGS for kind in v.split(",")) or v == "",
+        expected="csv, tensorboard, or both with a comma between",
+    )
     no_onnx: bool = setting(
         False, "Train although the network cannot be exported to ONNX; compact, gate and load still work."
     )
+
+    def validate(self) -> Self:
+        super().validate()
+        if "tensorboard" in self.log and importlib.util.find_spec("tensorboard") is None:
+            raise DynpruneError('--log tensorboard needs a package: pip install "dynprune[tensorboard]"')
+        return self
 
     def resolved(self, images: int, processes: int = 1) -> Self:
         """The settings with nothing left to choose, for so many training images.
@@ -385,6 +426,12 @@ class TrainConfig(Limited, Recipe):
     )
     paper: bool = setting(
         False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end."
+    )
+    keep_weights: str = setting(
+        "last",
+        "Which weights are kept: last, those of the last step, or best, those of the epoch with the best accuracy on "
+        "validation images. What is reported is of the weights that are kept, on test images.",
+        choices=("last", "best"),
     )
     reservoir: str = setting(
         "device",

@@ -34,16 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, and the current
-    epoch's losses (their sum and number)."""
+    """What a resumed run must know of the time before: seconds so far, those spent waiting for data, the current
+    epoch's losses (their sum and number), and its images that were classified right, of `seen`."""
 
     seconds: float = 0.0
     waited_s: float = 0.0
     loss_sum: float = 0.0
     loss_steps: int = 0
+    right: float = 0.0
+    seen: int = 0
 
     def start_epoch(self) -> None:
-        self.loss_sum, self.loss_steps = 0.0, 0
+        self.loss_sum, self.loss_steps, self.right, self.seen = 0.0, 0, 0.0, 0
 
 
 def save(session: Session, run: RunDirectory, history: History) -> None:

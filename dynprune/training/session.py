@@ -68,8 +68,9 @@ class Session:
         self.config, self.ranks = config.resolved(len(data.train), ranks.count), ranks
         config = self.config
         self.part = ranks.part(config.batch_size)
+        self.keeps_best = config.keep_weights == "best"
         self.stop: Callable[[], bool] = lambda: False
-        self.stopping, self.sent_bytes = False, 0
+        self.stopping, self.sent_bytes, self.right = False, 0, torch.tensor(0)
         self.device = choose_device(config.device, ranks.local)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
@@ -231,8 +232,10 @@ class Session:
         )
         with self.autocast():
             output = self.forward(images)
-        loss = self.loss_of(logits(output).to(self.dtype), images, labels)
+        scores = logits(output).to(self.dtype)
+        loss = self.loss_of(scores, images, labels)
         loss.backward()
+        self.right = (scores.detach().argmax(1) == labels).sum()
         loss = self.exchange(loss.detach())
         self.execution.step()
         return loss
@@ -252,10 +255,15 @@ class Session:
         if not self.ranks.several:
             self.stopping = self.stop()
             return loss
-        own = torch.stack([loss, torch.full_like(loss, float(self.stop()))])
-        (loss, stopping), self.sent_bytes = average(self.parameters.values(), own, self.ranks)
-        self.stopping = bool(stopping > 0)
+        own = torch.stack([loss, torch.full_like(loss, float(self.stop())), self.right.to(loss)])
+        (loss, stopping, right), self.sent_bytes = average(self.parameters.values(), own, self.ranks)
+        self.stopping, self.right = bool(stopping > 0), right * self.ranks.count
         return loss
+
+    @property
+    def settled(self) -> bool:
+        """Whether the selection stands, at the last widths."""
+        return not self.explorer.explores_at(self.step) and self.execution.widths == self.execution.final
 
     def phase(self, step: int) -> str:
         """What a step is for, in one word."""

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dynprune.data.loading import load_data
-from dynprune.data.scores import evaluate
+from dynprune.data.scores import evaluate, judge
 from dynprune.errors import DynpruneError, Stopped
 from dynprune.runs.config import Recipe, TrainConfig
 from dynprune.runs.directory import RunDirectory
+from dynprune.runs.logs import Logs
 from dynprune.structure.tracing import first_line
+from dynprune.training.best import Best
 from dynprune.training.checkpoint import History, lost
 from dynprune.training.distributed import lost_contact
 from dynprune.training.recipe import learning_rate
@@ -50,8 +52,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """accuracy: on the test images, of the last step's model; val_accuracy: on those that choices may use. train_macs:
-    of all steps, forward and backward.
+    """accuracy: on the test images, of the model that is kept: the last step's, or that of `kept_epoch` with
+    --keep-weights best; val_accuracy: on those that choices may use. train_macs: of all steps, forward and backward.
     gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would
     send."""
 
@@ -74,6 +76,7 @@ class TrainResult:
     processes: int
     gradient_bytes: int
     dense_gradient_bytes: int
+    kept_epoch: int = 0
 
 
 def train(
@@ -104,6 +107,8 @@ def train(
         started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
         compiled = session.compile(note)
         due = Due(config)
+        logs = Logs(run, config.log if session.ranks.first else "", session.step)
+        best = Best(run, session.step) if session.keeps_best and session.ranks.first else None
         if session.ranks.several and not resume:
             save(session, run, history)  # so that there is something to go on from when a process dies
         while session.step < session.steps:
@@ -126,7 +131,9 @@ def train(
                         if session.stopping:
                             raise stopped(session, run)
             meter.check_loss(run)
-            val_accuracy = finish_epoch(session, run, meter.line(epoch))
+            val_accuracy = finish_epoch(session, run, meter.line(epoch), logs)
+            if best:
+                best.look(session, epoch + 1, val_accuracy)
             report(progress(session, meter, epoch, started, first_step, val_accuracy))
             history.start_epoch()
             due.saved = time.monotonic()
@@ -134,16 +141,23 @@ def train(
             if session.stopping and session.step < session.steps:
                 raise stopped(session, run)
         history.seconds = seconds_before + time.perf_counter() - started
-        return conclude(session, run, history, val_accuracy, compiled)
+        logs.close()
+        if best and best.epoch and best.epoch != config.epochs:
+            best.bring_back(session)
+            val_accuracy = best.accuracy
+            save(session, run, history)
+        return conclude(session, run, history, val_accuracy, compiled, best.epoch if best else config.epochs)
 
 
-def finish_epoch(session: Trainee, run: RunDirectory, line: dict) -> float:
+def finish_epoch(session: Trainee, run: RunDirectory, line: dict, logs: Logs) -> float:
     """Validate and write the epoch's metrics. Returns the validation accuracy, nan in processes that do not
     validate."""
     if not session.ranks.first:
         return math.nan
-    accuracy = evaluate(session.model, session.data, session.data.val, session.device)
-    run.add_metrics({**line, "val_accuracy": accuracy})
+    accuracy, loss = judge(session.model, session.data, session.data.val, session.device)
+    line = {**line, "val_loss": loss, "val_accuracy": accuracy}
+    run.add_metrics(line)
+    logs.write(line)
     return accuracy
 
 
@@ -153,9 +167,14 @@ def save(session: Trainee, run: RunDirectory, history: History) -> None:
 
 
 def conclude(
-    session: Trainee, run: RunDirectory, history: History, val_accuracy: float | None, compiled: dict | None
+    session: Trainee,
+    run: RunDirectory,
+    history: History,
+    val_accuracy: float | None,
+    compiled: dict | None,
+    kept_epoch: int,
 ) -> TrainResult:
-    """Test the last step's model and record the outcome; only the first of several processes does."""
+    """Test the model that is kept and record the outcome; only the first of several processes does."""
     config, data, first = session.config, session.data, session.ranks.first
     accuracy = evaluate(session.model, data, data.test, session.device) if first else math.nan
     if val_accuracy is None:  # a finished run was resumed
@@ -181,6 +200,7 @@ def conclude(
         session.ranks.count,
         session.sent_bytes,
         session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0,
+        kept_epoch or config.epochs,
     )
     if first:
         run.record("train", asdict(result))
@@ -258,6 +278,7 @@ class EpochMeter:
     def __init__(self, session: Trainee, history: History):
         self.session, self.history, self.waited_s = session, history, 0.0
         self.losses: list[Tensor] = []
+        self.right: list[Tensor] = []
         self.unread_step, self.first_step, self.started = session.step, session.step, time.perf_counter()
 
     @property
@@ -266,6 +287,7 @@ class EpochMeter:
 
     def add(self, loss: Tensor, waited_s: float) -> None:
         self.losses.append(loss)
+        self.right.append(self.session.right)
         self.waited_s += waited_s
         self.history.waited_s += waited_s
 
@@ -280,8 +302,10 @@ class EpochMeter:
         for loss in losses.tolist():  # one by one, so that where a run was interrupted does not show
             self.history.loss_sum += loss
         self.history.loss_steps += len(losses)
+        self.history.right += float(torch.stack(self.right).sum())
+        self.history.seen += len(losses) * self.session.config.batch_size
         self.unread_step += len(losses)
-        self.losses = []
+        self.losses, self.right = [], []
 
     def line(self, epoch: int) -> dict[str, object]:
         session, seconds = self.session, time.perf_counter() - self.started
@@ -289,6 +313,7 @@ class EpochMeter:
             "epoch": epoch + 1,
             "step": session.step,
             "loss": self.mean_loss,
+            "accuracy": self.history.right / max(1, self.history.seen),
             "lr": learning_rate(session.config, session.step - 1, session.steps),
             "macs_share": session.macs / session.graph.macs({}),
             "exploring": session.phase(self.first_step) == "exploring",

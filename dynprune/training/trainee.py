@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 class Trainee(Protocol):
     """graph: of the full-width network. part: this process's images of a batch. stop: asked after every step;
-    stopping: what it said. train_macs: of all steps, forward and backward. sent_bytes: by this process in a step."""
+    stopping: what it said. train_macs: of all steps, forward and backward. sent_bytes: by this process in a
+    step. right: images of the last step's batch that were classified right, of all processes, still on the device.
+    keeps_best: whether the best epoch's weights are kept, of those that were `settled`: with all that is still to be
+    decided decided."""
 
     data: Data
     graph: ChannelGraph
@@ -39,9 +42,15 @@ class Trainee(Protocol):
     stopping: bool
     train_macs: int
     sent_bytes: int
+    right: Tensor
+
+    keeps_best: bool
 
     @property
     def config(self) -> Recipe: ...
+
+    @property
+    def settled(self) -> bool: ...
 
     @property
     def step(self) -> int: ...

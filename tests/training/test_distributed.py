@@ -66,8 +66,10 @@ def test_several_processes_train_like_one(alone, tmp_path, count):
         sum(v.numel() for k, v in several.items() if k.startswith("optimizer.")) * 8,
     )
     assert (
-        ours["gradient_bytes"] == active + 16 and sent < 0.4
-    )  # the narrow model's gradients, the loss and the wish to stop
+        ours["gradient_bytes"] == active + 24 and sent < 0.4
+    )  # the narrow model's gradients, the loss, the wish to stop and the number of right answers
+    lines = [json.loads(line) for where in (path, tmp_path / "run") for line in (where / "metrics.jsonl").open()]
+    assert [line["accuracy"] for line in lines[:10]] == [line["accuracy"] for line in lines[10:]]
 
 
 def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
