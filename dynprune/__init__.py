@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dynprune.commands.inspect import inspect
     from dynprune.commands.plan import plan
     from dynprune.commands.predict import predict
+    from dynprune.commands.report import report
     from dynprune.commands.save import save
     from dynprune.commands.train import train
     from dynprune.execution.dynamic import DynamicExecution
@@ -35,6 +36,7 @@ WHERE = {
     "compact": "commands.compact",
     "load": "gates.file",
     "predict": "commands.predict",
+    "report": "commands.report",
     "save": "commands.save",
     "export": "commands.export",
     "bench": "commands.bench",
@@ -63,6 +65,7 @@ __all__ = [
     "load",
     "plan",
     "predict",
+    "report",
     "save",
     "trace",
     "train",

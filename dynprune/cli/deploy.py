@@ -89,7 +89,7 @@ def compact(
     Load it in Python with `dynprune.load("RUN/compact.safetensors")`.
     """
     from dynprune.commands import compact as verb
-    from dynprune.report.tables import compact_table, trained_table
+    from dynprune.display.tables import compact_table, trained_table
 
     if run is None:
         of_run = dict(min_rate=min_rate, bn_images=bn_images, finetune_epochs=finetune_epochs)
@@ -138,7 +138,7 @@ def compact(
 def show_curve(config: CompactConfig, shares: str, out: Path | None, json_output: bool) -> None:
     """compact --curve."""
     from dynprune.commands import compact as verb
-    from dynprune.report.tables import curve_table
+    from dynprune.display.tables import curve_table
 
     try:
         wanted = [float(share) for share in shares.split(",")]
@@ -181,7 +181,7 @@ def export(
         raise DynpruneError("No format given. Pass --onnx: it is the one there is.")
     from dynprune.commands import export as verb
     from dynprune.deploy.export import ExportResult
-    from dynprune.report.tables import export_tables, gated_export_table
+    from dynprune.display.tables import export_tables, gated_export_table
 
     limits: dict = {"calibration": calibration, "max_drop": max_drop}
     limits = {name: value for name, value in limits.items() if value is not None}
@@ -229,7 +229,7 @@ def predict(
     runs/mine/compact.onnx photos/new --csv
     """
     from dynprune.commands.predict import predict as verb
-    from dynprune.report.tables import predictions_table
+    from dynprune.display.tables import predictions_table
 
     if csv and json_output:
         raise DynpruneError("--csv and --json exclude each other. Choose one.")
@@ -247,6 +247,38 @@ def predict(
         {"path": own.path, "classes": [{"class": name, "probability": p} for name, p in own.classes]} for own in found
     ]
     finish(json_output, {"images": rows}, lambda: [predictions_table(found)])
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="HTML file to write. [default: RUN/report.html; of several report.html]",
+            show_default=False,
+        ),
+    ] = None,
+    data: DataNow = "",
+    model: Named = "",
+    trust: Trust = False,
+    json_output: Json = False,
+) -> None:
+    """Write a page about a run: one HTML file with everything in it, to be opened anywhere or sent by mail.
+
+    Verdict, accuracy and loss over epochs, widths, what was picked, where operations and milliseconds went, confusion,
+    worst images, settings and the commands to repeat it; and MODEL_CARD.md, as model hubs read it. Example: dynprune
+    report runs/mine
+    """
+    from dynprune.commands.report import report as verb
+
+    for run in runs:
+        opened(run, model, trust)
+    with listening() as listener:
+        result = verb(*runs, out=out, data=data, listener=listener)
+    card = [f"card: {result.card}"] if result.card else []
+    finish(json_output, dataclasses.asdict(result), lambda: [f"page: {result.page}", *card])
 
 
 @with_settings
@@ -306,7 +338,7 @@ def bench(
     batches = parse_batches(batch)
     from dynprune.commands import bench as verb
     from dynprune.deploy.bench import BenchResult
-    from dynprune.report import tables
+    from dynprune.display import tables
 
     with listening() as listener:
         result = verb.bench(
@@ -333,7 +365,7 @@ def bench_training(
     if not 0 <= swap_share <= 1:
         raise DynpruneError(f"--swap-share got {swap_share}. Expected a share in [0, 1].")
     config = TrainConfig(**given).validate()
-    from dynprune.report.tables import training_table
+    from dynprune.display.tables import training_table
     from dynprune.training.bench_training import bench_training as measure
 
     with listening() as listener:

@@ -34,7 +34,7 @@ def inspect(
     Example: `dynprune inspect --model torchvision:shufflenet_v2_x1_0 --check`
     """
     from dynprune.commands.inspect import inspect as verb
-    from dynprune.report.tables import inspect_tables
+    from dynprune.display.tables import inspect_tables
 
     result = verb(model, shape=input_shape, classes=classes, check=check, fraction=fraction, seed=seed)
     finish(json_output, dataclasses.asdict(result), lambda: inspect_tables(result))
@@ -71,7 +71,7 @@ def plan(
     """
     allowed = Budget(tuple(budget), allocation, align, min_width, max_width_share, tuple(keep or ()), int8)
     from dynprune.commands import plan as verb
-    from dynprune.report.tables import plan_table
+    from dynprune.display.tables import plan_table
 
     with listening() as listener:
         result = verb.plan(

@@ -26,7 +26,7 @@ VOICE = "normal"  # how much is said meanwhile: quiet, normal or verbose
 def listening() -> Iterator[Listener]:
     """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop
     to stop."""
-    from dynprune.report.tables import Display
+    from dynprune.display.tables import Display
 
     heard = int(os.environ.get("RANK", "0")) == 0 and VOICE != "quiet"
     display = Display(verbose=VOICE == "verbose") if heard else Display.silent()
@@ -72,7 +72,7 @@ def told(message: str) -> DynpruneError:
 
 
 def finish(json_output: bool, result: dict, tables: Callable[[], list]) -> None:
-    from dynprune.report.tables import show
+    from dynprune.display.tables import show
 
     if json_output:
         print(json.dumps(result))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dynprune.cli.common import with_common
-from dynprune.cli.deploy import bench, compact, export, predict
+from dynprune.cli.deploy import bench, compact, export, predict, report
 from dynprune.cli.look import guide, inspect, plan
 from dynprune.cli.options import with_settings
 from dynprune.cli.process import run_app
@@ -54,6 +54,7 @@ for command in (
     export,
     bench,
     predict,
+    report,
     with_settings(gate, GateConfig, without=("base",)),
     run,
     compare,

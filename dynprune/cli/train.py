@@ -53,7 +53,7 @@ def train(
         )
     config = TrainConfig(**given).validate()
     from dynprune.commands import train as verb
-    from dynprune.report.tables import train_table
+    from dynprune.display.tables import train_table
 
     with stoppable() as listener:
         if resume:
@@ -103,7 +103,7 @@ def gate(
     if not (resume or base):
         GateConfig(**given).validate()
     from dynprune.commands import gate as verb
-    from dynprune.report.tables import gate_tables
+    from dynprune.display.tables import gate_tables
 
     if resume and (out is None or base is not None):
         raise DynpruneError("--resume goes on with the run in --out, with its settings. Pass --out, and no other run.")
@@ -144,11 +144,12 @@ def run(
     from dynprune.commands import bench as bench_verb
     from dynprune.commands import compact as compact_verb
     from dynprune.commands import export as export_verb
+    from dynprune.commands import report as report_verb
     from dynprune.commands import train as train_verb
     from dynprune.deploy.bench import BenchResult
     from dynprune.deploy.compact import check_options
     from dynprune.deploy.export import ExportResult
-    from dynprune.report import tables
+    from dynprune.display import tables
 
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     with stoppable() as listener:
@@ -168,12 +169,14 @@ def run(
             trained.run, opset=opset, fold_normalization=fold_normalization, listener=listener
         )
         measured = bench_verb.bench(trained.run, batches=batches, threads=bench_threads, listener=listener)
+        written = report_verb.report(trained.run, listener=listener)
     assert isinstance(exported, ExportResult) and isinstance(measured, BenchResult)  # those of a run without gates
     results = {
         "train": dataclasses.asdict(trained),
         "compact": dataclasses.asdict(compacted),
         "export": dataclasses.asdict(exported),
         "bench": measured.without_samples(),
+        "report": dataclasses.asdict(written),
     }
     finish(
         json_output,
@@ -181,9 +184,10 @@ def run(
         lambda: [
             tables.train_table(trained),
             tables.compact_table(compacted),
-            tables.export_table(exported),
+            *tables.export_tables(exported),
             tables.bench_table(measured),
             measured.verdict,
+            f"report: {written.page}",
         ],
     )
     refuse_missed(measured)
@@ -233,7 +237,7 @@ def compare(
     untrained = given.get("epochs") == 0
     config = TrainConfig(**given | ({"epochs": 1} if untrained else {})).validate()
     from dynprune.commands import compare as verb
-    from dynprune.report.tables import comparison_table
+    from dynprune.display.tables import comparison_table
 
     with stoppable() as listener:
         result = verb.compare(

@@ -109,7 +109,7 @@ class Comparison:
     runs: list[ComparedRun]
     policies: list[PolicySummary]
     verdict: str
-    plot: str | None
+    plot: str
     environment: dict
 
 
@@ -151,7 +151,7 @@ def compare(
                 f"{one.params / 1e6:.2f} M parameters, {one.train_seconds:.0f} s, {one.epochs} epochs"
             )
     summaries = summarise(found, policies)
-    plot = draw(found, out / "comparison.png", say)
+    plot = draw(found, out / "comparison.png")
     result = Comparison(
         config.model,
         data.name,
@@ -428,13 +428,10 @@ def verdict(summaries: list[PolicySummary]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: list[ComparedRun], path: Path, say: Callable[[str], None]) -> str | None:
-    """Accuracy over seconds, over training cost and over MACs, as a PNG; None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
-        return None
+def draw(runs: list[ComparedRun], path: Path) -> str:
+    """Accuracy over seconds, over training cost and over MACs, as a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure(figsize=(13, 4), layout="constrained")
     labels = {
         "train_seconds": "seconds of training, and before it",

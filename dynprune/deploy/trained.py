@@ -297,7 +297,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """accuracy_before: of the untouched network on the test images. plot: a PNG, None without matplotlib."""
+    """accuracy_before: of the untouched network on the test images. plot: a PNG."""
 
     points: list[CurvePoint]
     macs: int
@@ -305,7 +305,7 @@ class Curve:
     val_accuracy_before: float
     accuracy_before: float
     test_data: str
-    plot: str | None
+    plot: str
 
 
 def draw_curve(config: CompactConfig, shares: list[float], path: Path, listener: Listener = SILENT) -> Curve:
@@ -337,17 +337,14 @@ def draw_curve(config: CompactConfig, shares: list[float], path: Path, listener:
                 )
             )
     graph = bench.graph
-    plot = plot_curve(points, bench.before, path, listener)
+    plot = plot_curve(points, bench.before, path)
     return Curve(points, graph.macs({}), graph.params({}), val_before, bench.before, data.reports, plot)
 
 
-def plot_curve(points: list[CurvePoint], before: float, path: Path, listener: Listener) -> str | None:
+def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
     """Test accuracy over multiply-accumulates and over milliseconds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        listener.say('no plot: matplotlib is not installed (pip install "dynprune[compare]")')
-        return None
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, field, label in zip(figure.subplots(1, 2), ("macs", "ms"), ("multiply-accumulates", "ms in onnxruntime")):
         axes.plot([getattr(point, field) for point in points], [100 * point.accuracy for point in points], marker="o")

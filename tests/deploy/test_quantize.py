@@ -16,11 +16,11 @@ from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Source, load_data
 from dynprune.deploy.answers import classes_of
 from dynprune.deploy.quantize import beside, fewest, is_of, write_variant
+from dynprune.display.tables import bench_table
 from dynprune.errors import DynpruneError
 from dynprune.files.onnxfile import open_session, write_onnx
 from dynprune.files.quantized import Quantiser
 from dynprune.listener import Listener
-from dynprune.report.tables import bench_table
 from dynprune.structure.record import Op
 from tests.cli.test_commands import dynprune as command
 from tests.cli.test_commands import refused

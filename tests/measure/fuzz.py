@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     import torchvision.transforms.v2  # noqa: F401
 
-    from dynprune.report import tables as report  # noqa: F401 (before the forks, which then start at once)
+    from dynprune.display import tables as report  # noqa: F401 (before the forks, which then start at once)
 
     rng, failures, ends, peak, slowest = random.Random(options.seed), [], Counter(), 0.0, 0.0
     with tempfile.TemporaryDirectory() as root:

@@ -1,6 +1,6 @@
 """Every table as it looks in a terminal of 80 columns, against a stored file.
 
-After a wanted change: `python -m tests.report.test_tables`, and read the difference.
+After a wanted change: `python -m tests.display.test_tables`, and read the difference.
 """
 
 import io
@@ -14,11 +14,11 @@ from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compare import Comparison, PolicySummary
 from dynprune.deploy.export import ExportResult
 from dynprune.deploy.trained import Curve, CurvePoint, TrainedResult
+from dynprune.display import tables
 from dynprune.gates.bench import GatedBenchResult, GatedRow
 from dynprune.gates.export import GatedExportResult
 from dynprune.gates.stats import GateLine, GateStats
 from dynprune.gates.training import GateResult
-from dynprune.report import tables
 from dynprune.structure.channels import PinnedLayer
 from dynprune.structure.inspect import Check, GroupLine, Inspection
 from dynprune.training.bench_training import TrainingBench

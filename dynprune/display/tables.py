@@ -256,7 +256,7 @@ def curve_table(result: Curve) -> Table:
             digits(point.ms),
             digits(point.dense_ms),
         )
-    table.caption, table.caption_justify = f"tested on {result.test_data}; plot: {result.plot or 'none'}", "left"
+    table.caption, table.caption_justify = f"tested on {result.test_data}; plot: {result.plot}", "left"
     return table
 
 
@@ -435,8 +435,7 @@ def comparison_table(result: Comparison) -> Table:
             duration(line.train_seconds),
         )
     table.caption, table.caption_justify = (
-        f"means over {result.policies[0].seeds} seed(s), tested on {result.test_data}"
-        + (f"; {result.plot}" if result.plot else ""),
+        f"means over {result.policies[0].seeds} seed(s), tested on {result.test_data}" + f"; {result.plot}",
         "left",
     )
     return table
