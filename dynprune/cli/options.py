@@ -73,6 +73,13 @@ Fold = Annotated[
         "--fold-normalization", help="Put input normalisation into the graph: it then takes RGB pixels in 0..1."
     ),
 ]
+FoldResize = Annotated[
+    bool,
+    typer.Option(
+        "--fold-resize",
+        help="Write RUN/compact.photos.onnx too, with resizing and normalisation inside: it takes photos of any size.",
+    ),
+]
 Int8 = Annotated[bool, typer.Option("--int8", help="Write RUN/compact.int8.onnx too: weights and activations in int8.")]
 Fp16 = Annotated[
     bool, typer.Option("--fp16", help="Write RUN/compact.fp16.onnx too: half the size, for GPUs; float32 in and out.")

@@ -27,6 +27,7 @@ def export(
     out: str | Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    fold_resize: bool = False,
     int8: bool = False,
     fp16: bool = False,
     calibration: int = CALIBRATION,
@@ -54,7 +55,8 @@ def export(what, *args, listener: Listener = SILENT, **options):
     """Write a network as ONNX, and prove that onnxruntime computes the same as torch.
 
     *A run* (a path): its compact or gated network. out: the file, RUN/compact.onnx or RUN/gated.onnx if none is given.
-    fold_normalization: the graph takes pixels in 0..1. int8, fp16: write it in these precisions too, as
+    fold_normalization: the graph takes pixels in 0..1. fold_resize: write RUN/compact.photos.onnx too, which takes
+    photos of any size, uint8 of shape (images, height, width, 3). int8, fp16: write it in these precisions too, as
     RUN/compact.int8.onnx, and measure them beside float32. calibration: training images that give int8 its ranges.
     max_drop: points of validation accuracy that int8 may lose before its most sensitive layers stay in float32. data:
     where the run's data lie now, or the data themselves.
@@ -106,6 +108,7 @@ def of_run(
     out: str | Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    fold_resize: bool = False,
     int8: bool = False,
     fp16: bool = False,
     calibration: int = CALIBRATION,
@@ -124,6 +127,8 @@ def of_run(
                 f"{run} is gated: its gates and closed channels are computed in float32 only. Drop "
                 f"{'--int8' if int8 else '--fp16'}."
             )
+        if fold_resize:
+            raise DynpruneError(f"{run} is gated: --fold-resize is for compact networks. Drop it.")
         return export_gated(
             found,
             out=path,
@@ -138,6 +143,7 @@ def of_run(
         out=path,
         opset=opset,
         fold_normalization=fold_normalization,
+        fold_resize=fold_resize,
         kinds=["int8"] * (int8 or found.config.int8) + ["fp16"] * fp16,
         calibration=calibration,
         max_drop=max_drop,

@@ -36,11 +36,15 @@ class Preprocess:
         """The input for one image file, float32, (channels, height, width). Raises DynpruneError for files that cannot
         be read."""
         image = resized(open_image(path, Depth(self.white)), *self.size[1:], self.resize)
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+        return self.of_pixels(np.asarray(image))
+
+    def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The input for an image that has its size already, uint8, (height, width, 3)."""
+        values = pixels.astype(np.float32).transpose(2, 0, 1) / 255
         if self.size[0] == 1:
-            pixels = np.tensordot(np.array(LUMINANCE, np.float32), pixels, 1)[None]
-        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        return (pixels - mean) / std
+            values = np.tensordot(np.array(LUMINANCE, np.float32), values, 1)[None]
+        mean, std = (np.array(own, np.float32).reshape(-1, 1, 1) for own in (self.mean, self.std))
+        return (values - mean) / std
 
     def as_json(self, folded: bool = False) -> str:
         """As an ONNX file carries it. folded: normalisation is in the graph."""

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores, logits
+from dynprune.deploy.photos import PhotosFile, write_photos
 from dynprune.deploy.quantize import CALIBRATION, KINDS, MAX_DROP, Variant, beside, is_of, write_variant
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
 from dynprune.files.onnxfile import run as execute
+from dynprune.files.resizing import refuse_interpolation
 from dynprune.runs.directory import CompactDirectory, GateRun
 from dynprune.version import __version__
 from dynprune.zoo import runs_code
@@ -36,7 +38,8 @@ PARITY_IMAGES = 256
 @dataclass(frozen=True)
 class ExportResult:
     """max_abs_diff, max_rel_diff: between torch and onnxruntime on `images` validation images; top1_agreement: their
-    share with the same class first. variants: the same network in int8 or float16, measured beside it."""
+    share with the same class first. variants: the same network in int8 or float16, measured beside it. photos: each of
+    these files with resizing inside."""
 
     path: str
     opset: int
@@ -47,6 +50,7 @@ class ExportResult:
     images: int
     fold_normalization: bool
     variants: list[Variant] = field(default_factory=list)
+    photos: list[PhotosFile] = field(default_factory=list)
 
 
 def load_compact(run: CompactDirectory) -> tuple[nn.Module, artifact.Facts]:
@@ -91,6 +95,7 @@ def export(
     out: Path | None = None,
     opset: int | None = None,
     fold_normalization: bool = False,
+    fold_resize: bool = False,
     kinds: Sequence[str] = (),
     calibration: int = CALIBRATION,
     max_drop: float = MAX_DROP,
@@ -103,6 +108,8 @@ def export(
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
     data, path = data_and_path(run, run.compact_file, facts, data, out)
+    if fold_resize:
+        refuse_interpolation(facts.preprocess)
     wrapped = with_scores(model, facts, fold_normalization)
     partial = path.with_name(path.name + ".partial")
     with writing(path, partial):
@@ -115,12 +122,15 @@ def export(
                 f"another --opset, and please report the model's name."
             )
         partial.replace(path)
+    beside(path, "photos").unlink(missing_ok=True)  # of an earlier export
     for stale in (beside(path, kind) for kind in KINDS):
         if stale.is_file() and not is_of(stale, path):
             stale.unlink()
     made = [
         write_variant(kind, path, data, calibration=calibration, max_drop=max_drop, report=report) for kind in kinds
     ]
+    files = [path, *(Path(own.path) for own in made)] if fold_resize else []
+    photos = [write_photos(file, data, facts, fold_normalization) for file in files]
     result = ExportResult(
         str(path),
         read_opset(path),
@@ -131,6 +141,7 @@ def export(
         count,
         fold_normalization,
         made,
+        photos,
     )
     run.record("export", asdict(result))
     return result

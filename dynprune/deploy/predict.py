@@ -18,24 +18,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynprune.data.photos import files_in
+from dynprune.data.photos import Depth, files_in, open_image
 from dynprune.data.preprocess import Preprocess
 from dynprune.data.scores import logits
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import metadata_of, open_session, run_all
+from dynprune.files.resizing import INPUT as PHOTOS
 
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """scores: float32 inputs (images, channels, height, width) to class scores (images, classes). batch: how many
-    images it takes at once."""
+    """preprocess: an image file to an input. scores: inputs (images, ...) to class scores (images, classes). batch: how
+    many images it takes at once."""
 
     name: str
     classes: list[str]
-    preprocess: Preprocess
+    preprocess: Callable[[str], np.ndarray]
     scores: Callable[[np.ndarray], np.ndarray]
     batch: int = BATCH
 
@@ -62,6 +63,15 @@ def of_onnx(path: Path, threads: int = 0) -> Predictor:
     names = [output.name for output in session.get_outputs()]
     where = names.index("logits") if "logits" in names else 0
     batch = taken.shape[0] if isinstance(taken.shape[0], int) else BATCH
+    if metadata.get("input") == PHOTOS:  # it resizes itself, photos of any size, so one at a time
+        depth = Depth(preprocess.white)
+        return Predictor(
+            str(path),
+            classes,
+            lambda photo: np.asarray(open_image(photo, depth)),
+            lambda inputs: np.asarray(run_all(session, {taken.name: inputs})[where]),
+            1,
+        )
     return Predictor(
         str(path), classes, preprocess, lambda inputs: np.asarray(run_all(session, {taken.name: inputs})[where]), batch
     )

@@ -309,6 +309,14 @@ def export_table(result: ExportResult) -> Table:
             ("size", f"{mebibytes(result.size_bytes)}, opset {result.opset}"),
             ("parity with torch", f"largest difference {result.max_abs_diff:.1e}"),
             ("same class", f"{percent(result.top1_agreement)} of {result.images} images"),
+            *(
+                (
+                    "takes photos",
+                    f"{own.path}: same class of {percent(own.top1_agreement)}, {percent(own.off_share)} of the pixels "
+                    "off by more than 2 of 255",
+                )
+                for own in result.photos
+            ),
         ],
     )
 

@@ -105,6 +105,7 @@ class Quantiser:
                 extra_options={},
             )
             quantiser.quantize_model()
+            quantiser.model.topological_sort()
         return quantiser.model.model
 
 

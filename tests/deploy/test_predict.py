@@ -14,8 +14,12 @@ import torch
 from PIL import Image
 
 import dynprune
+from dynprune.data.photos import Resize
 from dynprune.data.preprocess import Preprocess
+from dynprune.deploy.photos import only_resizing
 from dynprune.errors import DynpruneError
+from dynprune.files.onnxfile import open_session, run_all
+from dynprune.files.resizing import INPUT, refuse_interpolation
 from dynprune.guide import page
 from tests.cli.test_commands import dynprune as command
 from tests.cli.test_commands import refused, write_folder
@@ -171,3 +175,38 @@ def test_a_loaded_network_knows_its_classes_and_its_preprocessing(photos, finish
     again = dynprune.load(tmp_path / "again.safetensors", copy.deepcopy(model))
     x = torch.randn(2, 3, 48, 40)
     assert torch.equal(again(x), model(x))
+
+
+def test_a_graph_that_resizes_agrees_on_photos_of_every_size(photos, finished, tmp_path):
+    """--fold-resize: the file takes decoded photos; the plain one what this library makes of them."""
+    made = dynprune.export(finished, out=tmp_path / "own.onnx", fold_resize=True, int8=True, calibration=16).photos
+    assert [own.path for own in made] == [str(tmp_path / name) for name in ("own.photos.onnx", "own.int8.photos.onnx")]
+    assert made[0].top1_agreement >= 0.9 and made[0].off_share <= 0.01
+    images = [photos / "new", hard(photos)]
+    plain = {own.path: dict(own.classes) for own in dynprune.predict(tmp_path / "own.onnx", images)}
+    folded = {own.path: dict(own.classes) for own in dynprune.predict(tmp_path / "own.photos.onnx", images)}
+    assert plain.keys() == folded.keys() and len(plain) >= 30
+    for path, chances in plain.items():
+        for name, chance in chances.items():
+            assert folded[path][name] == pytest.approx(chance, abs=0.03), path
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(3, 32, 40), (1, 24, 24), (3, 7, 50)])
+@pytest.mark.parametrize("margin", [1.0, 8 / 7])
+def test_resizing_in_a_graph_is_pillows(interpolation, size, margin, tmp_path):
+    how = Preprocess(size, (0.2,) * size[0], (0.3,) * size[0], Resize(interpolation, margin))
+    session = open_session(only_resizing(how))
+    rng = np.random.default_rng(0)
+    for shape in ((50, 70), (120, 300), (20, 15), (5, 200), (1, 1)):
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)).resize(shape[::-1], 2)
+        smooth.save(tmp_path / "photo.png")
+        expected = how(str(tmp_path / "photo.png"))
+        own = run_all(session, {INPUT: np.asarray(smooth)[None]})[0][0]
+        assert own.shape == size
+        assert np.abs(own - expected).max() * 0.3 * 255 <= 2.01 and np.abs(own - expected).mean() * 0.3 * 255 < 0.5
+
+
+def test_an_interpolation_that_no_graph_knows_is_refused_first():
+    with pytest.raises(DynpruneError, match="--fold-resize knows bilinear and bicubic, and .* resized by hamming"):
+        refuse_interpolation(Preprocess((3, 8, 8), (0.0,) * 3, (1.0,) * 3, Resize("hamming")))
