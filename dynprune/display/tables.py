@@ -105,8 +105,9 @@ class Display:
         """Update the live line; another phase begins its own time. told: `text` says how long it takes."""
         if phase != self.phase:
             self.phase = phase
-            self.bar.reset(self.task, description=text, total=total or None, completed=done, told=told)
-        self.bar.update(self.task, description=text, total=total or None, completed=done, told=told)
+            self.bar.reset(self.task)
+        self.bar.tasks[0].total = total or None  # `update` takes None for no change
+        self.bar.update(self.task, description=text, completed=done, told=told)
 
     def step(self, event: Progress) -> None:
         """Show a training step; each finished epoch leaves a line."""
