@@ -174,7 +174,7 @@ def train_table(result: TrainResult) -> Table:
             ("policy", result.policy),
             ("test accuracy", f"{percent(result.accuracy)} ({result.test_data})"),
             ("validation accuracy", f"{percent(result.val_accuracy)} ({result.val_data})"),
-            ("weights", f"of epoch {result.kept_epoch}"),
+            *([("weights", f"of epoch {result.kept_epoch}, the best on validation")] if result.kept_epoch else []),
             (
                 "MACs executed per image",
                 f"{million(result.macs)} of {million(result.dense_macs)} ({percent(result.macs_executed_share)})",

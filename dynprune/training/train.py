@@ -53,9 +53,9 @@ class Progress:
 @dataclass(frozen=True)
 class TrainResult:
     """accuracy: on the test images, of the model that is kept: the last step's, or that of `kept_epoch` with
-    --keep-weights best; val_accuracy: on those that choices may use. train_macs: of all steps, forward and backward.
-    gradient_bytes: what each process sent per step to be added up with the others', beside what the dense model would
-    send."""
+    --keep-weights best (None: the last); val_accuracy: on those that choices may use. train_macs: of all steps, forward
+    and backward. gradient_bytes: what each process sent per step to be added up with the others', beside what the dense
+    model would send."""
 
     run: str
     policy: str
@@ -76,7 +76,7 @@ class TrainResult:
     processes: int
     gradient_bytes: int
     dense_gradient_bytes: int
-    kept_epoch: int = 0
+    kept_epoch: int | None = None
 
 
 def train(
@@ -146,7 +146,7 @@ def train(
             best.bring_back(session)
             val_accuracy = best.accuracy
             save(session, run, history)
-        return conclude(session, run, history, val_accuracy, compiled, best.epoch if best else config.epochs)
+        return conclude(session, run, history, val_accuracy, compiled, best.epoch if best and best.epoch else None)
 
 
 def finish_epoch(session: Trainee, run: RunDirectory, line: dict, logs: Logs) -> float:
@@ -172,7 +172,7 @@ def conclude(
     history: History,
     val_accuracy: float | None,
     compiled: dict | None,
-    kept_epoch: int,
+    kept_epoch: int | None,
 ) -> TrainResult:
     """Test the model that is kept and record the outcome; only the first of several processes does."""
     config, data, first = session.config, session.data, session.ranks.first
@@ -200,7 +200,7 @@ def conclude(
         session.ranks.count,
         session.sent_bytes,
         session.dtype.itemsize * session.graph.params({}) if session.ranks.several else 0,
-        kept_epoch or config.epochs,
+        kept_epoch,
     )
     if first:
         run.record("train", asdict(result))

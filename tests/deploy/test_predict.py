@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import onnx
@@ -189,6 +190,15 @@ def test_a_graph_that_resizes_agrees_on_photos_of_every_size(photos, finished, t
     for path, chances in plain.items():
         for name, chance in chances.items():
             assert folded[path][name] == pytest.approx(chance, abs=0.03), path
+
+
+def test_the_lines_of_the_page_on_shipping_run(photos, finished, tmp_path, monkeypatch, capsys):
+    dynprune.export(finished, out=tmp_path / "compact.onnx", fold_resize=True)
+    shutil.copy(photos / "new" / "0.jpg", tmp_path / "photo.jpg")
+    lines = re.search(r"```python\n(import numpy.*?)```", page("ship"), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(lines, "ship.md", "exec"), {})
+    assert re.match(r"\[\[ *-?\d", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

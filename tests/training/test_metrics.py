@@ -122,7 +122,7 @@ def test_the_best_epoch_is_kept_and_what_is_told_is_of_it(tmp_path, data, stop_a
 
 def test_without_it_the_last_weights_are_kept(tmp_path, data):
     run, _, result = finished(tmp_path, data)
-    assert result.kept_epoch == CONFIG.epochs and not (run.path / "best.safetensors").exists()
+    assert result.kept_epoch is None and not (run.path / "best.safetensors").exists()
 
 
 def test_an_epoch_that_still_explores_is_never_the_best(tmp_path, data):
