@@ -163,10 +163,13 @@ def compact_trained(
         narrow = made(bench, found.widths)
         distance = bench.compaction.distance(narrow)
         repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
+        before = copied(narrow) if ranks.first and seconds_in(config.tune) else None
         steps = tuned(bench, narrow, timer, listener)
         if not ranks.first:
             meet(ranks)
             return None
+        if before is not None:
+            narrow, steps = better_of(bench, before, narrow, steps, listener)
         timer("write", "writing, and proving that what was written is what was made")
         told = dict(
             accuracy_before=bench.before,
@@ -226,8 +229,25 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
         )
 
 
+def better_of(
+    bench: Bench, before: nn.Module, after: nn.Module, steps: int, listener: Listener
+) -> tuple[nn.Module, int]:
+    """The tuned network with its steps, or the one before, with none, where validation images say that too few steps
+    have done harm."""
+    images = some(bench.data.val, JUDGED)
+    was, now = (evaluate(model, bench.data, images, bench.device) for model in (before, after))
+    if now >= was:
+        return after, steps
+    listener.say(
+        f"{steps} steps of tuning left {100 * now:.2f} % right on validation images, where {100 * was:.2f} % were "
+        "before: the network stays as it was repaired. Give --tune more time, or 0."
+    )
+    return before, 0
+
+
 # -- a bound on what is lost, in place of a budget ---------------------------------------------------------------------
 
+JUDGED = 2000  # validation images that say whether tuning has helped
 DROP_STEPS = 6  # of the bisection over budgets
 
 

@@ -90,6 +90,7 @@ def test_run_does_the_whole_journey(finished):
         result["bench"]["dense_p50_ms"] / result["bench"]["compact_p50_ms"]
     )
     assert sorted(file.name for file in path.iterdir()) == [
+        "MODEL_CARD.md",
         "bench.json",
         "checkpoint.previous.safetensors",
         "checkpoint.safetensors",
@@ -99,6 +100,7 @@ def test_run_does_the_whole_journey(finished):
         "dense.onnx",
         "env.json",
         "metrics.jsonl",
+        "report.html",
         "result.json",
         "selections.json",
     ]

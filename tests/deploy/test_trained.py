@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import dynprune
 from dynprune.data.loading import Source, load_data
@@ -210,3 +211,15 @@ def test_a_curve_before_anybody_decides(weights, tmp_path):
     assert curve["plot"] is None or (tmp_path / "curve" / "curve.png").stat().st_size > 1000
     assert not (tmp_path / "curve" / "compact.safetensors").exists()
     assert "--curve expects shares" in refused("compact", *given, "--curve", "2,half")
+
+
+def test_tuning_that_does_harm_is_taken_back(weights, tmp_path):
+    """At a rate that ruins the network; validation images say so, and the repaired weights are written."""
+    options = [*NET, "--weights", weights, "--budget", 0.5, "--search", "none", "--images", 256, "--json"]
+    plain = json.loads(command("compact", *options, "--tune", 0, "--out", tmp_path / "a").stdout)
+    done = command("compact", *options, "--tune", "1s", "--tune-lr", 1.5, "--out", tmp_path / "b")
+    ruined = json.loads(done.stdout)
+    assert ruined["tune_steps"] == 0 and "the network stays as it was repaired" in done.stderr
+    assert ruined["accuracy"] == ruined["accuracy_repaired"] == plain["accuracy"]
+    one, other = (load_file(tmp_path / name / "compact.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
