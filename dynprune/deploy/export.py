@@ -122,10 +122,7 @@ def export(
                 f"another --opset, and please report the model's name."
             )
         partial.replace(path)
-    beside(path, "photos").unlink(missing_ok=True)  # of an earlier export
-    for stale in (beside(path, kind) for kind in KINDS):
-        if stale.is_file() and not is_of(stale, path):
-            stale.unlink()
+    forget_stale(path)
     made = [
         write_variant(kind, path, data, calibration=calibration, max_drop=max_drop, report=report) for kind in kinds
     ]
@@ -145,6 +142,17 @@ def export(
     )
     run.record("export", asdict(result))
     return result
+
+
+def forget_stale(path: Path) -> None:
+    """Delete the forms of an exported file (precisions, with resizing) that an earlier export left, if it differs."""
+    for form in (beside(path, kind) for kind in KINDS):
+        if form.is_file() and not is_of(form, path):
+            form.unlink()
+    for file in (path, *(beside(path, kind) for kind in KINDS)):
+        photos = beside(file, "photos")
+        if photos.is_file() and not (file.is_file() and is_of(photos, file)):
+            photos.unlink()
 
 
 def data_and_path(

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from dynprune.data.loading import Data, ImageFiles, Images, some
 from dynprune.data.photos import open_image
 from dynprune.data.preprocess import Preprocess
-from dynprune.deploy.quantize import beside
+from dynprune.deploy.quantize import SOURCE, beside, fingerprint
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.disk import write_bytes
@@ -47,7 +47,7 @@ def write_photos(path: Path, data: Data, facts: artifact.Facts, folded: bool) ->
     how = facts.preprocess
     channels = how.size[0]
     inside = replace(how, mean=(0.0,) * channels, std=(1.0,) * channels) if folded else how
-    made = with_resizing(onnx.load(path), inside)
+    made = with_resizing(onnx.load(path), inside, {SOURCE: fingerprint(path)})
     plain, session = open_session(path), open_session(made)
     name, off, pixels, same, images = plain.get_inputs()[0].name, 0, 0, 0, some(data.val, IMAGES)
     scale = np.array(inside.std, np.float32).reshape(1, -1, 1, 1) * 255

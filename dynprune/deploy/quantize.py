@@ -29,7 +29,7 @@ MAX_DROP = 1.0  # points
 SENSITIVITY_IMAGES = 64
 SECONDS, RUNS = 3.0, (20, 1000)
 FASTER = 1.05  # a smaller ratio is within what two measurements of one file differ
-SOURCE = "float32_sha256"  # metadata: of which file this is the quantised form
+SOURCE = "made_from_sha256"  # metadata: of which file this is another form
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ then, by a level of 255 in photos.)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,9 @@ def front(how: Preprocess, output: str) -> Steps:
     return steps
 
 
-def with_resizing(network: onnx.ModelProto, how: Preprocess) -> bytes:
+def with_resizing(network: onnx.ModelProto, how: Preprocess, facts: Mapping[str, str] | None = None) -> bytes:
     """The network with resizing before it. how: the steps; mean and std are 0 and 1 where the file has normalisation
-    inside. Raises DynpruneError for interpolations that cannot be written."""
+    inside. facts: metadata to add. Raises DynpruneError for interpolations that cannot be written."""
     taken = network.graph.input[0]
     batch = taken.type.tensor_type.shape.dim[0]
     steps = front(how, "resize_output")
@@ -129,10 +130,9 @@ def with_resizing(network: onnx.ModelProto, how: Preprocess) -> bytes:
     )
     before = helper.make_model(graph, opset_imports=network.opset_import, ir_version=network.ir_version)
     merged = compose.merge_models(before, network, io_map=[("resize_output", taken.name)])
+    known = {entry.key: entry.value for entry in network.metadata_props}
     del merged.metadata_props[:]
-    for entry in network.metadata_props:
+    for key, value in {**known, **(facts or {}), "input": INPUT}.items():
         added = merged.metadata_props.add()
-        added.key, added.value = entry.key, entry.value
-    added = merged.metadata_props.add()
-    added.key, added.value = "input", INPUT
+        added.key, added.value = key, value
     return merged.SerializeToString()

@@ -9,6 +9,7 @@ import base64
 import io
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -242,20 +243,17 @@ def layer_table(survey: Survey) -> str:
 
 def commands(survey: Survey) -> str:
     """What a reader types to get the same."""
-    name = survey.path.name
-    if survey.command == "train":
-        first = f"dynprune train --config {survey.path / 'config.toml'} --out {name}-again"
-        rest = [f"dynprune compact {name}-again"]
-    else:
-        first = f"dynprune {survey.command} --config {survey.path / f'{survey.command}.toml'} --out {name}-again"
-        rest = []
+    again = shlex.quote(f"{survey.path.name}-again")
+    file = "config.toml" if survey.command == "train" else f"{survey.command}.toml"
+    first = f"dynprune {survey.command} --config {shlex.quote(str(survey.path / file))} --out {again}"
+    rest = [f"dynprune compact {again}"] if survey.command == "train" else []
     export = survey.results.get("export", {})
     options = "".join(f" --{made['kind']}" for made in export.get("variants") or [])
     options += " --fold-normalization" if export.get("fold_normalization") else ""
     if export:
-        rest.append(f"dynprune export {name}-again --onnx{options}")
+        rest.append(f"dynprune export {again} --onnx{options}")
     if survey.bench:
-        rest.append(f"dynprune bench {name}-again")
+        rest.append(f"dynprune bench {again}")
     return "\n".join([first, *rest])
 
 

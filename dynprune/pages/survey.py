@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -162,25 +162,20 @@ def survey(run: RunDirectory, *, data: str | Data = "", report: Report = silent)
     if run.onnx_file.is_file() and run.dense_onnx_file.is_file():
         report("timing layer by layer", 0, 0)
         dense_ms, own_ms = (profile(path) for path in (run.dense_onnx_file, run.onnx_file))
-        layers = [
-            LayerCost(c.name, c.dense_macs, c.macs, c.dense_params, c.params, dense_ms.pop(c.name, None), own)
-            for c, own in ((c, own_ms.pop(c.name, None)) for c in layers)
-        ]
+        layers = [replace(own, dense_ms=dense_ms.pop(own.name, None), ms=own_ms.pop(own.name, None)) for own in layers]
         between = (sum(dense_ms.values()), sum(own_ms.values()))
     else:
         between = None
     images = run.images(data)
     check_classes(run.compact_file, facts, images.classes)
     images = images.with_channels(facts.input_size[0])
-    return Survey(
-        **{
-            **{name: getattr(told, name) for name in told.__dataclass_fields__},
-            "widths": [(name, graph.full_widths[name], widths[name]) for name in graph.full_widths],
-            "layers": layers,
-            "between_ms": between,
-            "picks": picks_of(run, graph) if isinstance(run, Run) else None,
-            "answers": answers_of(run, model, images, report),
-        }
+    return replace(
+        told,
+        widths=[(name, graph.full_widths[name], widths[name]) for name in graph.full_widths],
+        layers=layers,
+        between_ms=between,
+        picks=picks_of(run, graph) if isinstance(run, Run) else None,
+        answers=answers_of(run, model, images, report),
     )
 
 

@@ -192,6 +192,15 @@ def test_a_graph_that_resizes_agrees_on_photos_of_every_size(photos, finished, t
             assert folded[path][name] == pytest.approx(chance, abs=0.03), path
 
 
+def test_files_with_resizing_do_not_outlive_what_they_were_made_from(finished, tmp_path):
+    out, forms = tmp_path / "own.onnx", ("own.photos.onnx", "own.int8.photos.onnx")
+    dynprune.export(finished, out=out, fold_resize=True, int8=True, calibration=16)
+    dynprune.export(finished, out=out)  # the same file again
+    assert all((tmp_path / name).is_file() for name in forms)
+    dynprune.export(finished, out=out, fold_normalization=True)  # another
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.onnx"]
+
+
 def test_the_lines_of_the_page_on_shipping_run(photos, finished, tmp_path, monkeypatch, capsys):
     dynprune.export(finished, out=tmp_path / "compact.onnx", fold_resize=True)
     shutil.copy(photos / "new" / "0.jpg", tmp_path / "photo.jpg")
