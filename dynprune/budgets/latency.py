@@ -40,6 +40,7 @@ from dynprune.structure.surgery import slim
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's channels, where it is measured
 LAYER_SECONDS, LAYER_RUNS = 0.015, (5, 60)  # per layer: so long, within these numbers of runs
 NETWORK_SECONDS, NETWORK_RUNS = 2.0, (15, 300)
+FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
 SETTLED_RUNS = 50  # before a measurement may end early
 SAVE_EVERY = 50  # layers
 
@@ -193,14 +194,14 @@ def interleaved(
     for pair in [*pairs, *pairs]:
         run_ms(*pair)
     samples: list[list[float]] = [[] for _ in pairs]
-    end, first, counted = time.perf_counter() + seconds, int(len(pairs) > 1), 1 + int(len(pairs) > 1)
+    end, turn, uncounted = time.perf_counter() + seconds, *((3, 1) if len(pairs) > 1 else (1, 0))
     while (count := len(samples[0])) < runs[1]:
         if count >= runs[0] and time.perf_counter() >= end:
             break
         if precise and count >= SETTLED_RUNS and count % 20 == 0 and max(map(uncertainty, samples)) <= precise:
             break
         for kept, pair in zip(samples, pairs):
-            kept += [run_ms(*pair) for _ in range(first + counted)][first:]
+            kept += [run_ms(*pair) for _ in range(turn)][uncounted:]
     return samples
 
 

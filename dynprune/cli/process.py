@@ -26,7 +26,7 @@ VOICE = "normal"  # how much is said meanwhile: quiet, normal or verbose
 def listening() -> Iterator[Listener]:
     """Progress on stderr, by the first process where torchrun started several. Ctrl-C and SIGTERM ask the training loop
     to stop."""
-    from dynprune.display.tables import Display
+    from dynprune.display.progress import Display
 
     heard = int(os.environ.get("RANK", "0")) == 0 and VOICE != "quiet"
     display = Display(verbose=VOICE == "verbose") if heard else Display.silent()

@@ -20,7 +20,7 @@ import onnxruntime
 
 from dynprune import zoo
 from dynprune.budgets.fit import TOLERANCE
-from dynprune.budgets.latency import interleaved
+from dynprune.budgets.latency import FASTER, interleaved
 from dynprune.budgets.limits import parse_limit
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores
@@ -37,7 +37,6 @@ SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of 
 RUNS = (7, 2000)
 PRECISE = 0.003  # of a median: known so well, a measurement ends before its seconds are over
 LARGEST_INPUT = 2**26  # numbers, 256 MiB
-FASTER = 1.05  # a smaller ratio than this is within what two measurements of one file differ
 
 
 @dataclass(frozen=True)

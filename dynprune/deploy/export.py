@@ -20,7 +20,7 @@ from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores, logits
 from dynprune.deploy.photos import PhotosFile, write_photos
-from dynprune.deploy.quantize import CALIBRATION, KINDS, MAX_DROP, Variant, beside, is_of, write_variant
+from dynprune.deploy.quantize import CALIBRATION, KINDS, MAX_DROP, Variant, beside, is_of, write_variants
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, read_opset, write_onnx
@@ -102,8 +102,8 @@ def export(
     data: Data | None = None,
     report: Report = silent,
 ) -> ExportResult:
-    """Write the run's compact model as ONNX, and beside it in the precisions that `kinds` names ("int8", "fp16"):
-    `quantize.write_variant` says how. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
+    """Write the run's compact model as ONNX, and beside it in the precisions that `kinds` names ("int8", "fp16"), see
+    `quantize.write_variants`. Raises DynpruneError and leaves no file when onnxruntime disagrees with torch."""
     if not run.compact_file.is_file():
         raise DynpruneError(f"{run.path} has no compact model yet. Run: dynprune compact {run.path}")
     model, facts = load_compact(run)
@@ -123,9 +123,7 @@ def export(
             )
         partial.replace(path)
     forget_stale(path)
-    made = [
-        write_variant(kind, path, data, calibration=calibration, max_drop=max_drop, report=report) for kind in kinds
-    ]
+    made = write_variants(kinds, path, data, calibration=calibration, max_drop=max_drop, report=report)
     files = [path, *(Path(own.path) for own in made)] if fold_resize else []
     photos = [write_photos(file, data, facts, fold_normalization) for file in files]
     result = ExportResult(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynprune.budgets.latency import Report, interleaved, silent
+from dynprune.budgets.latency import FASTER, Report, interleaved, silent
 from dynprune.data.loading import Data, some
 from dynprune.deploy.answers import BATCH, classes_of, normalised, scores_of
 from dynprune.errors import DynpruneError
@@ -28,7 +28,6 @@ CALIBRATION = 500  # training images
 MAX_DROP = 1.0  # points
 SENSITIVITY_IMAGES = 64
 SECONDS, RUNS = 3.0, (20, 1000)
-FASTER = 1.05  # a smaller ratio is within what two measurements of one file differ
 SOURCE = "made_from_sha256"  # metadata: of which file this is another form
 
 
@@ -96,20 +95,31 @@ def as_fast_as_int8(source: Path, out: Path, data: Data) -> None:
     write_bytes(out, observed(source, data, BATCH, silent).quantised([], {SOURCE: fingerprint(source)}))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Which class a file takes every validation and test image for, (images,) each."""
+
+    val: np.ndarray
+    test: np.ndarray
+
+
 def to_int8(
-    source: Path, out: Path, data: Data, *, calibration: int, max_drop: float, report: Report
-) -> tuple[list[str], int, int]:
-    """Write `source` in int8. Where that loses more than `max_drop` points on validation images, the layers that change
-    the scores most stay in float32. Returns these, the number of layers, and the images that gave the ranges."""
+    source: Path, out: Path, data: Data, exact: Answers, *, calibration: int, max_drop: float, report: Report
+) -> tuple[list[str], int, np.ndarray]:
+    """Write `source`, which answers `exact`, in int8. Where that loses more than `max_drop` points on validation
+    images, the layers that change the scores most stay in float32. Returns these, the number of layers, and what the
+    file says of validation images."""
     quantiser = observed(source, data, calibration, report)
     if not quantiser.layers:
         raise DynpruneError(f"{source} has no convolution or linear layer to quantise. Export it without --int8.")
     report("int8: accuracy on validation images", 0, 0)
-    said, labels = classes_of(source, data, data.val)
-    allowed = int((said == labels).sum()) - math.floor(max_drop / 100 * len(labels))
+    labels = data.val.labels.numpy()
+    allowed = int((exact.val == labels).sum()) - math.floor(max_drop / 100 * len(labels))
+    answers: dict[int, np.ndarray] = {}
 
     def enough(skipped: Sequence[str]) -> bool:
-        return int((classes_of(quantiser.quantised(skipped), data, data.val)[0] == labels).sum()) >= allowed
+        said = answers[len(skipped)] = classes_of(quantiser.quantised(skipped), data, data.val)[0]
+        return int((said == labels).sum()) >= allowed
 
     kept: list[str] = []
     if not enough(kept):
@@ -121,7 +131,7 @@ def to_int8(
                 "Raise --max-drop, or export without --int8."
             )
     write_bytes(out, quantiser.quantised(kept, {SOURCE: fingerprint(source), "precision": "int8"}))
-    return kept, len(quantiser.layers), min(calibration, len(data.train))
+    return kept, len(quantiser.layers), answers[len(kept)]
 
 
 def by_sensitivity(quantiser: Quantiser, source: Path, data: Data, report: Report) -> list[str]:
@@ -151,47 +161,62 @@ def fewest(order: list[str], enough: Callable[[Sequence[str]], bool], report: Re
     return order[:high]
 
 
-def write_variant(
-    kind: str,
+def write_variants(
+    kinds: Sequence[str],
     source: Path,
     data: Data,
     *,
     calibration: int = CALIBRATION,
     max_drop: float = MAX_DROP,
     report: Report = silent,
-) -> Variant:
-    """Write `source` as "int8" or "fp16" beside it, and measure the two. Raises DynpruneError, and leaves no new file,
-    where onnxruntime cannot."""
-    out = beside(source, kind)
-    kept: list[str] = []
-    layers = count = 0
-    if kind == "int8":
-        kept, layers, count = to_int8(source, out, data, calibration=calibration, max_drop=max_drop, report=report)
-    else:
-        report("fp16: converting", 0, 0)
-        write_bytes(out, halved(source, {SOURCE: fingerprint(source), "precision": "fp16"}))
-    report(f"{kind}: accuracy beside float32", 0, 0)
-    answers = [[classes_of(path, data, images) for path in (source, out)] for images in (data.val, data.test)]
-    (val_before, val_after), (before, after) = ([float((a == b).mean()) for a, b in pair] for pair in answers)
-    report(f"{kind}: time beside float32", 0, 0)
-    exact_ms, ms = time_pair(source, out, data)
-    return Variant(
-        kind,
-        str(out),
-        size_bytes(out),
-        size_bytes(source),
-        ms,
-        exact_ms,
-        after,
-        before,
-        val_after,
-        val_before,
-        float((answers[1][0][0] == answers[1][1][0]).mean()),
-        count,
-        kept,
-        layers,
-        verdict(kind, exact_ms / ms),
-    )
+) -> list[Variant]:
+    """Write `source` as "int8" or "fp16" beside it, and measure each against it. Raises DynpruneError, and leaves no
+    new file of that kind, where onnxruntime cannot."""
+    if not kinds:
+        return []
+    report("accuracy in float32", 0, 0)
+    exact = Answers(*(classes_of(source, data, images)[0] for images in (data.val, data.test)))
+    labels = Answers(data.val.labels.numpy(), data.test.labels.numpy())
+    made = []
+    for kind in kinds:
+        out = beside(source, kind)
+        kept: list[str] = []
+        layers = 0
+        if kind == "int8":
+            kept, layers, val = to_int8(
+                source, out, data, exact, calibration=calibration, max_drop=max_drop, report=report
+            )
+        else:
+            report("fp16: converting", 0, 0)
+            write_bytes(out, halved(source, {SOURCE: fingerprint(source), "precision": "fp16"}))
+            val = classes_of(out, data, data.val)[0]
+        report(f"{kind}: accuracy and time beside float32", 0, 0)
+        test = classes_of(out, data, data.test)[0]
+        exact_ms, ms = time_pair(source, out, data)
+        made.append(
+            Variant(
+                kind,
+                str(out),
+                size_bytes(out),
+                size_bytes(source),
+                ms,
+                exact_ms,
+                share_of(test == labels.test),
+                share_of(exact.test == labels.test),
+                share_of(val == labels.val),
+                share_of(exact.val == labels.val),
+                share_of(test == exact.test),
+                min(calibration, len(data.train)) if kind == "int8" else 0,
+                kept,
+                layers,
+                verdict(kind, exact_ms / ms),
+            )
+        )
+    return made
+
+
+def share_of(right: np.ndarray) -> float:
+    return float(right.mean())
 
 
 def time_pair(source: Path, out: Path, data: Data) -> tuple[float, float]:

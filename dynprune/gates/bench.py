@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from dynprune.budgets.allocation import allocate
-from dynprune.budgets.latency import Report, run_ms, silent
+from dynprune.budgets.latency import FASTER, Report, run_ms, silent
 from dynprune.data.loading import Data, load_data, some
 from dynprune.data.scores import Scores
-from dynprune.deploy.bench import FASTER
 from dynprune.deploy.export import check_classes
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from dynprune.files.disk import write_text
-from dynprune.pages.page import amount
 from dynprune.pages.survey import Survey
+from dynprune.units import digits
 
 
 def write_card(path: Path, survey: Survey) -> None:
@@ -62,7 +62,7 @@ def body(name: str, survey: Survey) -> list[str]:
     for label, key in (("multiply-accumulates", "macs"), ("parameters", "params")):
         if compact.get(key) and compact.get(f"dense_{key}"):
             share = compact[f"dense_{key}"] / compact[key]
-            lines.append(f"| {label} | {amount(compact[key])} ({share:.2f}x fewer than dense) |")
+            lines.append(f"| {label} | {digits(compact[key])} ({share:.2f}x fewer than dense) |")
     if isinstance(bench.get("verdict"), str):
         where = bench.get("environment", {})
         processor, version = where.get("processor"), where.get("onnxruntime")

@@ -17,6 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from dynprune.pages.survey import Answers, LayerCost, Picks, Survey
+from dynprune.units import digits
 
 INK, FAINT = "#010203", "#040506"  # replaced by the page's own colours of text and of lines
 KEY = "@@"
@@ -66,11 +67,6 @@ def above(axes: Any) -> None:
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, columnspacing=1.2, handlelength=1.4
     )
-
-
-def counted(number: float) -> str:
-    """Three digits that count, and never an exponent."""
-    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:,.0f}"
 
 
 def in_page(svg: str) -> str:
@@ -199,7 +195,7 @@ def costs(layers: Sequence[LayerCost], what: str) -> Chart | None:
     most = max(known, key=lambda entry: entry[2])
     return drawn(
         title,
-        f"In all {counted(own)} of {counted(dense)} {unit}. Most of what is left is in {most[0]}: {counted(most[2])}.",
+        f"In all {digits(own)} of {digits(dense)} {unit}. Most of what is left is in {most[0]}: {digits(most[2])}.",
         draw,
         1.2 + 0.22 * len(rows),
     )
@@ -305,5 +301,5 @@ def trade_off(points: Sequence[tuple[str, float, float]], unit: str) -> Chart:
         axes.margins(0.15)
         axes.grid(linewidth=0.6)
 
-    said = "; ".join(f"{name}: {100 * accuracy:.2f} % at {counted(cost)}" for name, cost, accuracy in points)
+    said = "; ".join(f"{name}: {100 * accuracy:.2f} % at {digits(cost)}" for name, cost, accuracy in points)
     return drawn(f"Accuracy over {unit}", f"{said} {unit}.", draw)

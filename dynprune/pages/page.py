@@ -21,6 +21,7 @@ from dynprune.files.disk import write_text
 from dynprune.pages import charts
 from dynprune.pages.charts import Chart
 from dynprune.pages.survey import Survey, WorstImage
+from dynprune.units import digits
 from dynprune.version import __version__
 
 STYLE = """
@@ -129,17 +130,12 @@ def summary(survey: Survey) -> list[tuple[str, ...]]:
             rows.append((name, f"{own / scale:,.2f} {unit} of {dense / scale:,.2f} {unit}, {dense / own:.2f}x fewer"))
     for line in survey.bench.get("budgets") or compact.get("budgets") or []:
         met = "met" if line["met"] else "MISSED"
-        rows.append((f"budget {line['budget']}", f"{amount(line['actual'])} of {amount(line['limit'])}, {met}"))
+        rows.append((f"budget {line['budget']}", f"{digits(line['actual'])} of {digits(line['limit'])}, {met}"))
     if isinstance(train.get("seconds"), int | float):
         rows.append(("training", f"{train['seconds']:,.0f} s for {train.get('steps')} steps"))
     for made in survey.results.get("export", {}).get("variants") or []:
         rows.append((made["kind"], f"{100 * made['accuracy']:.2f} % on test images, {made['verdict']}"))
     return rows
-
-
-def amount(number: float) -> str:
-    """Milliseconds with three digits that count, MACs and parameters whole."""
-    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def times(survey: Survey) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from dynprune.display.tables import Display
+from dynprune.display.progress import Display
 from dynprune.runs.config import TrainConfig
 from dynprune.training.train import Progress
 from tests.cli.test_commands import ROOT as HERE

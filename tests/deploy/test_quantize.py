@@ -15,7 +15,7 @@ from dynprune.budgets import fit, latency
 from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Source, load_data
 from dynprune.deploy.answers import classes_of
-from dynprune.deploy.quantize import beside, fewest, is_of, write_variant
+from dynprune.deploy.quantize import beside, fewest, is_of, write_variants
 from dynprune.display.tables import bench_table
 from dynprune.errors import DynpruneError
 from dynprune.files.onnxfile import open_session, write_onnx
@@ -122,8 +122,8 @@ def test_layers_that_int8_ruins_stay_in_float32_and_are_named(run, tmp_path):
     write_onnx(
         model, data.example, path, None, {"mean": json.dumps(list(data.mean)), "std": json.dumps(list(data.std))}
     )
-    whole = write_variant("int8", path, data, max_drop=99.0)
-    made = write_variant("int8", path, data, max_drop=1.0)
+    whole = write_variants(["int8"], path, data, max_drop=99.0)[0]
+    made = write_variants(["int8"], path, data, max_drop=1.0)[0]
     assert whole.float32_val_accuracy - whole.val_accuracy > 0.2  # it is ruined
     assert made.float32_val_accuracy - made.val_accuracy <= 0.01
     assert 1 <= len(made.float32_layers) < made.layers and whole.float32_layers == []
@@ -187,7 +187,7 @@ def test_int8_of_a_network_without_layers_says_so(tmp_path):
     path = tmp_path / "sum.onnx"
     write_onnx(Sum(), data.example, path, None, {})
     with pytest.raises(DynpruneError, match="no convolution or linear layer to quantise"):
-        write_variant("int8", path, data)
+        write_variants(["int8"], path, data)
     assert not beside(path, "int8").exists()
 
 

@@ -24,6 +24,7 @@ from dynprune.structure.inspect import Check, GroupLine, Inspection
 from dynprune.training.bench_training import TrainingBench
 from dynprune.training.plan import Plan
 from dynprune.training.train import TrainResult
+from dynprune.units import digits
 
 STORED = Path(__file__).parent / "tables.txt"
 TEST = "test split, a fifth of all digits"
@@ -391,13 +392,7 @@ def test_layers_beside_a_groups_first_have_short_names():
 
 
 def test_times_have_three_digits_and_no_exponent():
-    assert [tables.digits(ms) for ms in (0.5512, 28.14, 999.4, 999.6, 12_345.0)] == [
-        "0.551",
-        "28.1",
-        "999",
-        "1,000",
-        "12,345",
-    ]
+    assert [digits(ms) for ms in (0.5512, 28.14, 999.4, 999.6, 12_345.0)] == ["0.551", "28.1", "999", "1,000", "12,345"]
 
 
 if __name__ == "__main__":
