@@ -12,6 +12,7 @@ from dynprune.version import __version__
 if TYPE_CHECKING:
     from dynprune.budgets.limits import Budget
     from dynprune.commands.bench import bench
+    from dynprune.commands.cascade import cascade
     from dynprune.commands.compact import compact
     from dynprune.commands.compare import compare
     from dynprune.commands.export import export
@@ -41,6 +42,7 @@ WHERE = {
     "export": "commands.export",
     "bench": "commands.bench",
     "gate": "commands.gate",
+    "cascade": "commands.cascade",
     "compare": "commands.compare",
     "DynamicExecution": "execution.dynamic",
     "Budget": "budgets.limits",
@@ -57,6 +59,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "bench",
+    "cascade",
     "compact",
     "compare",
     "export",

@@ -22,6 +22,7 @@ from dynprune.cli.options import (
     Overwrite,
     Resume,
     Trust,
+    not_of_file,
     parse_batches,
     with_settings,
 )
@@ -77,11 +78,37 @@ def train(
 def gate(
     given: dict,
     base: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="[RUN]...",
             help="Finished and compacted run whose network gets the gates; its data settings are taken over. Without "
-            "it, a new network of --model.",
+            "it, a new network of --model. With --form cascade: two or three runs or ONNX files, the smallest first.",
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            help="What decides: gates (predictors inside the network, which are trained), or cascade (a compact "
+            "network for every image, a larger one where it is unsure; nothing is trained).",
+        ),
+    ] = "gates",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            help="With --form cascade, in place of --target: the cheapest that loses at most so many points of "
+            "validation accuracy beside the last network. [default: 0]",
+            show_default=False,
+        ),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            "--min-accuracy",
+            help="With --form cascade, in place of --target: the cheapest with so many percent of the validation "
+            "images right.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -93,30 +120,83 @@ def gate(
     trust: Trust = False,
     json_output: Json = False,
 ) -> None:
-    """Put gates into a network that decide per image which channels to compute, and train both to a mean cost.
+    """Let each image decide how much of a network, or which of several, to compute, at a mean cost.
 
-    Then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1` nothing is closed: what to compare
-    with.
+    Gates are trained with the network; then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1`
+    nothing is closed: what to compare with. `--form cascade` trains nothing and writes one ONNX file.
 
-    Example: `dynprune gate runs/mine --target 0.33 --epochs 10`
+    Examples: `dynprune gate runs/mine --target 0.33 --epochs 10`,
+    `dynprune gate --form cascade runs/quarter runs/dense --target 0.4`
     """
-    if not (resume or base):
+    bases = base or []
+    if form == "cascade":
+        return cascade(given, bases, max_drop, min_accuracy, out, overwrite, resume, json_output)
+    if form != "gates":
+        raise DynpruneError(f'--form got "{form}". Expected gates or cascade.')
+    if max_drop is not None or min_accuracy is not None:
+        raise DynpruneError("--max-drop and --min-accuracy are of --form cascade. Gates have --target.")
+    if len(bases) > 1:
+        raise DynpruneError(f"gate got {len(bases)} runs. Expected one whose network gets gates, or --form cascade.")
+    if not (resume or bases):
         GateConfig(**given).validate()
     from dynprune.commands import gate as verb
     from dynprune.display.tables import gate_tables
 
-    if resume and (out is None or base is not None):
+    if resume and (out is None or bases):
         raise DynpruneError("--resume goes on with the run in --out, with its settings. Pass --out, and no other run.")
     with stoppable() as listener:
         if resume and out is not None:
             result = verb.resume(out, given, model=given.get("model", ""), trust=trust, listener=listener)
         else:
-            config = verb.based_on(base, given, trust=trust) if base else GateConfig(**given)
+            config = verb.based_on(bases[0], given, trust=trust) if bases else GateConfig(**given)
             result = verb.gate(config, out, overwrite=overwrite, listener=listener)
     finish(
         json_output,
         dataclasses.asdict(result),
         lambda: [*gate_tables(result), f"next: dynprune export {result.run} --onnx"],
+    )
+
+
+# settings of gates that a cascade has too: which images, and threads
+OF_A_CASCADE = ("data", "data_root", "val_fraction", "workers", "seed", "target", "threads")
+
+
+def cascade(
+    given: dict,
+    networks: list[Path],
+    max_drop: float | None,
+    min_accuracy: float | None,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    json_output: bool,
+) -> None:
+    """`gate --form cascade`."""
+    foreign = sorted(set(not_of_file(given)) - set(OF_A_CASCADE)) + ["resume"] * resume
+    if foreign:
+        raise DynpruneError(
+            f"--{foreign[0].replace('_', '-')} is for gates that are trained. A cascade trains nothing: leave it out."
+        )
+    settings = GateConfig(**{name: value for name, value in given.items() if name in OF_A_CASCADE}).validate()
+    from dynprune.commands import cascade as verb
+    from dynprune.display.tables import cascade_tables
+
+    with listening() as listener:
+        result = verb.cascade(
+            *networks,
+            out=out,
+            target=given.get("target"),
+            max_drop=max_drop,
+            min_accuracy=min_accuracy,
+            threads=given.get("threads", 1),
+            data=settings.source if "data" in given else "",
+            overwrite=overwrite,
+            listener=listener,
+        )
+    finish(
+        json_output,
+        dataclasses.asdict(result),
+        lambda: [*cascade_tables(result), result.verdict, f"report: {result.page}"],
     )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from dynprune.units import digits, duration, mebibytes, million, percent
 
 if TYPE_CHECKING:  # these import torch
+    from dynprune.cascades.build import CascadeResult
     from dynprune.deploy.bench import BenchResult, Latency
     from dynprune.deploy.compact import CompactResult
     from dynprune.deploy.compare import Comparison
@@ -382,6 +383,29 @@ def gate_tables(result: GateResult) -> list:
             f"{line.information_bits:.3f} bit",
         )
     return [facts, table]
+
+
+def cascade_tables(result: CascadeResult) -> list[Table]:
+    """Each network, the cascade, and which classes go on."""
+    table = titled("cascade", "", "MACs in\nthe mean", "test\naccuracy", "last word on\nimages", "mean ms", "p95 ms")
+    for row in result.rows:
+        table.add_row(
+            row.name,
+            million(row.macs),
+            percent(row.accuracy),
+            percent(row.images_share) if row.images_share else "left out",
+            *("-" if value is None else digits(value) for value in (row.mean_ms, row.p95_ms)),
+        )
+    ranked = sorted(result.goes_on.items(), key=lambda item: -item[1])
+    some = ranked if len(ranked) <= 4 else [*ranked[:2], *ranked[-2:]]
+    below = ", ".join(f"{own:.3f}" for own in result.thresholds)
+    table.caption = (
+        f"images go on where the lead of the best class is below {below}; "
+        f"by class: {', '.join(f'{name} {100 * share:.0f} %' for name, share in some)}; on validation images "
+        f"{percent(result.val_accuracy)} at {result.val_share:.3f}; written to {result.path}"
+    )
+    table.caption_justify = "left"
+    return [table]
 
 
 def gated_export_table(result: GatedExportResult) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def write_program(
             f"torch cannot export this network to ONNX "
             f"({why(error)}).{'' if opset is None else ' Try another --opset.'}"
         ) from error
-    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    written = opset_of(proto)
     if opset is not None and written != opset:
         raise DynpruneError(
             f"--opset {opset} cannot be written for this network: torch's exporter gives {written} "
@@ -114,8 +115,11 @@ def quiet() -> Iterator[None]:
 
 def read_opset(path: Path) -> int:
     """The opset that was written: a requested one that cannot be converted to is silently replaced."""
-    imports = onnx.load(path, load_external_data=False).opset_import
-    return next(entry.version for entry in imports if entry.domain in ("", "ai.onnx"))
+    return opset_of(onnx.load(path, load_external_data=False))
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def size_bytes(path: Path) -> int:
@@ -135,6 +139,36 @@ def constants_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
                 yield from inner.initializer
                 yield from constants_in(inner)
+
+
+def macs_in(proto: onnx.ModelProto) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image, weights in int8 included. Raises
+    DynpruneError where shapes are not known."""
+    one = onnx.ModelProto()
+    one.CopyFrom(proto)
+    for value in [*one.graph.input, *one.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del one.graph.value_info[:]
+    graph = onnx.shape_inference.infer_shapes(one, data_prop=True).graph
+    shapes = {entry.name: list(entry.dims) for entry in graph.initializer}
+    for value in [*graph.value_info, *graph.input, *graph.output]:
+        shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        taken, weight, made = (shapes.get(name, []) for name in (*node.input[:2], node.output[0]))
+        if not (taken and weight and made) or 0 in [*taken, *weight, *made]:
+            raise DynpruneError(
+                f"The shapes around {node.name or node.op_type} are not known, and so not what it costs. Expected a "
+                "file that dynprune export wrote."
+            )
+        if node.op_type in ("Conv", "ConvTranspose"):
+            total += math.prod(weight) * math.prod((made if node.op_type == "Conv" else taken)[2:])
+        else:
+            turned = any(own.name == "transA" and own.i for own in node.attribute)
+            total += math.prod(made) * taken[-2 if turned else -1]
+    return total
 
 
 def open_session(path: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:

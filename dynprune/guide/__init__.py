@@ -21,6 +21,7 @@ TOPICS = {
     "structure": "which channels belong together, and how removal is proven",
     "training": "what runs in a step, what it costs, data and weights",
     "gates": "channels that each image decides on",
+    "cascades": "a compact network for most images, a larger one for the rest",
     "ship": "int8 with proof, photos as they are, a report to look at",
     "predict": "classes of new photos, and ten lines for other programs",
     "runs": "run directories, files, resuming, several processes",

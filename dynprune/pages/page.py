@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dynprune.files.disk import write_text
 from dynprune.pages import charts
@@ -61,6 +62,11 @@ def write_page(path: Path, surveys: Sequence[Survey]) -> None:
     parts = [part for survey in surveys for part in of_run(survey, alone=len(surveys) == 1)]
     if len(surveys) > 1:
         parts = [*side_by_side(surveys), *parts]
+    write_html(path, title, parts)
+
+
+def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
+    """A page of these parts. Raises DynpruneError where the file cannot be written."""
     write_text(
         path,
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -210,13 +216,18 @@ def worst_images(survey: Survey) -> list[str]:
 
 
 def worst_image(own: WorstImage) -> str:
+    sure = f"{100 * own.probability:.0f} %; own class {100 * own.own_probability:.1f} %"
+    return embedded(own.pixels, own.name, f"{own.label}, taken for {own.said} ({sure})")
+
+
+def embedded(pixels: Tensor, name: str, words: str) -> str:
+    """An image inside the page, with words below. pixels: uint8, (3, height, width)."""
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(own.pixels.permute(1, 2, 0).numpy())).save(out, "PNG")
+    Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(out, "PNG")
     data = base64.b64encode(out.getvalue()).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(own.name)}"><figcaption>'
-        f"{escape(own.label)}, taken for {escape(own.said)} ({100 * own.probability:.0f} %; own class "
-        f"{100 * own.own_probability:.1f} %)<br>{escape(own.name)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(name)}"><figcaption>{escape(words)}<br>'
+        f"{escape(Path(name).name)}</figcaption></figure>"
     )
 
 

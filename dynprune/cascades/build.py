@@ -1,0 +1,298 @@
+"""A cascade made: chosen on validation images, written as one ONNX file, measured on test images.
+
+Takes networks and data; writes cascade.onnx, cascade.csv (of every test image, which network had the last word) and
+cascade.json. What is shown on the page is gathered here too.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from dynprune.budgets.latency import Report, run_ms, silent
+from dynprune.cascades.choice import Goal, Plan, choose, frontier, plans, static_at, steps_taken, weigh
+from dynprune.cascades.graph import joined
+from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
+from dynprune.data.loading import Data, ImageFiles, some
+from dynprune.deploy.answers import normalised
+from dynprune.deploy.export import TOLERANCE
+from dynprune.errors import DynpruneError
+from dynprune.files.disk import write_bytes, write_text
+from dynprune.files.onnxfile import open_session, run_all
+from dynprune.machine import environment
+from dynprune.units import digits
+from dynprune.version import __version__
+
+PARITY_IMAGES, TIMED_IMAGES, REPEATS = 256, 200, 3
+ALIKE = 0.99  # of the images are answered by the same network: one exactly at a threshold may fall to either side
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the cascade, or the whole. accuracy: on test images. images_share: of the test images, those that
+    it has the last word on. Milliseconds: over single test images, each the median of its repeats; None of a network
+    that the cascade leaves out."""
+
+    name: str
+    macs: float
+    val_accuracy: float
+    accuracy: float
+    images_share: float
+    mean_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class CascadeResult:
+    """rows: every network given, then the cascade. share: mean MACs of a test image over the last network's.
+    static_accuracy: on test images, of a static network of this cost: on the straight lines between the networks given.
+    goes_on: of the test images of each class, the share that the first network is not trusted with. agreement: share
+    of the images for which the ONNX file's class and step are those of its parts. page: what the command writes on
+    top; "" before."""
+
+    path: str
+    chain: list[str]
+    left_out: list[str]
+    thresholds: list[float]
+    share: float
+    val_share: float
+    accuracy: float
+    val_accuracy: float
+    static_accuracy: float
+    rows: list[Row]
+    goes_on: dict[str, float]
+    max_abs_diff: float
+    agreement: float
+    images: int
+    val_data: str
+    test_data: str
+    verdict: str
+    environment: dict
+    page: str = ""
+
+
+@dataclass(frozen=True)
+class Sights:
+    """What a page shows beyond the result. curve: the best plans on validation images, weighed on test images. test:
+    what every network given says of these. step: which of `chain` had the last word, (images,)."""
+
+    curve: list[Plan]
+    test: Said
+    step: np.ndarray
+    chain: tuple[int, ...]
+
+
+def make(
+    networks: Sequence[Network],
+    data: Data,
+    folder: Path,
+    *,
+    target: float | None = None,
+    max_drop: float | None = None,
+    min_accuracy: float | None = None,
+    threads: int = 1,
+    report: Report = silent,
+) -> tuple[CascadeResult, Sights]:
+    """Choose, write and measure. One of: target, mean MACs over those of the last network; max_drop, points of
+    validation accuracy below the last network; min_accuracy, percent of the validation images. Raises DynpruneError
+    before anything is written where no cascade does it, and leaves no file where the two disagree."""
+    check_alike(networks)
+    for network in networks:
+        if network.classes != data.classes:
+            raise DynpruneError(
+                f"{network.path} knows the classes {', '.join(network.classes[:8])}; the data give "
+                f"{', '.join(data.classes[:8])}. Use the data it was trained on."
+            )
+    names, macs = names_of(networks), [network.macs for network in networks]
+    val = answers(networks, data, data.val, "validation images", report)
+    report("weighing thresholds", 0, 0)
+    found = list(plans(val, macs))
+    best = choose(found, goal_of(val, target, max_drop, min_accuracy), macs, names)
+    chosen = [networks[number] for number in best.chain]
+    content = joined([own.proto for own in chosen], best.thresholds, facts_of(chosen, names, best, macs))
+    difference, agreement = parity(content, best.thresholds, chosen, data, report)
+    test = answers(networks, data, data.test, "test images", report)
+    reached = weigh(best.chain, best.thresholds, test, macs)
+    step = steps_taken(best.chain, best.thresholds, test)
+    times = timed([open_session(own.path, threads) for own in chosen], open_session(content, threads), data, report)
+    rows = [
+        Row(
+            name,
+            macs[number],
+            float(val.right[number].mean()),
+            float(test.right[number].mean()),
+            float((step == best.chain.index(number)).mean()) if number in best.chain else 0.0,
+            *(spread(times[best.chain.index(number)]) if number in best.chain else ()),
+        )
+        for number, name in enumerate(names)
+    ]
+    rows.append(Row("cascade", reached.macs, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
+    static = static_at(reached.macs, macs, [row.accuracy for row in rows[:-1]])
+    path = folder / "cascade.onnx"
+    on = {
+        name: float((step[test.labels == number] > 0).mean())
+        for number, name in enumerate(data.classes)
+        if (test.labels == number).any()
+    }
+    result = CascadeResult(
+        str(path),
+        [names[number] for number in best.chain],
+        [name for number, name in enumerate(names) if number not in best.chain],
+        list(best.thresholds),
+        reached.macs / macs[-1],
+        best.macs / macs[-1],
+        reached.accuracy,
+        best.accuracy,
+        static,
+        rows,
+        on,
+        difference,
+        agreement,
+        len(step),
+        data.chooses,
+        data.reports,
+        verdict(rows, reached.macs / macs[-1], static),
+        {**environment(), "threads": threads},
+    )
+    write_bytes(path, content)
+    write_text(folder / "cascade.csv", table_of(data, test, best, names, step))
+    write_text(folder / "cascade.json", json.dumps(asdict(result), indent=2))
+    curve = [weigh(plan.chain, plan.thresholds, test, macs) for plan in thinned(frontier(found))]
+    return result, Sights(curve, test, step, best.chain)
+
+
+def goal_of(val: Said, target: float | None, max_drop: float | None, min_accuracy: float | None) -> Goal:
+    """Without any: as accurate as the last network."""
+    given = {"--target": target, "--max-drop": max_drop, "--min-accuracy": min_accuracy}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) > 1:
+        raise DynpruneError(f"A cascade got {' and '.join(asked)}. Expected one of them.")
+    if target is not None:
+        if not 0 < target <= 1:
+            raise DynpruneError(f"--target got {target:g}. Expected a share of the last network's cost in (0, 1].")
+        return Goal(target=target)
+    if min_accuracy is not None:
+        if not 0 < min_accuracy <= 100:
+            raise DynpruneError(f"--min-accuracy got {min_accuracy:g}. Expected percent in (0, 100].")
+        return Goal(accuracy=min_accuracy / 100)
+    drop = 0.0 if max_drop is None else max_drop
+    if not 0 <= drop < 100:
+        raise DynpruneError(f"--max-drop got {drop:g}. Expected points from 0 to 100.")
+    return Goal(accuracy=float(val.right[-1].mean()) - drop / 100 - 1e-9)
+
+
+def names_of(networks: Sequence[Network]) -> list[str]:
+    """As they were given; whole paths where names are alike."""
+    names = [network.name for network in networks]
+    return names if len(set(names)) == len(names) else [str(network.path) for network in networks]
+
+
+def facts_of(chosen: Sequence[Network], names: Sequence[str], best: Plan, macs: Sequence[int]) -> dict[str, str]:
+    """The file's metadata: the first network's, and what it is a cascade of."""
+    steps = [
+        {"network": names[number], "macs": macs[number], "threshold": threshold}
+        for number, threshold in zip(best.chain, [*best.thresholds, None])
+    ]
+    own = {key: value for key, value in chosen[0].facts.items() if key not in ("made_from_sha256", "precision")}
+    return {**own, "producer": f"dynprune {__version__}", "cascade": json.dumps(steps)}
+
+
+def parity(
+    content: bytes, thresholds: Sequence[float], chosen: Sequence[Network], data: Data, report: Report
+) -> tuple[float, float]:
+    """Largest difference from the scores of the parts, and share of validation images with the same class and step.
+    Raises DynpruneError where they disagree."""
+    images = some(data.val, PARITY_IMAGES)
+    session, parts = open_session(content), [open_session(own.path) for own in chosen]
+    difference = largest = 0.0
+    same = count = 0
+    for feed, labels in normalised(session, data, images):
+        report("comparing the file with its parts", count, len(images))
+        scores, step = run_all(session, dict(feed))
+        ours = np.stack([run_all(part, {part.get_inputs()[0].name: feed["input"]})[0] for part in parts])
+        alone = Said(np.stack([margin_of(own) for own in ours]), ours.argmax(2), labels)
+        expected, everyone = steps_taken(range(len(parts)), thresholds, alone), np.arange(len(step))
+        difference = max(difference, float(np.abs(scores - ours[step, everyone]).max()))
+        largest = max(largest, float(np.abs(ours).max()))
+        same += int(((step == expected) & (scores.argmax(1) == alone.said[expected, everyone])).sum())
+        count += len(labels)
+    if not difference <= TOLERANCE * max(largest, 1e-30) or same < ALIKE * count:
+        raise DynpruneError(
+            f"The cascade's file differs from its parts by {difference:.1e}, with {same} of {count} images answered by "
+            "the same network. No file was written. Please report the networks' names."
+        )
+    return difference, same / count
+
+
+def timed(
+    parts: Sequence[onnxruntime.InferenceSession], whole: onnxruntime.InferenceSession, data: Data, report: Report
+) -> np.ndarray:
+    """Milliseconds of single test images, every network in turn, the cascade last; (networks + 1, images)."""
+    sessions, images = [*parts, whole], some(data.test, TIMED_IMAGES)
+    samples: list[list[float]] = []
+    for feed, labels in normalised(whole, data, images):
+        pixels = next(iter(feed.values()))
+        for number in range(len(labels)):
+            report("timing single test images in turn", len(samples), len(images))
+            pairs = [(own, {own.get_inputs()[0].name: pixels[number : number + 1]}) for own in sessions]
+            turns = [[run_ms(*pair) for pair in pairs] for _ in range(REPEATS + 1)]
+            samples.append(np.median(turns[1:], axis=0).tolist())
+    return np.array(samples).T
+
+
+def spread(samples: np.ndarray) -> tuple[float, float, float]:
+    """Mean, median and 95th percentile."""
+    return float(samples.mean()), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
+
+
+def verdict(rows: Sequence[Row], share: float, static: float) -> str:
+    """One honest line: beside the last network, and beside a static one of this cost."""
+    *parts, own = rows
+    last = parts[-1]
+    gain = 100 * (own.accuracy - static)
+    said = (
+        f"{100 * own.accuracy:.2f} % on test images at {share:.3f} of {last.name}'s multiply-accumulates "
+        f"({last.name}: {100 * last.accuracy:.2f} %); a static network of this cost: {100 * static:.2f} %, so the "
+        f"cascade {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points"
+    )
+    if own.mean_ms and last.mean_ms:
+        said += f"; {digits(own.mean_ms)} ms in the mean, {digits(last.mean_ms)} of {last.name}"
+    return said
+
+
+def table_of(data: Data, test: Said, best: Plan, names: Sequence[str], step: np.ndarray) -> str:
+    """Of every test image: which class it is, which network had the last word, what that said, and how sure the first
+    was."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(("image", "class", "answered_by", "predicted", "first_margin"))
+    for number, own in enumerate(step):
+        network = best.chain[own]
+        lines.writerow(
+            (
+                image_name(data, number),
+                data.classes[test.labels[number]],
+                names[network],
+                data.classes[test.said[network, number]],
+                f"{test.margin[best.chain[0], number]:.4f}",
+            )
+        )
+    return out.getvalue()
+
+
+def image_name(data: Data, number: int) -> str:
+    return str(data.test.paths[number]) if isinstance(data.test, ImageFiles) else f"image {number}"
+
+
+def thinned(found: Sequence[Plan], most: int = 60) -> list[Plan]:
+    """So many of them, evenly."""
+    places = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int))
+    return [found[place] for place in places]

@@ -1,0 +1,120 @@
+"""Which networks, and from which margin on an image goes on to the next: chosen on validation images.
+
+An image goes on where the two best classes of a network are closer than a threshold. Every pair of the given networks,
+all three, and every one alone are weighed, with thresholds at quantiles of the margins seen. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynprune.cascades.networks import Said
+from dynprune.errors import DynpruneError
+
+QUANTILES = {1: 256, 2: 64}  # thresholds that are tried, by their number
+MARGIN = 0.99  # a cascade aims this far below the target, so that other images meet it too
+
+
+@dataclass(frozen=True)
+class Goal:
+    """target: mean MACs of an image over those of the last network; or accuracy: share of the validation images."""
+
+    target: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cascade, and what it comes to on the images it was weighed on. chain: which of the networks, in order.
+    thresholds: one for each of them but the last. macs: mean of an image."""
+
+    chain: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    macs: float
+    accuracy: float
+
+
+def steps_taken(chain: Sequence[int], thresholds: Sequence[float], said: Said) -> np.ndarray:
+    """(images,): which network of the chain has the last word, from 0."""
+    step = np.zeros(said.margin.shape[1], dtype=np.int64)
+    for number, (network, threshold) in enumerate(zip(chain, thresholds)):
+        step[(step == number) & (said.margin[network] < threshold)] = number + 1
+    return step
+
+
+def weigh(chain: Sequence[int], thresholds: Sequence[float], said: Said, macs: Sequence[int]) -> Plan:
+    """What this cascade comes to on these images; the passes of the smaller networks are counted."""
+    step = steps_taken(chain, thresholds, said)
+    cost = sum(macs[network] * float((step >= number).mean()) for number, network in enumerate(chain))
+    right = said.right[np.array(chain)[step], np.arange(len(step))]
+    return Plan(tuple(chain), tuple(map(float, thresholds)), cost, float(right.mean()))
+
+
+def plans(said: Said, macs: Sequence[int]) -> Iterator[Plan]:
+    """Every cascade of these networks that is weighed, each network alone among them."""
+    everyone = range(len(macs))
+    for length in range(1, len(macs) + 1):
+        for chain in itertools.combinations(everyone, length):
+            tried = [quantiles(said.margin[network], QUANTILES[length - 1]) for network in chain[:-1]]
+            for thresholds in itertools.product(*tried):
+                yield weigh(chain, thresholds, said, macs)
+
+
+def quantiles(margin: np.ndarray, count: int) -> list[float]:
+    """Thresholds between margins that were seen: some images go on, and some do not."""
+    ordered = np.unique(margin)
+    places = np.unique(np.linspace(1, len(ordered) - 1, min(count, len(ordered) - 1)).round().astype(int))
+    return [float((ordered[place - 1] + ordered[place]) / 2) for place in places]
+
+
+def choose(found: Sequence[Plan], goal: Goal, macs: Sequence[int], names: Sequence[str]) -> Plan:
+    """The most accurate plan within goal.target, or the cheapest that is as accurate as goal.accuracy. Raises
+    DynpruneError where there is none, and where one network alone does it."""
+    alone = {plan.chain[0]: plan for plan in found if len(plan.chain) == 1}
+    largest = macs[-1]
+    if goal.target is not None:
+        limit = goal.target * largest
+        within = [plan for plan in found if plan.macs <= (limit if len(plan.chain) == 1 else MARGIN * limit)]
+        if not within or len(within) == 1 and len(within[0].chain) == 1 and within[0].macs == min(macs):
+            least = min(plan.macs for plan in found if len(plan.chain) > 1)
+            raise DynpruneError(
+                f"--target got {goal.target:g}, but a cascade of these costs {least / MARGIN / largest:.3f} of "
+                f"{names[-1]} at least: every image passes {names[0]}. Raise it, or give a smaller first network."
+            )
+        best = max(within, key=lambda plan: (plan.accuracy, -plan.macs))
+    else:
+        assert goal.accuracy is not None, "no goal"
+        within = [plan for plan in found if plan.accuracy >= goal.accuracy]
+        if not within:
+            most = max(found, key=lambda plan: plan.accuracy)
+            raise DynpruneError(
+                f"No cascade of these reaches {100 * goal.accuracy:.2f} % on validation images; the best comes to "
+                f"{100 * most.accuracy:.2f} %. Ask for less, or give a more accurate network."
+            )
+        best = min(within, key=lambda plan: (plan.macs, -plan.accuracy))
+    if len(best.chain) == 1:
+        own = alone[best.chain[0]]
+        raise DynpruneError(
+            f"{names[best.chain[0]]} alone is the best of these for this: {100 * own.accuracy:.2f} % on validation "
+            f"images at {own.macs / largest:.3f} of {names[-1]}. A cascade would cost more for nothing."
+        )
+    return best
+
+
+def frontier(found: Sequence[Plan]) -> list[Plan]:
+    """Plans that no other beats in both, cheapest first."""
+    kept: list[Plan] = []
+    for plan in sorted(found, key=lambda own: (own.macs, -own.accuracy)):
+        if not kept or plan.accuracy > kept[-1].accuracy:
+            kept.append(plan)
+    return kept
+
+
+def static_at(cost: float, macs: Sequence[int], accuracy: Sequence[float]) -> float:
+    """Accuracy of a static network of this cost, read off the straight lines between the networks given; of the first
+    or the last beyond them."""
+    return float(np.interp(cost, macs, accuracy))
