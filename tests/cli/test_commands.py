@@ -1,12 +1,16 @@
 """Whole journeys through the command line on tiny networks and folders."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dynprune.cli import process, program
 from dynprune.cli.process import refuse_missed
 from dynprune.errors import DynpruneError
 from tests.measure import kills
@@ -35,12 +40,38 @@ def dynprune(*args, cwd=ROOT, check=True):
         and Path(args[1]).is_dir()
     ):
         args = (*args, "--trust")
-    done = subprocess.run(
-        [sys.executable, "-m", "dynprune", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=280
-    )
+    done = called([str(arg) for arg in args], cwd)
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def called(arguments, cwd):
+    """What the command `dynprune` does, in this process: starting one with torch takes seconds. What a process has of
+    its own is put back after it."""
+    out, errors = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads, shown, filters = torch.get_num_threads(), warnings.showwarning, warnings.filters[:]
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", ["dynprune", *arguments])
+        patch.setattr(process, "VOICE", "normal")
+        patch.setattr(sys, "path", sys.path[:])
+        patch.chdir(cwd)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+                warnings.resetwarnings()  # a process of its own shows each
+                process.run_alone(program.app)
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:  # Python would print it, and exit with 1
+            errors.write(traceback.format_exc())
+            code = 1
+        finally:
+            warnings.showwarning, warnings.filters[:] = shown, filters
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
 
 def refused(*args, cwd=ROOT):

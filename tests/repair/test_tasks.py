@@ -143,7 +143,7 @@ def test_two_outputs_of_a_regression_are_not_taken_for_classes():
     found = dynprune.compact(model, torch.zeros(1, 3, 12, 12), data, "macs=0.5", tune=0.3, **QUICK)
     with torch.no_grad():
         said, before = found.model(data[0][0]), model(data[0][0])
-    assert float((said - before).abs().max()) < float(before.std(0).max())
+    assert float((said - before).abs().max()) < 1  # taken for class scores, they would lose their mean of 50
 
 
 def test_whole_numbers_as_inputs():
