@@ -217,7 +217,8 @@ def parity(
     for feed, labels in normalised(session, data, images):
         report("comparing the file with its parts", count, len(images))
         scores, step = run_all(session, dict(feed))
-        ours = np.stack([run_all(part, {part.get_inputs()[0].name: feed["input"]})[0] for part in parts])
+        pixels = next(iter(feed.values()))
+        ours = np.stack([run_all(part, {part.get_inputs()[0].name: pixels})[0] for part in parts])
         alone = Said(np.stack([margin_of(own) for own in ours]), ours.argmax(2), labels)
         expected, everyone = steps_taken(range(len(parts)), thresholds, alone), np.arange(len(step))
         difference = max(difference, float(np.abs(scores - ours[step, everyone]).max()))

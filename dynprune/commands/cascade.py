@@ -107,12 +107,11 @@ def images_for(networks: Sequence[Network], data: str | Data | Source, listener:
                 )
             data = Source(data)
         listener.note(f"reading {data.name}")
-        size = "x".join(map(str, how.size[1:]))
-        found = load_data(dataclasses.replace(data, image_size=size, resize=how.resize))
+        found = load_data(data.like(how))
     found = found.with_channels(how.size[0])
     if found.size != how.size:
         raise DynpruneError(
             f"{networks[0].path} takes images of {'x'.join(map(str, how.size))}; the data are "
             f"{'x'.join(map(str, found.size))}. Use the data it was trained on."
         )
-    return found if run else dataclasses.replace(found, mean=how.mean, std=how.std)
+    return dataclasses.replace(found, mean=how.mean, std=how.std)

@@ -291,6 +291,15 @@ class Source:
     std: tuple[float, ...] = ()
     resize: Resize = Resize()
 
+    def like(self, how: Preprocess) -> Source:
+        """The same images, made as a network takes them that was trained before; of another size if that was asked
+        for."""
+        size = "x".join(map(str, how.size[1:])) if self.image_size == "auto" else self.image_size
+        mean, std = (
+            (how.mean, how.std) if how.size[0] == 3 else (self.mean, self.std)
+        )  # of grey: by the images, as then
+        return dataclasses.replace(self, image_size=size, resize=how.resize, mean=mean, std=std)
+
 
 def load_data(source: Source) -> Data:
     """The data that `source.name` names, split and ready. Raises DynpruneError for anything that cannot be learned

@@ -23,7 +23,7 @@ from dynprune.data.loading import IN_MEMORY_SIDE
 from dynprune.data.photos import Resize
 from dynprune.data.preprocess import Preprocess
 from dynprune.errors import DynpruneError
-from dynprune.files.disk import read_tensors, write_tensors
+from dynprune.files.disk import kind_of, read_tensors, write_tensors
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, named_tensors, state_of, unfilled
 from dynprune.structure.numbers import named_as_before
@@ -140,6 +140,15 @@ def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, 
             f"dynprune {header['kind'].replace('gated', 'gate')}."
         ) from error
     return facts, name, kept
+
+
+def preprocess_in(path: str | Path) -> Preprocess | None:
+    """How photos become inputs of the network in a compact file; None of any other file. Raises DynpruneError for a
+    compact file that is damaged."""
+    if kind_of(Path(path)) != "compact":
+        return None
+    _, header = read_tensors(Path(path), "compact")
+    return facts_in(Path(path), header)[0].preprocess
 
 
 def as_now(header: Mapping) -> dict:

@@ -184,15 +184,17 @@ class Task:
 
     @property
     def source(self) -> Source:
-        """Which images, and what is done with them: as for the weights, where these are named."""
+        """Which images, and what is done with them: as for the weights, where these are named or in a compact file."""
         from dynprune.data.loading import Resize, Source  # torch comes with it
+        from dynprune.files.artifact import preprocess_in
         from dynprune.zoo.pretrained import is_name, preprocessing_of
 
         source = Source(
             self.data, self.data_root, self.image_size, self.val_fraction, self.augment, self.workers, seed=self.seed
         )
         if not is_name(self.weights):
-            return source
+            how = preprocess_in(self.weights) if self.weights else None
+            return source.like(how) if how else source
         made = preprocessing_of(self.model, self.weights)
         size = "x".join(map(str, made.size)) if source.image_size == "auto" else source.image_size
         resize = Resize(made.interpolation, made.margin)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dynprune.data.loading import Data, load_data
 from dynprune.errors import DynpruneError, DynpruneWarning
+from dynprune.files.artifact import preprocess_in
 from dynprune.files.disk import read_tensors, write_tensors, write_text
 from dynprune.machine import environment
 from dynprune.runs.config import CompactConfig, GateConfig, Task, TrainConfig
@@ -104,7 +105,9 @@ class RunDirectory:
         """The run's data, or those that are given; a text says where they lie now."""
         if not isinstance(moved, str):
             return moved
-        return load_data(dataclasses.replace(self.config, data=moved).source if moved else self.config.source)
+        source = (dataclasses.replace(self.config, data=moved) if moved else self.config).source
+        how = preprocess_in(self.path / "compact.safetensors")  # whatever has become of the weights it began with
+        return load_data(source.like(how) if how else source)
 
     def refuse_code(self, model: str = "", trust: bool = False) -> None:
         """A run's settings may name "module:factory", which would be imported and run: only if the user names it too,

@@ -15,7 +15,10 @@ from dynprune.data.loading import Source, load_data
 from dynprune.data.scores import evaluate
 from dynprune.deploy.trained import better_of
 from dynprune.errors import DynpruneError
+from dynprune.files.artifact import load_with_facts
+from dynprune.files.disk import read_tensors, write_tensors
 from dynprune.listener import Listener
+from dynprune.runs.directory import open_any
 from tests.cli.test_commands import dynprune as command
 from tests.cli.test_commands import refused, write_folder
 from tests.models import tiny
@@ -183,6 +186,27 @@ def test_a_compact_file_is_compacted_again(compacted, tmp_path, data):
     loaded = dynprune.load(tmp_path / "again" / "compact.safetensors", tiny(10))
     assert evaluate(loaded, data, data.test) == pytest.approx(second["accuracy"])
     assert json.loads(command("export", tmp_path / "again", "--onnx", "--json").stdout)["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_comes_after_sees_the_images_as_the_weights_did(compacted, tmp_path, gone):
+    """Of a compact file whose normalisation and resizing are not those of its new run's images by themselves."""
+    tensors, header = read_tensors(compacted[0] / "compact.safetensors", "compact")
+    header |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize": {"interpolation": "bicubic", "margin": 1.0}}
+    weights, out = tmp_path / "odd.safetensors", tmp_path / "again"
+    write_tensors(weights, tensors, header)
+    bare = ["--search", "none", "--tune", 0, "--images", 256]
+    command("compact", *NET, "--weights", weights, "--budget", "macs=0.7", *bare, "--out", out)
+    if gone:
+        weights.unlink()
+    _, facts = load_with_facts(out / "compact.safetensors", tiny(10))
+    seen = open_any(out).images()
+    assert seen.preprocess == facts.preprocess
+    assert (seen.mean, seen.resize.interpolation) == ((0.1, 0.2, 0.3), "bicubic")
+    command("export", out, "--onnx")
+    said = json.loads(command("bench", out, "--batch", "1", "--json").stdout)
+    recorded = json.loads((out / "result.json").read_text())["compact"]["accuracy"]
+    assert said["accuracy_onnx"] == pytest.approx(recorded)
 
 
 def test_the_smallest_network_within_a_drop(weights, tmp_path, data):
