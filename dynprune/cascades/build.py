@@ -20,7 +20,7 @@ from dynprune.budgets.latency import Report, run_ms, silent
 from dynprune.cascades.choice import Goal, Plan, choose, frontier, plans, static_at, steps_taken, weigh
 from dynprune.cascades.graph import joined
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
-from dynprune.data.loading import Data, ImageFiles, some
+from dynprune.data.loading import Data, image_name, some
 from dynprune.deploy.answers import normalised
 from dynprune.deploy.export import TOLERANCE
 from dynprune.errors import DynpruneError
@@ -279,7 +279,7 @@ def table_of(data: Data, test: Said, best: Plan, names: Sequence[str], step: np.
         network = best.chain[own]
         lines.writerow(
             (
-                image_name(data, number),
+                image_name(data.test, number),
                 data.classes[test.labels[number]],
                 names[network],
                 data.classes[test.said[network, number]],
@@ -287,10 +287,6 @@ def table_of(data: Data, test: Said, best: Plan, names: Sequence[str], step: np.
             )
         )
     return out.getvalue()
-
-
-def image_name(data: Data, number: int) -> str:
-    return str(data.test.paths[number]) if isinstance(data.test, ImageFiles) else f"image {number}"
 
 
 def thinned(found: Sequence[Plan], most: int = 60) -> list[Plan]:

@@ -7,6 +7,7 @@ all three, and every one alone are weighed, with thresholds at quantiles of the 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,8 +80,8 @@ def choose(found: Sequence[Plan], goal: Goal, macs: Sequence[int], names: Sequen
     if goal.target is not None:
         limit = goal.target * largest
         within = [plan for plan in found if plan.macs <= (limit if len(plan.chain) == 1 else MARGIN * limit)]
-        if not within or len(within) == 1 and len(within[0].chain) == 1 and within[0].macs == min(macs):
-            least = min(plan.macs for plan in found if len(plan.chain) > 1)
+        least = min((plan.macs for plan in found if len(plan.chain) > 1), default=math.inf)
+        if MARGIN * limit < least < math.inf or not within:
             raise DynpruneError(
                 f"--target got {goal.target:g}, but a cascade of these costs {least / MARGIN / largest:.3f} of "
                 f"{names[-1]} at least: every image passes {names[0]}. Raise it, or give a smaller first network."

@@ -189,6 +189,11 @@ def in_grey(pixels: Tensor) -> Tensor:
     return (pixels * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
+def image_name(images: Images, number: int) -> str:
+    """The path of a photo, the number of an image that has none."""
+    return images.paths[number] if isinstance(images, ImageFiles) else f"image {number}"
+
+
 def some(images: Images, count: int) -> Images:
     """At most `count` of the images, chosen by chance but always the same: the first ones may be of one class."""
     return images.take(torch.randperm(len(images), generator=generator(0))[:count])

@@ -393,7 +393,7 @@ def cascade_tables(result: CascadeResult) -> list[Table]:
             row.name,
             million(row.macs),
             percent(row.accuracy),
-            percent(row.images_share) if row.images_share else "left out",
+            "left out" if row.name in result.left_out else percent(row.images_share),
             *("-" if value is None else digits(value) for value in (row.mean_ms, row.p95_ms)),
         )
     ranked = sorted(result.goes_on.items(), key=lambda item: -item[1])

@@ -23,7 +23,7 @@ from dynprune.data.loading import IN_MEMORY_SIDE
 from dynprune.data.photos import Resize
 from dynprune.data.preprocess import Preprocess
 from dynprune.errors import DynpruneError
-from dynprune.files.disk import kind_of, read_tensors, write_tensors
+from dynprune.files.disk import kind_of, read_facts, read_tensors, write_tensors
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, named_tensors, state_of, unfilled
 from dynprune.structure.numbers import named_as_before
@@ -143,12 +143,11 @@ def facts_in(path: Path, header: Mapping) -> tuple[Facts, str, Mapping[AxisKey, 
 
 
 def preprocess_in(path: str | Path) -> Preprocess | None:
-    """How photos become inputs of the network in a compact file; None of any other file. Raises DynpruneError for a
-    compact file that is damaged."""
-    if kind_of(Path(path)) != "compact":
-        return None
-    _, header = read_tensors(Path(path), "compact")
-    return facts_in(Path(path), header)[0].preprocess
+    """How photos become inputs of the network in a compact or gated file; None of any other file. Raises DynpruneError
+    for one that is damaged."""
+    path = Path(path)
+    kind = kind_of(path)
+    return facts_in(path, read_facts(path, kind))[0].preprocess if kind in ("compact", "gated") else None
 
 
 def as_now(header: Mapping) -> dict:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,6 +66,19 @@ def kind_of(path: Path) -> str:
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and facts of a file that `write_tensors` wrote with `facts["kind"] == kind`."""
+    with opened(path, kind) as (file, facts):
+        return {name: file.get_tensor(name) for name in file.keys()}, facts
+
+
+def read_facts(path: Path, kind: str) -> dict:
+    """The facts alone; see `read_tensors`."""
+    with opened(path, kind) as (_, facts):
+        return facts
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str) -> Iterator[tuple[Any, dict]]:
+    """A safetensors file of ours, open, with its facts. Raises DynpruneError for others, and for damaged ones."""
     wanted = f"Expected a {kind} file written by dynprune"
     if not path.is_file():
         raise DynpruneError(f"No file {path}. {wanted}.")
@@ -79,7 +93,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
                     f"{path} has schema {str(facts.get('schema'))[:20]}, this version reads "
                     f"{' and '.join(map(str, READABLE))}. Write it again with this version."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
+            yield file, facts
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise DynpruneError(
             f"{path} is damaged or not a safetensors file ({str(error).splitlines()[0][:200]}). {wanted}."

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dynprune.cascades.build import CascadeResult, Sights, image_name
-from dynprune.data.loading import Data
+from dynprune.cascades.build import CascadeResult, Sights
+from dynprune.data.loading import Data, image_name
 from dynprune.pages.charts import BLUE, GREEN, ORANGE, Chart, drawn
 from dynprune.pages.page import embedded, folded, grid, heading, table, write_html
 from dynprune.pages.survey import picture
@@ -37,7 +37,7 @@ def write_cascade_page(path: Path, result: CascadeResult, sights: Sights, data: 
                 f"{row.macs / result.rows[-2].macs:.3f}",
                 percent(row.accuracy),
                 percent(row.val_accuracy),
-                percent(row.images_share) if row.images_share else "no image: left out",
+                "left out" if row.name in result.left_out else percent(row.images_share),
                 *ms,
             )
         )
@@ -139,7 +139,7 @@ def pictures(sights: Sights, data: Data, *, unsure: bool) -> list[str]:
             for own in (sights.test.labels[place], sights.test.said[first, place], sights.test.said[last, place])
         )
         words = f"{label}: the first says {said}" + (f", the last {later}" if unsure else "")
-        figures.append(embedded(picture(data, data.test, place), image_name(data, place), words))
+        figures.append(embedded(picture(data, data.test, place), image_name(data.test, place), words))
     kind = "closest to a tie" if unsure else "surest"
     return [
         f'<p class="soft">The test images of which the first network is {kind}.</p>',

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dynprune import zoo
 from dynprune.budgets.latency import Report, silent
-from dynprune.data.loading import Data, ImageFiles, Images, some
+from dynprune.data.loading import Data, Images, image_name, some
 from dynprune.data.scores import logits
 from dynprune.deploy.answers import normalised
 from dynprune.deploy.export import check_classes
@@ -289,7 +289,7 @@ def answers_of(run: CompactDirectory, model: torch.nn.Module, data: Data, report
     wrong = np.flatnonzero(said.argmax(1) != right)
     worst = [
         WorstImage(
-            name_of(images, int(number)),
+            image_name(images, int(number)),
             picture(data, images, int(number)),
             data.classes[right[number]],
             data.classes[int(said[number].argmax())],
@@ -314,10 +314,6 @@ def parts(
     with torch.no_grad():
         for batch, right in data.eval_batches(images, 32):
             yield logits(model(batch)).float().numpy(), right.numpy()
-
-
-def name_of(images: Images, number: int) -> str:
-    return Path(images.paths[number]).name if isinstance(images, ImageFiles) else f"image {number}"
 
 
 def picture(data: Data, images: Images, number: int) -> Tensor:

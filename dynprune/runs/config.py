@@ -183,6 +183,11 @@ class Task:
         return self
 
     @property
+    def begins_with(self) -> str:
+        """The file that the network's weights come from, "" for none."""
+        return self.weights
+
+    @property
     def source(self) -> Source:
         """Which images, and what is done with them: as for the weights, where these are named or in a compact file."""
         from dynprune.data.loading import Resize, Source  # torch comes with it
@@ -193,7 +198,7 @@ class Task:
             self.data, self.data_root, self.image_size, self.val_fraction, self.augment, self.workers, seed=self.seed
         )
         if not is_name(self.weights):
-            how = preprocess_in(self.weights) if self.weights else None
+            how = preprocess_in(self.begins_with) if self.begins_with else None
             return source.like(how) if how else source
         made = preprocessing_of(self.model, self.weights)
         size = "x".join(map(str, made.size)) if source.image_size == "auto" else source.image_size
@@ -647,6 +652,10 @@ class GateConfig(Recipe):
         check=lambda v: 0 <= v <= 1,
         expected="a share in [0, 1]",
     )
+
+    @property
+    def begins_with(self) -> str:
+        return str(Path(self.base) / "compact.safetensors") if self.base else self.weights
 
     def validate(self) -> Self:
         super().validate()

@@ -49,6 +49,11 @@ class RunDirectory:
         """The settings that it was started with."""
         raise NotImplementedError
 
+    @property
+    def network_file(self) -> Path:
+        """What comes out of it."""
+        raise NotImplementedError
+
     checkpoint_file = property(lambda self: self.path / "checkpoint.safetensors")
     previous_checkpoint_file = property(lambda self: self.path / "checkpoint.previous.safetensors")
 
@@ -106,7 +111,7 @@ class RunDirectory:
         if not isinstance(moved, str):
             return moved
         source = (dataclasses.replace(self.config, data=moved) if moved else self.config).source
-        how = preprocess_in(self.path / "compact.safetensors")  # whatever has become of the weights it began with
+        how = preprocess_in(self.network_file)  # whatever has become of the weights it began with
         return load_data(source.like(how) if how else source)
 
     def refuse_code(self, model: str = "", trust: bool = False) -> None:
@@ -212,7 +217,7 @@ class RunDirectory:
 class CompactDirectory(RunDirectory):
     """Paths of a run directory that holds a compact network: compact.safetensors and its ONNX files."""
 
-    compact_file = property(lambda self: self.path / "compact.safetensors")
+    compact_file = network_file = property(lambda self: self.path / "compact.safetensors")
     onnx_file = property(lambda self: self.path / "compact.onnx")
     dense_onnx_file = property(lambda self: self.path / "dense.onnx")
 
@@ -251,7 +256,7 @@ class GateRun(RunDirectory):
     command: ClassVar[str] = "gate"
 
     config_file = property(lambda self: self.path / "gate.toml")
-    gated_file = property(lambda self: self.path / "gated.safetensors")
+    gated_file = network_file = property(lambda self: self.path / "gated.safetensors")
     onnx_file = property(lambda self: self.path / "gated.onnx")
     ungated_onnx_file = property(lambda self: self.path / "ungated.onnx")
     static_onnx_file = property(lambda self: self.path / "static.onnx")

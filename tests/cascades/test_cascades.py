@@ -116,6 +116,13 @@ def test_thresholds_lie_between_margins():
     assert quantiles(np.array([0.5]), 10) == []
 
 
+def test_margins_that_are_all_alike_leave_no_cascade():
+    said = invented(2)
+    alike = Said(np.full_like(said.margin, 0.5), said.said, said.labels)
+    with pytest.raises(DynpruneError, match="a alone is the best of these"):
+        choose(list(plans(alike, (10, 100))), Goal(target=0.5), (10, 100), "ab")
+
+
 def test_one_network_that_is_best_alone_is_said():
     said = invented(2)
     worse = Said(said.margin, np.stack([said.labels, said.said[1]]), said.labels)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import dynprune
+from dynprune.commands.gate import based_on
 from dynprune.data.loading import Source, load_data
 from dynprune.data.scores import evaluate
 from dynprune.deploy.trained import better_of
@@ -18,7 +19,7 @@ from dynprune.errors import DynpruneError
 from dynprune.files.artifact import load_with_facts
 from dynprune.files.disk import read_tensors, write_tensors
 from dynprune.listener import Listener
-from dynprune.runs.directory import open_any
+from dynprune.runs.directory import GateRun, open_any
 from tests.cli.test_commands import dynprune as command
 from tests.cli.test_commands import refused, write_folder
 from tests.models import tiny
@@ -203,10 +204,16 @@ def test_what_comes_after_sees_the_images_as_the_weights_did(compacted, tmp_path
     seen = open_any(out).images()
     assert seen.preprocess == facts.preprocess
     assert (seen.mean, seen.resize.interpolation) == ((0.1, 0.2, 0.3), "bicubic")
+    gates = based_on(out, {}, trust=True)
+    assert gates.source.mean == (0.1, 0.2, 0.3)
     command("export", out, "--onnx")
     said = json.loads(command("bench", out, "--batch", "1", "--json").stdout)
     recorded = json.loads((out / "result.json").read_text())["compact"]["accuracy"]
     assert said["accuracy_onnx"] == pytest.approx(recorded)
+    gated = GateRun.create(tmp_path / "gated", gates, False)
+    write_tensors(gated.gated_file, tensors, header | {"kind": "gated"})
+    (out / "compact.safetensors").unlink()
+    assert gated.images().mean == (0.1, 0.2, 0.3)
 
 
 def test_the_smallest_network_within_a_drop(weights, tmp_path, data):
