@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from dynprune.budgets.allocation import CostModel, allocate, constraints_for, narrower, unreachable
 from dynprune.budgets.latency import LatencyModel, LayerTable, Report, Stopwatch, silent
 from dynprune.budgets.limits import Budget, parse_limit
 from dynprune.errors import DynpruneError
+from dynprune.structure.calling import Inputs, arguments
 from dynprune.structure.channels import ChannelGraph
 
 CANDIDATES = 8
@@ -47,20 +48,20 @@ class Fit:
 
 class Fitter:
     """Finds widths for one network and its budget, as often as it is asked. full: only its shapes matter, not its
-    weights. whole: whether time is that of all outputs; else of the class scores."""
+    weights. example: inputs of a call. whole: whether time is that of all outputs; else of the class scores."""
 
     def __init__(
         self,
         full: nn.Module,
         graph: ChannelGraph,
-        example: Tensor,
+        example: Inputs,
         budget: Budget,
         report: Report = silent,
         *,
         whole: bool = False,
     ):
         self.whole = whole
-        self.full, self.graph, self.example, self.budget, self.report = full, graph, example, budget, report
+        self.full, self.graph, self.inputs, self.budget, self.report = full, graph, arguments(example), budget, report
         self.allowed, self.cost = constraints_for(graph, budget), CostModel(graph)
         self.in_ms = [limit for limit in map(parse_limit, budget.limits) if limit.quantity == "latency"]
         self.stopwatch: Stopwatch | None = None
@@ -90,7 +91,7 @@ class Fitter:
             self.graph, self.cost, self.allowed.smallest, LayerTable(), self.report, int8=int8
         )
         self.report("exporting and timing the dense network", 0, 0)
-        self.stopwatch = Stopwatch(self.full, self.graph, self.example, self.whole, int8)
+        self.stopwatch = Stopwatch(self.full, self.graph, self.inputs, whole=self.whole, int8=int8)
         self.cost.dense_ms = self.stopwatch.measure_dense()
         self.cost.latency.correction = self.cost.dense_ms / self.cost.cost("latency", self.cost.arms)
 

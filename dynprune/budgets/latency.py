@@ -21,19 +21,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import platformdirs
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
 from dynprune.budgets.allocation import CostModel
 from dynprune.data.scores import Scores
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
-from dynprune.files.onnxfile import open_session, run, write_onnx, write_program
+from dynprune.files.onnxfile import open_session, run
+from dynprune.files.program import Program, on_cpu
 from dynprune.files.quantized import Quantiser
 from dynprune.machine import processor
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.labels import tensors_in
 from dynprune.structure.record import Op
 from dynprune.structure.surgery import slim
 
@@ -44,6 +43,7 @@ FASTER = 1.05  # a smaller ratio than this is within what two measurements of on
 SETTLED_RUNS = 50  # before a measurement may end early
 SAVE_EVERY = 50  # layers
 
+Timed = tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]  # a network and what goes into it
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, out of how much
 
 
@@ -181,10 +181,7 @@ def run_ms(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -
 
 
 def interleaved(
-    pairs: list[tuple[onnxruntime.InferenceSession, dict]],
-    seconds: float,
-    runs: tuple[int, int],
-    precise: float | None = None,
+    pairs: list[Timed], seconds: float, runs: tuple[int, int], precise: float | None = None
 ) -> list[list[float]]:
     """Milliseconds of every run of each (session, inputs), in turn, so that a drift of the machine's speed meets all
     alike. A turn of several is three runs of which the first does not count: it only brings the network's weights back
@@ -306,61 +303,41 @@ def padded(values: np.ndarray, length: int, step: float) -> np.ndarray:
     return np.concatenate([values, values[-1:] + step * more])
 
 
-class Everything(nn.Module):
-    """All tensors in what a model returns, one behind the other."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors_in(self.model(x)))
-
-
 class Stopwatch:
     """Times compact candidates of one network beside its dense form, as whole ONNX files in onnxruntime.
 
-    whole: with all that the network returns; else its class scores, which is what the commands export. int8: both
-    forms in int8, with the ranges of one example.
+    inputs: the arguments of a call. whole: with all that the network returns; else its class scores, which is what the
+    commands export. int8: both forms in int8, with the ranges of one example.
     """
 
-    def __init__(self, full: nn.Module, graph: ChannelGraph, example: Tensor, whole: bool = False, int8: bool = False):
-        self.full, self.graph, self.example, self.whole, self.int8 = full, graph, example.cpu(), whole, int8
+    def __init__(self, full: nn.Module, graph: ChannelGraph, inputs: tuple, *, whole: bool = False, int8: bool = False):
+        self.full, self.graph, self.whole, self.int8 = full, graph, whole, int8
+        self.inputs = on_cpu(inputs)
         self.dense = self.open(full)
 
-    def open(self, model: nn.Module) -> onnxruntime.InferenceSession:
+    def open(self, model: nn.Module) -> Timed:
         was_training = model.training
         try:
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "model.onnx"
-                self.write(model.eval(), path)
+                path, own = Path(folder) / "model.onnx", model.eval() if self.whole else Scores(model.eval())
+                program = Program.of(own, self.inputs, dynamic={} if self.whole else None)
+                program.write(path, None, {})
+                content = path.read_bytes()
                 if self.int8:
-                    feed = {"input": self.example.numpy()}
-                    return open_session(Quantiser(path, [feed]).quantised(), 1)
-                return open_session(path.read_bytes(), 1)
+                    content = Quantiser(path, [program.feed(open_session(content))]).quantised()
+                session = open_session(content, 1)
+                return session, program.feed(session)
         finally:
             model.train(was_training)
-
-    def write(self, model: nn.Module, path: Path) -> None:
-        if not self.whole:
-            write_onnx(Scores(model), self.example, path, None, {})
-            return
-        everything = Everything(model)
-        with torch.no_grad():
-            names = [f"output_{number}" for number, _ in enumerate(everything(self.example))]
-        batch = torch.cat([self.example, self.example])
-        write_program(everything, (batch,), path, None, {}, ["input"], names, ({0: torch.export.Dim("batch")},))
 
     def candidate(self, widths: Mapping[str, int]) -> nn.Module:
         return slim(self.full, self.graph.kept({name: np.arange(width) for name, width in widths.items()}))
 
     def measure(self, model: nn.Module) -> tuple[float, float]:
         """Medians in ms of the dense network and of `model`, timed in turn."""
-        session = self.open(model)
-        feeds = [(s, {s.get_inputs()[0].name: self.example.numpy()}) for s in (self.dense, session)]
-        dense, narrow = (float(np.median(kept)) for kept in interleaved(feeds, NETWORK_SECONDS, NETWORK_RUNS))
+        pair = [self.dense, self.open(model)]
+        dense, narrow = (float(np.median(kept)) for kept in interleaved(pair, NETWORK_SECONDS, NETWORK_RUNS))
         return dense, narrow
 
     def measure_dense(self) -> float:
-        feed = {self.dense.get_inputs()[0].name: self.example.numpy()}
-        return float(np.median(interleaved([(self.dense, feed)], NETWORK_SECONDS, NETWORK_RUNS)[0]))
+        return float(np.median(interleaved([self.dense], NETWORK_SECONDS, NETWORK_RUNS)[0]))

@@ -22,7 +22,7 @@ from dynprune.cascades.graph import joined
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
 from dynprune.data.loading import Data, image_name, some
 from dynprune.deploy.answers import normalised
-from dynprune.deploy.export import TOLERANCE
+from dynprune.deploy.modules import TOLERANCE
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_bytes, write_text
 from dynprune.files.onnxfile import open_session, run_all

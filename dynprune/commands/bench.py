@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from dynprune.data.loading import Data
-from dynprune.deploy.bench import BenchResult, bench_files, bench_run
-from dynprune.deploy.modules import bench_modules
+from dynprune.deploy.bench import BenchResult, bench_files, bench_modules, bench_run
 from dynprune.errors import DynpruneError
 from dynprune.gates.bench import GatedBenchResult, bench_gated
 from dynprune.listener import SILENT, Listener

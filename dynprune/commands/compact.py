@@ -15,11 +15,11 @@ from dynprune.commands.train import run_name
 from dynprune.data.loading import Data
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compact import compact as make_compact
-from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve
+from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve, refuse_shared
 from dynprune.errors import DynpruneError
-from dynprune.execution.dynamic import timed_input
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.examples import Reader
+from dynprune.repair.shares import Share
 from dynprune.repair.trained import Compacted, compact_module
 from dynprune.runs.config import CompactConfig
 from dynprune.runs.directory import Run
@@ -90,7 +90,8 @@ def compact(what, *args, listener: Listener = SILENT, **options):
     budget: as `--budget`, several in a list, or a `Budget`. images: how many calibration and measuring look at; repair
     looks at twice as many. search, tune: seconds. tune_lr: peak rate; 0.03 without an answer, and a tenth of it where
     there are neither labels nor a loss. precision: of tuning; auto is bfloat16 for class scores alone, where the
-    processor is fast at it.
+    processor is fast at it. In a program that has joined torch.distributed each process gives batches of its own, as a
+    DistributedSampler deals them out, and all get the same network back.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 
@@ -165,11 +166,12 @@ def of_module(
     limits = budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
     if precision not in ("auto", "float32", "bfloat16"):
         raise DynpruneError(f"precision is {precision!r}. Expected auto, float32 or bfloat16.")
-    device = next(model.parameters()).device
+    device, ranks = next(model.parameters()).device, distributed.joined()
+    refuse_shared(limits, ranks)
     listener.note("tracing")
     given = arguments(example_inputs)
     graph = trace(model, given)
-    fitter = Fitter(copied(model).cpu(), graph, timed_input(given, limits).cpu(), limits, listener.work, whole=True)
+    fitter = Fitter(copied(model).cpu(), graph, given, limits, listener.work, whole=True)
     start = fitter.fit().widths
     return compact_module(
         model,
@@ -190,6 +192,8 @@ def of_module(
         bfloat16=lambda scores: use_bfloat16(precision if scores or precision != "auto" else "float32", device),
         seed=seed,
         report=listener.note,
+        share=Share(ranks.rank, ranks.count),
+        together=lambda narrow: distributed.learning_together(narrow, ranks),
     )
 
 

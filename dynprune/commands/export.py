@@ -11,9 +11,10 @@ from torch import nn
 from dynprune.data.loading import Data
 from dynprune.deploy.export import ExportResult
 from dynprune.deploy.export import export as make_onnx
-from dynprune.deploy.modules import Axes, ModuleExport, export_module
+from dynprune.deploy.modules import ModuleExport, export_module
 from dynprune.deploy.quantize import CALIBRATION, MAX_DROP
 from dynprune.errors import DynpruneError
+from dynprune.files.program import Axes
 from dynprune.gates.export import GatedExportResult, export_gated
 from dynprune.listener import SILENT, Listener
 from dynprune.runs.directory import GateRun, open_any

@@ -1,7 +1,7 @@
-"""Latency of ONNX files in onnxruntime, measured side by side.
+"""Latency of ONNX files and of modules in onnxruntime, measured side by side.
 
-Takes files and batch sizes, runs them in turn in one process (A B A B ...), so that a drift of the machine's speed
-meets all alike, and keeps every raw sample. Reports medians, 95th percentiles and the ratio.
+Takes networks and batch sizes or inputs, runs them in turn in one process (A B A B ...), so that a drift of the
+machine's speed meets all alike, and keeps every raw sample. Reports medians, 95th percentiles and the ratio.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.budgets.fit import TOLERANCE
@@ -26,12 +27,15 @@ from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores
 from dynprune.deploy.answers import accuracy_of
 from dynprune.deploy.export import check_classes, load_compact
+from dynprune.deploy.modules import export_module
 from dynprune.deploy.quantize import as_fast_as_int8, beside, is_of
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session, size_bytes, write_onnx
+from dynprune.files.program import feed, leaves
 from dynprune.machine import environment
 from dynprune.runs.directory import CompactDirectory, Run
+from dynprune.structure.calling import Inputs, arguments
 
 SECONDS_PER_BATCH_SIZE = 3.0  # for all files together; within these numbers of RUNS of each
 RUNS = (7, 2000)
@@ -429,16 +433,66 @@ def measure(files: list[Path], batches: list[int], threads: int, report: Callabl
             raise DynpruneError(f"No file {path}. Expected an ONNX file.")
     if not batches or min(batches) < 1:
         raise DynpruneError(f"--batch got {batches}. Expected numbers of images, such as 1 or 1,8,32.")
-    sessions = [open_session(path, threads) for path in files]
-    rows = []
+    sessions, rows = [open_session(path, threads) for path in files], []
     for batch in batches:
         report(f"timing batch {batch}")
-        feeds = [input_for(session, path, batch) for session, path in zip(sessions, files)]
-        samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS, PRECISE)
-        dense, compact, *int8 = (latency_of(kept, batch) for kept in samples)
-        row = BenchRow(batch, dense, compact, dense.p50_ms / compact.p50_ms)
-        if int8:
-            own = dense.p50_ms / int8[1].p50_ms
-            row = replace(row, dense_int8=int8[0], compact_int8=int8[1], speedup_int8_p50=own)
-        rows.append(row)
+        rows.append(timed(sessions, [input_for(session, path, batch) for session, path in zip(sessions, files)], batch))
     return rows
+
+
+def timed(
+    sessions: Sequence[onnxruntime.InferenceSession], feeds: Sequence[dict[str, np.ndarray]], batch: int
+) -> BenchRow:
+    """Networks in turn: dense and compact, and the two in int8 where there are four."""
+    samples = interleaved(list(zip(sessions, feeds)), SECONDS_PER_BATCH_SIZE, RUNS, PRECISE)
+    dense, compact, *int8 = (latency_of(kept, batch) for kept in samples)
+    row = BenchRow(batch, dense, compact, dense.p50_ms / compact.p50_ms)
+    if not int8:
+        return row
+    own = dense.p50_ms / int8[1].p50_ms
+    return replace(row, dense_int8=int8[0], compact_int8=int8[1], speedup_int8_p50=own)
+
+
+def bench_modules(
+    dense: nn.Module | Path,
+    compact: nn.Module | Path,
+    inputs: Inputs,
+    *,
+    threads: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> BenchResult:
+    """Time two networks on the same inputs, in turn in one process; modules are exported first. Files need inputs of
+    the names that `export` would give them, in order."""
+    tensors = [value.detach().cpu() for _, value in leaves(arguments(inputs))]
+    with tempfile.TemporaryDirectory(prefix="dynprune-") as folder:
+        paths, names = [], []
+        for number, network in enumerate((dense, compact)):
+            path = network if isinstance(network, Path) else Path(folder) / f"{('first', 'second')[number]}.onnx"
+            if isinstance(network, nn.Module):
+                report(f"exporting the {('first', 'second')[number]} network")
+                names.append(list(export_module(network, inputs, path, dynamic={}).inputs))
+            else:
+                names.append([])
+            paths.append(path)
+        sessions = [open_session(path, threads) for path in paths]
+        feeds = [feed_of(session, path, tensors, own) for session, path, own in zip(sessions, paths, names)]
+        report("timing both in turn")
+        row = timed(sessions, feeds, next((len(value) for value in tensors if value.ndim), 1))
+        nothing = (None, None)
+        return summarise(paths[0], paths[1], [row], threads, nothing, nothing, None, None, None, [], [])
+
+
+def feed_of(
+    session: onnxruntime.InferenceSession, path: Path, tensors: Sequence[Tensor], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The tensors under the names of a file's inputs. names: of the tensors where they are known, since a file may
+    leave out what its network does not use; else they come in the file's order."""
+    if names:
+        return feed(session, names, tensors)
+    wanted = [entry.name for entry in session.get_inputs()]
+    if len(wanted) != len(tensors):
+        raise DynpruneError(
+            f"{path.name} takes {len(wanted)} inputs ({', '.join(wanted)}), inputs holds {len(tensors)} tensors. "
+            "Expected as many, in the same order."
+        )
+    return feed(session, wanted, tensors)

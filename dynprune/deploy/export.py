@@ -6,32 +6,29 @@ and compares with torch. A file that disagrees is not kept.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import Scores, logits
+from dynprune.deploy.modules import TOLERANCE, export_module, writing
 from dynprune.deploy.photos import PhotosFile, write_photos
 from dynprune.deploy.quantize import CALIBRATION, KINDS, MAX_DROP, Variant, beside, is_of, write_variants
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
-from dynprune.files.onnxfile import open_session, read_opset, write_onnx
-from dynprune.files.onnxfile import run as execute
+from dynprune.files.onnxfile import open_session, run_all
+from dynprune.files.program import feed, gap
 from dynprune.files.resizing import refuse_interpolation
 from dynprune.runs.directory import CompactDirectory, GateRun
 from dynprune.version import __version__
 from dynprune.zoo import runs_code
 
-# of the largest output: float32 sums in another order differ by about 1e-6 of it, a wrong graph by far more
-TOLERANCE = 1e-4
 PARITY_IMAGES = 256
 
 
@@ -113,7 +110,16 @@ def export(
     wrapped = with_scores(model, facts, fold_normalization)
     partial = path.with_name(path.name + ".partial")
     with writing(path, partial):
-        write_onnx(wrapped.eval(), data.example, partial, opset, metadata(facts, fold_normalization))
+        written = export_module(
+            wrapped,
+            data.example,
+            partial,
+            opset=opset,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic={"input": {0: "batch"}},
+            facts=metadata(facts, fold_normalization),
+        )
         difference, largest, agreement, count = parity(wrapped, partial, data, facts, fold_normalization)
         if not difference <= TOLERANCE * largest or agreement < 1:
             raise DynpruneError(
@@ -128,8 +134,8 @@ def export(
     photos = [write_photos(file, data, facts, fold_normalization) for file in files]
     result = ExportResult(
         str(path),
-        read_opset(path),
-        path.stat().st_size,
+        written.opset,
+        written.size_bytes,
         difference,
         difference / max(largest, 1e-30),
         agreement,
@@ -172,20 +178,6 @@ def with_scores(model: nn.Module, facts: artifact.Facts, folded: bool) -> nn.Mod
     return Normalised(model, facts.mean, facts.std) if folded else Scores(model)
 
 
-@contextlib.contextmanager
-def writing(path: Path, *partial: Path) -> Iterator[None]:
-    """Around writing `path`: makes its folder, says what to do where that fails, and leaves no `partial` file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
-    finally:
-        for file in partial:
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
-
-
 def metadata(facts: artifact.Facts, folded: bool) -> dict[str, str]:
     """What a user of the file must know: class names and how pixels become inputs."""
     channels = facts.input_size[0]
@@ -214,9 +206,9 @@ def parity(
     for batch, _ in data.eval_batches(data.val, 32):
         batch = (batch * std + mean if folded else batch)[: PARITY_IMAGES - count]
         ours = model(batch.clone()).numpy()  # some networks write into their input
-        theirs = execute(session, {session.get_inputs()[0].name: batch.numpy()})
-        difference = max(difference, float(np.abs(ours - theirs).max()))
-        largest = max(largest, float(np.abs(ours).max()))
+        theirs = run_all(session, feed(session, ["input"], [batch]))[0]
+        here, most = gap(ours, theirs)
+        difference, largest = max(difference, here), max(largest, most)
         equal += int((ours.argmax(1) == theirs.argmax(1)).sum())
         count += len(batch)
         if count >= PARITY_IMAGES:

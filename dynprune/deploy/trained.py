@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dynprune import zoo
 from dynprune.budgets.fit import Fit, Fitter, budgets_met, first_missed
-from dynprune.budgets.limits import parse_limit
+from dynprune.budgets.limits import Budget, parse_limit
 from dynprune.data.loading import Data, load_data, some
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.compact import TOLERANCE, largest_difference
@@ -43,7 +43,7 @@ from dynprune.structure.record import AxisKey
 from dynprune.structure.surgery import composed, slim
 from dynprune.structure.tracing import exact_part, masked
 from dynprune.training.begin import searched
-from dynprune.training.distributed import ALONE, Ranks, average, meet, norms_shared
+from dynprune.training.distributed import ALONE, Ranks, learning_together, meet
 from dynprune.training.recipe import choose_device, use_bfloat16
 from dynprune.training.session import trace_images
 from dynprune.training.train import threads
@@ -146,8 +146,7 @@ def compact_trained(
 ) -> TrainedResult | None:
     """Write a run directory with compact.safetensors. Of several processes each calls this; the first one alone proves,
     tests and writes, the others get None."""
-    if ranks.several:
-        refuse_shared(config)
+    refuse_shared(config.allowed, ranks, config.max_drop)
     if ranks.first:
         CompactRun.refuse_existing(run_path, overwrite)
     timer = Timer(listener)
@@ -184,9 +183,10 @@ def compact_trained(
         return written
 
 
-def refuse_shared(config: CompactConfig) -> None:
+def refuse_shared(budget: Budget, ranks: Ranks, max_drop: float = 0.0) -> None:
     """What several processes cannot decide together: each would measure other times, or other answers."""
-    if config.max_drop or any(parse_limit(text).quantity == "latency" for text in config.budget):
+    in_ms = any(parse_limit(text).quantity == "latency" for text in budget.limits)
+    if ranks.several and (max_drop or in_ms):
         raise DynpruneError(
             "Several processes share a --budget in macs or params. Start compact without torchrun for --max-drop and "
             "for milliseconds."
@@ -204,14 +204,7 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
     if not seconds:
         return 0
     timer("tune", f"tuning for {config.tune}")
-    ranks = bench.ranks
-    none = torch.empty(0, device=bench.device)
-
-    def equal_gradients() -> None:
-        if ranks.several:
-            average(narrow.parameters(), none, ranks)
-
-    with norms_shared(narrow, ranks):
+    with learning_together(narrow, bench.ranks) as equal_gradients:
         return tune(
             narrow,
             Lesson(
@@ -219,7 +212,7 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
                 lambda model, batch: model(batch[0]),
                 own=lambda output, batch: of_labels(logits(output), batch[1]),
             ),
-            endless(bench.data, config, bench.device, ranks),
+            endless(bench.data, config, bench.device, bench.ranks),
             seconds,
             lr=config.tune_lr,
             bfloat16=use_bfloat16(config.precision, bench.device),

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynprune.budgets.fit import Fitter
 from dynprune.budgets.latency import Report, silent
-from dynprune.budgets.limits import Budget, parse_limit
+from dynprune.budgets.limits import Budget
 from dynprune.errors import DynpruneError
 from dynprune.execution.explore import Exploration, Explorer
 from dynprune.execution.momentum import FRESH, MakeOptimizer, rebound, state_kinds
@@ -358,8 +359,10 @@ class DynamicExecution(Execution):
             budget if isinstance(budget, Budget) else Budget((budget,) if isinstance(budget, str) else tuple(budget))
         )
         graph = trace(full, inputs)
-        fitter = Fitter(full, graph, timed_input(inputs, allowed), allowed, report, whole=True)
+        fitter = Fitter(full, graph, inputs, allowed, report, whole=True)
         widths = graph.full_widths if policy == "dense" else fitter.fit().widths
+        if fitter.in_ms:
+            widths = as_first_process(widths)
         trained = has_seen_images(full) if trained is None else trained
         if not trained:
             scale_for_narrow_fan_in(full, graph, widths)
@@ -387,17 +390,13 @@ def growth_step(steps: int, grow: float, explorer: Explorer) -> int:
     return min(steps - 1, max(round(grow * steps), explorer.steps))
 
 
-def timed_input(inputs: tuple, allowed: Budget) -> Tensor:
-    """The one tensor with which a budget in milliseconds is measured; any where no time is needed."""
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if len(tensors) == len(inputs) == 1:
-        return tensors[0]
-    if any(parse_limit(limit).quantity == "latency" for limit in allowed.limits):
-        raise DynpruneError(
-            "A budget in milliseconds is measured on networks of one input tensor, and this one has other inputs. "
-            "Expected a budget in macs or params."
-        )
-    return tensors[0] if tensors else torch.zeros(1)
+def as_first_process(widths: dict[str, int]) -> dict[str, int]:
+    """The first process's widths in all that the user's program has joined: what is measured differs in each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return widths
+    told = [widths]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 def has_seen_images(model: nn.Module) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor
 from dynprune.budgets.latency import Report, interleaved, silent
 from dynprune.data.loading import Data, some
 from dynprune.data.scores import logits
-from dynprune.deploy.export import TOLERANCE, data_and_path, metadata, with_scores, writing
+from dynprune.deploy.export import data_and_path, metadata, with_scores
+from dynprune.deploy.modules import TOLERANCE, writing
 from dynprune.errors import DynpruneError
 from dynprune.files.artifact import Facts
 from dynprune.files.disk import write_bytes

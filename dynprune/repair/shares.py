@@ -42,6 +42,13 @@ class Share:
         self.own(whole).copy_(values)
         return self.total(whole)
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of all processes' whole numbers."""
+        values = torch.tensor(number, dtype=torch.int64, device=device)
+        if self.count > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
     def everywhere(self, holds: bool, device: torch.device) -> bool:
         """Whether something holds in every process."""
         return self.count == 1 or float(self.total(torch.tensor(float(holds), device=device))) == self.count

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -210,11 +210,14 @@ def compact_module(
     bfloat16: Callable[[bool], bool],
     seed: int,
     report: Callable[[str], None],
+    share: Share = WHOLE,
+    together: Callable[[nn.Module], AbstractContextManager[Callable[[], object]]] = lambda _: nullcontext(lambda: None),
 ) -> Compacted:
     """The whole way for a module and batches of the user's own; see `dynprune.compact`.
 
     start: widths within the budget. accepts: whether other widths really are, once they are measured. bfloat16: whether
-    to tune in it, where class scores are all that matters and where not.
+    to tune in it, where class scores are all that matters and where not. share: of several processes, each with batches
+    of its own. together: around tuning in them; gives what makes their gradients equal.
     """
     seconds: dict[str, float] = {}
     refuse_not_finite(model)
@@ -222,12 +225,16 @@ def compact_module(
     device = next(model.parameters()).device
     began = time.perf_counter()
     report("collecting examples")
-    taken = collect(model, reader, batches, 4 * images, device)
-    if taken.count < FEWEST:
-        raise DynpruneError(f"data gave {taken.count} images. Expected at least {FEWEST}; a few hundred are better.")
+    taken = collect(model, reader, batches, -(-4 * images // share.count), device)
+    taken.count = share.least(taken.count, device)
+    if share.count * taken.count < FEWEST or taken.count < 4:
+        among = f" to the process that had fewest of {share.count}" if share.count > 1 else ""
+        raise DynpruneError(
+            f"data gave {taken.count} images{among}. Expected at least {FEWEST}; a few hundred are better."
+        )
     refuse_loss(loss, model, taken)
-    report(f"calibrating on {taken.count} examples")
-    sample = taken.shared_out()
+    report(f"calibrating on {share.count * taken.count} examples")
+    sample = replace(taken.shared_out(), share=share)
     few = sample.few
     says = SCORES if taken.labels is not None else what_says(model, graph, lambda own: calling.call(own, few))
     compaction = Compaction(model, graph, sample, says=says, choice=choice, seed=seed)
@@ -249,10 +256,11 @@ def compact_module(
         report(f"tuning for {tune_seconds:g} s")
         again = endless(batches, device, lambda: taken.batches)
         lesson = lesson_of(model, graph, reader, says, loss, taken)
-        with trainable(narrow):
+        with trainable(narrow), together(narrow) as average:
             rate = tune_lr if tune_lr is not None else RATE if says.scores or loss else RATE_OF_VALUES
             half = bfloat16(says.scores and loss is None)
-            steps = tune(narrow, lesson, again, tune_seconds, lr=rate, bfloat16=half)
+            clock = share.clock(device)
+            steps = tune(narrow, lesson, again, tune_seconds, lr=rate, bfloat16=half, clock=clock, average=average)
     seconds["tune"] = time.perf_counter() - began
     return Compacted(
         narrow.to(memory_format=torch.contiguous_format),

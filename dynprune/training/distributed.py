@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,13 @@ def join(environment: Mapping[str, str], device: str) -> Ranks:
         torch.cuda.set_device(ranks.local)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=ranks.rank, world_size=ranks.count)
     return ranks
+
+
+def joined() -> Ranks:
+    """The processes that the user's own program has joined; alone if it did not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def meet(ranks: Ranks) -> None:
@@ -202,6 +209,20 @@ def norms_shared(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     finally:
         for norm in model.modules() if ranks.several else ():
             vars(norm).pop("forward", None)
+
+
+@contextlib.contextmanager
+def learning_together(model: nn.Module, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Context of training one model in several processes: BatchNorm over whole batches. Gives what makes gradients
+    equal after a backward pass."""
+    none = torch.empty(0, device=next(model.parameters()).device)
+
+    def equal_gradients() -> None:
+        if ranks.several:
+            average(model.parameters(), none, ranks)
+
+    with norms_shared(model, ranks):
+        yield equal_gradients
 
 
 def lost_contact(error: BaseException) -> bool:

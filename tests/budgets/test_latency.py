@@ -157,7 +157,7 @@ def test_a_missed_time_is_said(graph):
 
 def test_whole_networks_are_timed_beside_the_dense_one(graph):
     full, example = zoo.build("resnet20", 10), torch.randn(1, 3, 32, 32)
-    watch = Stopwatch(full.train(), graph, example)
+    watch = Stopwatch(full.train(), graph, (example,))
     dense, narrow = watch.measure(
         watch.candidate({name: max(1, width // 4) for name, width in graph.full_widths.items()})
     )
@@ -178,6 +178,6 @@ class TwoHeads(nn.Module):
 
 def test_time_is_that_of_all_outputs_of_a_network_of_any_task():
     model, example = TwoHeads().eval(), torch.zeros(1, 3, 8, 8)
-    watch = Stopwatch(model, trace(model, example), example, whole=True)
-    assert [entry.shape[1] for entry in watch.dense.get_outputs()] == [2, 8]
+    watch = Stopwatch(model, trace(model, example), (example,), whole=True)
+    assert [entry.shape[1] for entry in watch.dense[0].get_outputs()] == [2, 8]
     assert watch.measure_dense() > 0 and watch.measure(model)[1] > 0

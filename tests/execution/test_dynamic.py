@@ -226,6 +226,12 @@ class Several(nn.Module):
         return {"point": self.point(x), "kind": [self.kind(torch.cat([x, self.embed(kind)], 1))]}
 
 
+def test_milliseconds_are_those_of_all_inputs():
+    example = (torch.zeros(2, 3, 48, 48), torch.tensor([1, 2]), {"scale": {"by": torch.ones(2, 1)}})
+    execution = dynprune.DynamicExecution(Several(), example, "latency=0.6", steps=9, optimizer=OPTIMIZERS["sgd"])
+    assert sum(map(len, execution.selection.values())) < 16 + 24
+
+
 def test_any_inputs_outputs_and_losses():
     example = (X[:2], torch.tensor([1, 2]), {"scale": {"by": torch.ones(2, 1)}})
     execution = dynprune.DynamicExecution(
@@ -341,9 +347,9 @@ def refusals():
         "budget": (lambda: execute(budget="macs=0.001"), "reach|narrowest|least"),
         "milliseconds": (
             lambda: dynprune.DynamicExecution(
-                Several(), (X, Y % 5), "latency=0.5", steps=9, optimizer=OPTIMIZERS["sgd"]
+                Several(), (X, Y % 5), "latency=0.0001", steps=9, optimizer=OPTIMIZERS["sgd"]
             ),
-            "other inputs",
+            "latency=0.0001",
         ),
         "policy": (lambda: execute(policy="ucb"), 'policy got "ucb"'),
         "steps": (lambda: execute(steps=0), "steps got 0"),
@@ -377,12 +383,21 @@ def test_two_processes_choose_and_train_alike(tmp_path):
     program = tmp_path / "loop.py"
     program.write_text(
         textwrap.dedent("""
-        import os, sys, torch, torch.nn.functional as F, dynprune
+        import os, sys, torch, torch.nn.functional as F, dynprune.zoo
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
         from tests.execution.test_dynamic import X, Y, execute
+        from dynprune.budgets.fit import Fit, Fitter
         dist.init_process_group("gloo")
         rank = dist.get_rank()
+        measured = Fitter.fit
+        Fitter.fit = lambda self: Fit({name: 4 + rank for name in self.graph.full_widths})  # each measures other times
+        timed = dynprune.DynamicExecution(
+            dynprune.zoo.build("resnet20", 10), torch.zeros(1, 3, 32, 32), "latency=0.5", steps=9,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        )
+        assert {len(arms) for arms in timed.selection.values()} == {4}
+        Fitter.fit = measured
         execution = execute()
         for norm in execution.model.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):

@@ -108,7 +108,7 @@ def latency(name: str, shape: str) -> list[dict]:
 
 def align(name: str, shape: str) -> list[dict]:
     model, x, graph = build(name, shape)
-    watch, lines = Stopwatch(model, graph, x), []
+    watch, lines = Stopwatch(model, graph, (x,)), []
     for budget in (0.5, 0.25):
         aligned = (
             Fitter(model, graph, x, TrainConfig(model=name, budget=(str(budget),)).validate().allowed).fit().widths

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import dynprune
 from dynprune import zoo
 from dynprune.budgets.allocation import allocate
 from dynprune.data.loading import Source, load_data
@@ -20,7 +21,8 @@ from dynprune.repair.trained import Compaction
 from dynprune.runs.config import CompactConfig
 from dynprune.structure.tracing import trace
 from dynprune.training.distributed import Ranks
-from tests.cli.test_commands import ROOT, dynprune
+from tests.cli.test_commands import ROOT
+from tests.cli.test_commands import dynprune as command
 from tests.models import perturb
 
 CPU = torch.device("cpu")
@@ -82,7 +84,7 @@ def test_torchrun_compacts_like_one_process(tmp_path):
     options = ["compact", "--model", "resnet20", "--weights", weights, "--image-size", 16, "--images", 128, "--json"]
     options += ["--threads", 1, "--precision", "float32"]
     exact = [*options, "--search", "none", "--tune", "0"]
-    one = json.loads(dynprune(*exact, "--out", tmp_path / "one").stdout)
+    one = json.loads(command(*exact, "--out", tmp_path / "one").stdout)
     two, hurried = (
         subprocess.run(
             [
@@ -98,6 +100,65 @@ def test_torchrun_compacts_like_one_process(tmp_path):
     assert shared["widths"] == one["widths"] and shared["distance"] == pytest.approx(one["distance"], rel=0.02)
     found = json.loads(hurried.stdout)
     assert found["pulls"] > 0 and found["tune_steps"] > 0 and found["max_rel_diff"] < 1e-4
+
+
+IMAGES = 256  # a quarter to calibrate on, a half to repair with, a quarter to judge by
+
+
+def own_batches(rank, count):
+    """The part of every phase's images that a process would get."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(IMAGES, 3, 16, 16), torch.randint(0, 10, (IMAGES,))
+    phases = torch.arange(IMAGES).split(IMAGES // 4)
+    indices = torch.cat([Share(rank, count).own(own) for own in phases])
+    return [(images[own], labels[own]) for own in indices.split(32)]
+
+
+def perturbed():
+    torch.manual_seed(0)
+    return perturb(zoo.build("resnet20", 10, size=(3, 16, 16))).eval()
+
+
+def compacted_module(rank, count, file, out):
+    """A module of the user's own: as repaired, and after a second of search and one of tuning."""
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+    model = perturbed()
+    example, batches = torch.zeros(1, 3, 16, 16), own_batches(rank, count)
+    quick = {"images": IMAGES // 4, "precision": "float32"}
+    exact = dynprune.compact(model, example, batches, "macs=0.4", search=0, tune=0, **quick)
+    hurried = dynprune.compact(model, example, batches, "macs=0.4", search=1, tune=1, **quick)
+    arms = {name: torch.tensor(own) for name, own in exact.selection.items()}
+    torch.save((arms, exact.distance, exact.model.state_dict()), out / f"{count}-{rank}.pt")
+    torch.save((hurried.widths, hurried.tune_steps, hurried.model.state_dict()), out / f"hurried-{count}-{rank}.pt")
+    if count > 1:
+        with pytest.raises(DynpruneError, match="Start compact without torchrun"):
+            dynprune.compact(model, example, batches, "latency=0.5", search=0, tune=0, **quick)
+        with pytest.raises(DynpruneError, match="gave 8 images to the process that had fewest of 2"):
+            few = [(batches[0][0][: 8 + rank],)]
+            dynprune.compact(model, example, few, "macs=0.5", search=0, tune=0, **quick)
+        dist.destroy_process_group()
+
+
+def test_a_module_is_compacted_alike_by_one_process_and_by_two_with_batches_of_their_own(tmp_path):
+    compacted_module(0, 1, None, tmp_path)
+    mp.spawn(compacted_module, (2, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    (arms, far, _), (arms_2, far_2, weights), (_, far_3, weights_3) = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1")
+    )
+    assert all(torch.equal(arms[name], arms_2[name]) for name in arms)
+    assert far_2 == far_3 == pytest.approx(far, rel=0.1)  # each looks at other places of its images
+    assert all(torch.equal(value, weights_3[name]) for name, value in weights.items())
+    (widths, steps, tuned), (widths_2, steps_2, tuned_2) = (
+        torch.load(tmp_path / f"hurried-2-{rank}.pt") for rank in range(2)
+    )
+    assert widths == widths_2 and steps == steps_2 > 0
+    assert all(torch.equal(value, tuned_2[name]) for name, value in tuned.items())
+    half = dynprune.compact(
+        perturbed(), torch.zeros(1, 3, 16, 16), own_batches(0, 2), "macs=0.4", search=0, tune=0, images=IMAGES // 8
+    )
+    assert not all(arms[name].tolist() == list(own) for name, own in half.selection.items())  # it matters who sees what
 
 
 @pytest.mark.parametrize("own", [{"max_drop": 1.0}, {"budget": ("latency=2ms",)}])

@@ -92,14 +92,23 @@ def test_segmentation_keeps_what_it_knew():
     assert masked[0] > 0.6 * before and masked[1] > 0.9 * before and tuned.tune_steps > 3
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_budget_in_milliseconds_of_several_inputs(named):
+    torch.manual_seed(0)
+    image, extra = torch.zeros(1, 3, 12, 12), torch.zeros(1, 5)
+    example = ({"image": image, "extra": extra},) if named else (image, {"extra": extra})
+    way = None if named else lambda batch: (batch[0], {"extra": batch[1]})
+    found = dynprune.compact(Two(), example, two(named=named), "latency=0.8", inputs=way, tune=0, **QUICK)
+    assert found.macs < found.graph.macs({})
+    with pytest.raises(DynpruneError, match=r"latency=0.001"):
+        dynprune.compact(Two(), example, two(named=named), "latency=0.001", inputs=way, tune=0, **QUICK)
+
+
 def test_a_budget_in_milliseconds():
     torch.manual_seed(0)
     data = pictures(4)
     found = dynprune.compact(UNet(), torch.zeros(1, 3, 32, 32), data, "latency=0.6", tune=0, **QUICK)
     assert found.macs < found.graph.macs({}) and found.pulls >= 0
-    example = ({"image": torch.zeros(1, 3, 12, 12), "extra": torch.zeros(1, 5)},)
-    with pytest.raises(DynpruneError, match="this one has other inputs. Expected a budget in macs or params"):
-        dynprune.compact(Two(), example, two(), "latency=0.6", **QUICK)
 
 
 def two(batches=4, named=True):
