@@ -253,7 +253,10 @@ def predict(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several stand side by side.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, side by side if several, or a comparison's folder."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -275,9 +278,10 @@ def report(
     report runs/mine
     """
     from dynprune.commands.report import report as verb
+    from dynprune.commands.report import runs_in
 
-    for run in runs:
-        opened(run, model, trust)
+    for run in (own for folder in runs for own in runs_in(folder)):
+        run.refuse_code(model, trust)
     with listening() as listener:
         result = verb(*runs, out=out, data=data, listener=listener)
     card = [f"card: {result.card}"] if result.card else []

@@ -44,7 +44,7 @@ from dynprune.machine import environment
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.channels import ChannelGraph
-from dynprune.structure.tracing import trace
+from dynprune.structure.tracing import first_line, trace
 from dynprune.training.checkpoint import fill_full, fit_in
 from dynprune.training.session import PASSES, Session
 from dynprune.training.train import Progress, train
@@ -66,6 +66,9 @@ COMMON = (
     "batch_size",
     "seed",
 )
+
+
+COMPARISON = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,25 @@ def compare(
         plot,
         environment(),
     )
-    write_text(out / "comparison.json", json.dumps(dataclasses.asdict(result), indent=2))
+    write_text(out / COMPARISON, json.dumps(dataclasses.asdict(result), indent=2))
     return result
+
+
+def read_comparison(folder: Path) -> Comparison | None:
+    """What `compare` left in a folder; None where it left nothing. Raises DynpruneError for a damaged file."""
+    path = folder / COMPARISON
+    if not path.is_file():
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        runs = [ComparedRun(**own) for own in known.pop("runs")]
+        policies = [PolicySummary(**own) for own in known.pop("policies")]
+        return Comparison(**known, runs=runs, policies=policies)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DynpruneError(
+            f"{path} is damaged ({type(error).__name__}: {first_line(error)[:100]}). Run dynprune compare again with "
+            f"--out {folder}; what is finished there is not repeated."
+        ) from error
 
 
 def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out: Path, untrained: bool) -> None:

@@ -50,6 +50,7 @@ class Program:
     answers: list[str]
     said: list[Tensor]
     axes: dict[str, dict[int, str]]
+    plain: bool
 
     @classmethod
     def of(
@@ -72,14 +73,19 @@ class Program:
         said = outputs_of(model, inputs, tensors)
         answers = named([name or "output" for name, _ in said], output_names, "output_names")
         axes = batch_axes(names, tensors) if dynamic is None else given_axes(dynamic, names, tensors)
-        return cls(model, inputs, names, tensors, answers, [value for _, value in said], axes)
+        plain = all(isinstance(value, Tensor) for value in inputs) and [name for name, _ in said] == [""]
+        return cls(model, inputs, names, tensors, answers, [value for _, value in said], axes, plain)
 
     def write(self, path: Path, opset: int | None, facts: dict[str, str]) -> None:
         """One checked file; weights inside, `facts` as metadata."""
         shared = {word: torch.export.Dim(word) for own in self.axes.values() for word in own.values()}
         shapes = tuple({dim: shared[word] for dim, word in self.axes.get(name, {}).items()} for name in self.names)
-        flat, larger = Flat(self.model, self.inputs).eval(), tuple(self.larger())
-        write_program(flat, larger, path, opset, facts, self.names, self.answers, (shapes,))
+        larger = tuple(self.larger())
+        if self.plain:
+            write_program(self.model, larger, path, opset, facts, self.names, self.answers, shapes)
+        else:
+            flat = Flat(self.model, self.inputs).eval()
+            write_program(flat, larger, path, opset, facts, self.names, self.answers, (shapes,))
 
     def larger(self) -> list[Tensor]:
         """The inputs, twice as large along what may vary: a size of 1 would be taken for a constant."""

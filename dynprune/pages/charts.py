@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from dynprune.deploy.compare import ComparedRun
 from dynprune.pages.survey import Answers, LayerCost, Picks, Survey
 from dynprune.units import digits
 
@@ -303,3 +304,36 @@ def trade_off(points: Sequence[tuple[str, float, float]], unit: str) -> Chart:
 
     said = "; ".join(f"{name}: {100 * accuracy:.2f} % at {digits(cost)}" for name, cost, accuracy in points)
     return drawn(f"Accuracy over {unit}", f"{said} {unit}.", draw)
+
+
+COSTS = {"train_seconds": (1, "seconds of training"), "train_macs": (1e12, "trillion training MACs"),
+         "params": (1e6, "million parameters")}  # fmt: skip
+
+
+def policies(runs: Sequence[ComparedRun], cost: str) -> Chart | None:
+    """Accuracy of every run of a comparison over what it cost, one colour for each policy; None where all cost the
+    same. cost: a key of COSTS."""
+    scale, unit = COSTS[cost]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        found.setdefault(run.policy, []).append((getattr(run, cost) / scale, 100 * run.accuracy))
+    costs = [x for points in found.values() for x, _ in points]
+    if max(costs) - min(costs) <= 0.01 * max(costs):
+        return None
+
+    def draw(axes: Any) -> None:
+        for number, (policy, points) in enumerate(found.items()):
+            mark = "osD^v"[number // len(COLOURS) % 5]
+            axes.scatter(*zip(*points), color=COLOURS[number % len(COLOURS)], marker=mark, s=28, zorder=3, label=policy)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("test accuracy, %")
+        axes.margins(0.1)
+        axes.grid(linewidth=0.6)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.2,
+                    handletextpad=0.1)  # fmt: skip
+
+    said = "; ".join(
+        f"{policy}: {np.mean([y for _, y in points]):.2f} % at {digits(float(np.mean([x for x, _ in points])))}"
+        for policy, points in found.items()
+    )
+    return drawn(f"Accuracy over {unit}", f"Means by policy: {said} {unit}.", draw, HEIGHT + 0.2 * (len(found) // 3))

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dynprune.deploy.compare import Comparison
 from dynprune.files.disk import write_text
 from dynprune.pages import charts
 from dynprune.pages.charts import Chart
@@ -52,17 +53,48 @@ svg text { font-family: system-ui, sans-serif !important; }
 """
 
 
-def write_page(path: Path, surveys: Sequence[Survey]) -> None:
-    """Write the report of these runs. Raises DynpruneError where the file cannot be written."""
+def write_page(path: Path, surveys: Sequence[Survey], compared: Sequence[Comparison] = ()) -> None:
+    """Write the report of these runs, below the comparisons that they belong to. Raises DynpruneError where the file
+    cannot be written."""
+    alone = len(surveys) == 1 and not compared
     title = (
         f"{surveys[0].model} on {Path(surveys[0].data).name}"
-        if len(surveys) == 1
-        else f"{len(surveys)} runs: {', '.join(survey.path.name for survey in surveys)}"
+        if alone
+        else "; ".join(f"{own.model} on {Path(own.data).name}, budget {own.budget}" for own in compared)
+        or f"{len(surveys)} runs: {', '.join(survey.path.name for survey in surveys)}"
     )
-    parts = [part for survey in surveys for part in of_run(survey, alone=len(surveys) == 1)]
+    parts = [part for survey in surveys for part in of_run(survey, alone=alone)]
     if len(surveys) > 1:
         parts = [*side_by_side(surveys), *parts]
-    write_html(path, title, parts)
+    write_html(path, title, [*(part for own in compared for part in of_comparison(own)), *parts])
+
+
+def of_comparison(comparison: Comparison) -> list[str]:
+    """Policies beside each other: what each reaches, and what it costs to get there."""
+    lines: list[tuple[str, ...]] = [
+        ("policy", "seeds", "test accuracy", "spread", "MACs", "parameters", "training MACs", "training seconds")
+    ]
+    lines += [
+        (
+            own.policy,
+            str(own.seeds),
+            f"{100 * own.accuracy:.2f} %",
+            "-" if own.spread is None else f"{100 * own.spread:.2f}",
+            f"{own.macs / 1e6:,.2f} M",
+            f"{own.params / 1e6:,.3g} M",
+            f"{own.train_macs / 1e12:,.3g} T",
+            f"{own.train_seconds:,.0f}",
+        )
+        for own in comparison.policies
+    ]
+    equal = {"images": "images", "cost": "multiplications"}.get(comparison.equal, comparison.equal)
+    said = "".join(f'<p class="verdict">{escape(line)}</p>' for line in comparison.verdict.splitlines())
+    note = (
+        f'<p class="soft">Every policy was given equal {equal}. Means over seeds, with their standard deviation, on '
+        f"{escape(comparison.test_data)}, which chose nothing.</p>"
+    )
+    drawn = [charts.policies(comparison.runs, of) for of in ("train_seconds", "train_macs", "params")]
+    return [heading("Policies"), said, table(lines, True), note, grid([chart for chart in drawn if chart])]
 
 
 def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
@@ -272,7 +304,8 @@ def side_by_side(surveys: Sequence[Survey]) -> list[str]:
     by_macs, by_ms = [], []
     for survey in surveys:
         compact, bench = survey.results.get("compact", {}), survey.bench
-        macs = compact.get("macs") or survey.results.get("train", {}).get("macs")
+        trained = survey.results.get("train") or survey.results.get("untrained") or {}
+        macs, params = (compact.get(key) or trained.get(key) for key in ("macs", "params"))
         ms = bench.get("compact_p50_ms")
         lines.append(
             (
@@ -280,7 +313,7 @@ def side_by_side(surveys: Sequence[Survey]) -> list[str]:
                 survey.model,
                 "-" if survey.accuracy is None else f"{100 * survey.accuracy:.2f} %",
                 f"{macs / 1e6:,.2f} M" if macs else "-",
-                f"{compact['params'] / 1e6:,.2f} M" if compact.get("params") else "-",
+                f"{params / 1e6:,.2f} M" if params else "-",
                 f"{ms:.3g}" if ms else "-",
                 f"{bench['speedup_p50']:.2f}x" if bench.get("speedup_p50") else "-",
             )

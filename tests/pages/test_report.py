@@ -133,6 +133,41 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert len(page.ids) == len(set(page.ids))
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compared") / "mine"
+    options = ["--model", "resnet20", "--image-size", 8, "--epochs", 1, "--threads", 1, "--batch-size", 256]
+    command("compare", *options, "--policies", "cucb,static,dense", "--seeds", 2, "--out", path)
+    return path
+
+
+def test_a_comparison_is_told_as_a_whole(comparison):
+    assert json.loads(command("report", comparison, "--json").stdout)["page"] == str(comparison / "report.html")
+    found, text = json.loads((comparison / "comparison.json").read_text()), (comparison / "report.html").read_text()
+    said = " ".join(Page(text).text)
+    assert "Policies" in said and "Side by side" in said and "Accuracy over trillion training MACs" in said
+    for own in found["policies"]:
+        assert f"{100 * own['accuracy']:.2f} %" in said and f"{100 * own['spread']:.2f}" in said
+    assert all(line in said for line in found["verdict"].splitlines())
+    assert all(f"{own['policy']}-{own['seed']}" in said for own in found["runs"])
+    assert not (comparison / "MODEL_CARD.md").exists()
+
+
+def test_a_comparison_without_some_of_its_runs_is_told_all_the_same(comparison, run, tmp_path):
+    shutil.copytree(comparison, tmp_path / "some")
+    for name in ("cucb-0", "dense-1", "static-0", "static-1", "cucb-1"):
+        shutil.rmtree(tmp_path / "some" / name)
+    dynprune.report(tmp_path / "some")
+    text = (tmp_path / "some" / "report.html").read_text()
+    assert "dense-0" in text and "cucb-1" not in text and "static" in text
+    dynprune.report(tmp_path / "some", run, out=tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "Policies" in text and "Side by side" in text and "mine &lt;run&gt;" in text
+    for content in ("{", "[]", '{"runs": [], "policies": []}', '{"runs": 3, "policies": []}'):
+        (tmp_path / "some" / "comparison.json").write_text(content)
+        assert "comparison.json is damaged" in refused("report", tmp_path / "some")
+
+
 def test_a_run_that_only_trained_is_told_too(run, tmp_path):
     for name in ("config.toml", "metrics.jsonl", "env.json"):
         shutil.copy(run / name, tmp_path / name)
@@ -190,9 +225,11 @@ def test_bad_input(run, tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page with")
 @pytest.mark.parametrize("width", [500, 1400])
-def test_a_browser_shows_it_without_anything_sticking_out(run, tmp_path, width):
+@pytest.mark.parametrize("which", ["run", "comparison"])
+def test_a_browser_shows_it_without_anything_sticking_out(which, request, tmp_path, width):
     """The page is measured by the browser, which writes its own width and the picture's."""
-    page = tmp_path / "page.html"
+    page, run = tmp_path / "page.html", request.getfixturevalue(which)
+    dynprune.report(run)
     probe = "<script>document.title=[document.documentElement.scrollWidth,innerWidth].join(' ')</script>"
     page.write_text((run / "report.html").read_text().replace("</body>", probe + "</body>"))
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
