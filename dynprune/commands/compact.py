@@ -88,10 +88,10 @@ def compact(what, *args, listener: Listener = SILENT, **options):
     scores are compared; of anything else what the last layers say (raw maps, boxes, embeddings), and no labels are
     needed. loss: `loss(model, batch)`, a mean over examples, to tune by beside that; the model is then in train mode.
     budget: as `--budget`, several in a list, or a `Budget`. images: how many calibration and measuring look at; repair
-    looks at twice as many. search, tune: seconds. tune_lr: peak rate; 0.03 without an answer, and a tenth of it where
-    there are neither labels nor a loss. precision: of tuning; auto is bfloat16 for class scores alone, where the
-    processor is fast at it. In a program that has joined torch.distributed each process gives batches of its own, as a
-    DistributedSampler deals them out, and all get the same network back.
+    looks at twice as many. search, tune: seconds. tune_lr: peak rate; without one 0.03, a tenth of it where there are
+    neither labels nor a loss, and less where fewer than 150 steps fit. precision: of tuning; auto is bfloat16 for class
+    scores alone, where the processor is fast at it. In a program that has joined torch.distributed each process gives
+    batches of its own, as a DistributedSampler deals them out, and all get the same network back.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 

@@ -23,6 +23,7 @@ from dynprune.repair.says import SCORES, Says, apart, are_scores
 
 STEEPEST = 1.0  # norm of the gradient of losses that have no bound on their slope
 RATE = 0.03  # peak learning rate, of batches of 128
+ENOUGH = 150  # steps for that rate; in fewer, so much less: 0.03 undid in 30 steps a point of what repair gave
 WARMUP = 0.2  # share of the time in which the rate rises: begun in full, it undoes in 100 steps what repair gave
 WEIGHT = 0.9  # of what the untouched network says; the labels have the rest
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -103,13 +104,19 @@ def rate_at(done: float, peak: float) -> float:
     return peak * (1 - done) * min(1.0, done / WARMUP)
 
 
+def peak_of(lr: float | None, most: float, expected: float) -> float:
+    """The peak learning rate: what is given, or `most` where enough steps fit into the time."""
+    return lr if lr else most * min(1.0, expected / ENOUGH)
+
+
 def tune(
     narrow: nn.Module,
     lesson: Lesson,
     batches: Iterator[Any],
     seconds: float,
     *,
-    lr: float = RATE,
+    lr: float | None = None,
+    most: float = RATE,
     weight_decay: float = 5e-4,
     bfloat16: bool = False,
     report: Callable[[float, float, int], None] = lambda *_: None,
@@ -120,12 +127,18 @@ def tune(
 
     Raises DynpruneError where the loss does not stay finite; then `narrow` is of no use.
 
-    batches: endless; on the networks' device; of several processes, each one's part. report: seconds so far, loss,
-    steps. average: called after each backward pass, so that several processes can make their gradients equal.
+    batches: endless; on the networks' device; of several processes, each one's part. lr: peak rate; without one `most`,
+    or less where few steps fit into the time, which the steps so far tell. report: seconds so far, loss, steps.
+    average: called after each backward pass, so that several processes can make their gradients equal.
     """
     device = next(narrow.parameters()).device
     optimizer = torch.optim.SGD(
-        narrow.parameters(), lr, 0.9, weight_decay=weight_decay, nesterov=True, fused=device.type in ("cpu", "cuda")
+        narrow.parameters(),
+        lr or most,
+        0.9,
+        weight_decay=weight_decay,
+        nesterov=True,
+        fused=device.type in ("cpu", "cuda"),
     )
     lesson.begin(narrow)
     began, steps = clock(), 0
@@ -133,8 +146,9 @@ def tune(
         done = (clock() - began) / seconds
         if done >= 1:
             break
+        peak = peak_of(lr, most, steps / done if steps else 0.0)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(done, lr)
+            group["lr"] = rate_at(done, peak)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, bounded = lesson(narrow, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -146,7 +160,7 @@ def tune(
         steps += 1
         if not math.isfinite(now := float(loss.detach())):
             raise DynpruneError(
-                f"The loss became {now} after {steps} steps of tuning at rate {lr:g}. Choose a smaller --tune-lr, "
+                f"The loss became {now} after {steps} steps of tuning at rate {peak:g}. Choose a smaller --tune-lr, "
                 "or --tune 0."
             )
         report(done * seconds, now, steps)

@@ -257,10 +257,12 @@ def compact_module(
         again = endless(batches, device, lambda: taken.batches)
         lesson = lesson_of(model, graph, reader, says, loss, taken)
         with trainable(narrow), together(narrow) as average:
-            rate = tune_lr if tune_lr is not None else RATE if says.scores or loss else RATE_OF_VALUES
+            most = RATE if says.scores or loss else RATE_OF_VALUES
             half = bfloat16(says.scores and loss is None)
             clock = share.clock(device)
-            steps = tune(narrow, lesson, again, tune_seconds, lr=rate, bfloat16=half, clock=clock, average=average)
+            steps = tune(
+                narrow, lesson, again, tune_seconds, lr=tune_lr, most=most, bfloat16=half, clock=clock, average=average
+            )
     seconds["tune"] = time.perf_counter() - began
     return Compacted(
         narrow.to(memory_format=torch.contiguous_format),

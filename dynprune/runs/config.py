@@ -561,10 +561,12 @@ class CompactConfig(Limited, Task):
         auto=0,
     )
     tune_lr: float = setting(
-        0.03,
-        "Peak learning rate of tuning; it rises in the first fifth.",
-        check=lambda v: v > 0,
-        expected="more than 0",
+        0.0,
+        "Peak learning rate of tuning, reached after a fifth of the time; auto takes 0.03, and less where fewer than "
+        "150 steps fit into the time.",
+        check=lambda v: v >= 0,
+        expected="auto, or more than 0",
+        auto=0.0,
     )
 
     @property

@@ -17,6 +17,7 @@ from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Data
 from dynprune.execution.reservoir import Reservoir
 from dynprune.repair.images import enough, sample_images
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.trained import Compaction
 from dynprune.repair.widths import Found
 from dynprune.structure.channels import ChannelGraph
@@ -46,9 +47,12 @@ class Beginning:
             self.compaction.repair(reservoir.active, kept)
 
 
-def begin_trained(full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device) -> Beginning:
-    """Calibrate the untouched network, which is in eval mode on the device and stays as it is."""
-    images = sample_images(full, data, enough(graph.macs({})), seed, device)
+def begin_trained(
+    full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device, share: Share = WHOLE
+) -> Beginning:
+    """Calibrate the untouched network, which is in eval mode on the device and stays as it is. share: of the images,
+    where several processes calibrate together."""
+    images = sample_images(full, data, enough(graph.macs({})), seed, device, share)
     return Beginning(Compaction(full, graph, images, seed=seed))
 
 

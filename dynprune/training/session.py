@@ -27,6 +27,7 @@ from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in
 from dynprune.execution.saliency import magnitude
 from dynprune.repair.says import divergence
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.runs.directory import RunDirectory
 from dynprune.state.copies import copied
@@ -96,7 +97,7 @@ class Session:
         begins = None
         if untouched is not None and self.begins_repaired and (fit is None if repaired is None else repaired):
             report("calibrating the trained network", 0, 0)
-            begins = begin_trained(untouched, self.graph, data, config.seed, self.device)
+            begins = begin_trained(untouched, self.graph, data, config.seed, self.device, self.share)
         self.fit = self.first_fit = fit or self.find_widths()
         if begins and fit is None and config.searches and not self.loaded.anew:
             self.fit = self.first_fit = self.search_widths(begins, report)
@@ -137,10 +138,16 @@ class Session:
     def begins_repaired(self) -> bool:
         return not (self.config.no_repair or self.config.paper or self.policy == "dense")
 
+    @property
+    def share(self) -> Share:
+        """What this process looks at of the images that a trained network is calibrated on. Where the first process
+        alone can tell milliseconds, it searches alone, and each sees all images."""
+        return WHOLE if self.fitter.in_ms else Share(self.ranks.rank, self.ranks.count)
+
     def search_widths(self, begins: Beginning, report: Report) -> Fit:
-        """Widths by a bandit on the frozen weights; the first process alone searches."""
+        """Widths by a bandit on the frozen weights, all processes together or the first alone."""
         found = self.fit
-        if self.ranks.first:
+        if self.ranks.first or self.share is not WHOLE:
             seconds = seconds_in(self.config.search_time)
             report(f"searching widths for {seconds:.0f} s", 0, 0)
             found, _ = searched(begins.compaction, self.fitter, self.fit, self.config.allowed, seconds)

@@ -3,11 +3,12 @@
 import copy
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynprune.repair.distill import RATE, Lesson, of_labels, rate_at, tune
+from dynprune.repair.distill import ENOUGH, RATE, Lesson, of_labels, peak_of, rate_at, tune
 from dynprune.repair.says import divergence
 from dynprune.runs.config import CompactConfig
 
@@ -39,7 +40,32 @@ def test_the_rate_rises_and_falls_to_nothing():
     rates = [rate_at(done / 100, 1.0) for done in range(101)]
     assert rates[0] == 0 and rates[100] == 0 and rates.index(max(rates)) == 20 and max(rates) == 0.8
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
-    assert CompactConfig.__dataclass_fields__["tune_lr"].default == RATE
+
+
+def test_few_steps_get_a_lower_rate_and_a_rate_that_is_given_holds():
+    assert peak_of(None, RATE, 1000) == RATE and peak_of(None, RATE, ENOUGH / 2) == RATE / 2
+    assert peak_of(0.5, RATE, 3) == 0.5
+    assert CompactConfig().tune_lr == 0  # auto
+
+    class Far(nn.Module):
+        """Of one weight, which each step moves by the rate."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return 1000 + self.weight * x
+
+    def moved(seconds, **options):
+        narrow, ticks = Far(), itertools.count()
+        lesson = Lesson(narrow, lambda model, x: model(x), own=lambda output, _: output.mean(), weight=0.0)
+        tune(narrow, lesson, itertools.repeat(torch.ones(4, 1)), seconds, clock=lambda: float(next(ticks)), **options)
+        return -float(narrow.weight.detach())
+
+    few, many = moved(20.0), moved(400.0)
+    assert 0 < few < 0.3 * moved(20.0, lr=RATE) and many == pytest.approx(moved(400.0, lr=RATE), rel=0.02)
+    assert moved(400.0, most=RATE / 10) < 0.2 * many
 
 
 def test_tuning_learns_from_the_teacher_alone_and_stops_in_time():

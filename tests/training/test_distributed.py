@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dynprune.errors import DynpruneError
+from dynprune.files.artifact import load
+from dynprune.repair.shares import WHOLE, Share
 from dynprune.training.distributed import Ranks
+from dynprune.training.session import Session
 from tests.cli.test_commands import ROOT, TINY, dynprune
+from tests.models import tiny
 
 # in float32 rounding grows: two sums in another order flip a ReLU after some 50 steps, and then the runs drift apart
 OPTIONS = [*TINY, "--epochs", "10", "--precision", "float64", "--threads", "1", "--json"]
@@ -70,6 +75,31 @@ def test_several_processes_train_like_one(alone, tmp_path, count):
     )  # the narrow model's gradients, the loss, the wish to stop and the number of right answers
     lines = [json.loads(line) for where in (path, tmp_path / "run") for line in (where / "metrics.jsonl").open()]
     assert [line["accuracy"] for line in lines[:10]] == [line["accuracy"] for line in lines[10:]]
+
+
+def test_a_trained_network_is_calibrated_together(alone, tmp_path):
+    """Each process looks at its share of the images, and what it begins with is the same."""
+    dynprune("train", *TINY, "--policy", "dense", "--epochs", "6", "--threads", "1", "--out", tmp_path / "dense")
+    dynprune("compact", tmp_path / "dense")
+    dense = load(tmp_path / "dense" / "compact.safetensors", tiny(10))
+    torch.save(dense.state_dict(), tmp_path / "weights.pt")
+    options = [*TINY, "--weights", tmp_path / "weights.pt", "--epochs", "1", "--threads", "1", "--budget", "0.6"]
+    options += ["--search-time", "2s", "--precision", "float32", "--json"]
+    one = json.loads(dynprune("train", *options, "--out", tmp_path / "one").stdout)
+    done = subprocess.run(
+        torchrun(2, *options, "--out", tmp_path / "two"), cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2 and abs(two["accuracy"] - one["accuracy"]) < 0.1
+
+
+def test_where_milliseconds_decide_each_process_sees_all_images():
+    session = object.__new__(Session)
+    session.ranks = Ranks(1, 2)
+    for in_ms, expected in (([], Share(1, 2)), (["latency=2ms"], WHOLE)):
+        session.fitter = SimpleNamespace(in_ms=in_ms)
+        assert session.share == expected
 
 
 def test_a_process_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
