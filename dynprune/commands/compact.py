@@ -90,8 +90,8 @@ def compact(what, *args, listener: Listener = SILENT, **options):
     budget: as `--budget`, several in a list, or a `Budget`. images: how many calibration and measuring look at; repair
     looks at twice as many. search, tune: seconds. tune_lr: peak rate; without one 0.03, a tenth of it where there are
     neither labels nor a loss, and less where fewer than 150 steps fit. precision: of tuning; auto is bfloat16 for class
-    scores alone, where the processor is fast at it. In a program that has joined torch.distributed each process gives
-    batches of its own, as a DistributedSampler deals them out, and all get the same network back.
+    scores alone, where the processor is fast at it. In a program that has joined torch.distributed all processes
+    call it, each with batches of its own, as a DistributedSampler deals them out, and get the same network back.
 
     Raises DynpruneError, and writes nothing, when the input makes no sense, and when a proof or a budget fails.
 

@@ -100,6 +100,9 @@ class RunDirectory:
                 if path.is_dir()
                 else "is not a directory"
             )
+            folder = next((words for name, words in FOLDERS.items() if (path / name).is_file()), None)
+            if folder and not other:
+                raise DynpruneError(f"{path} is {folder.format(path)}")
             raise DynpruneError(f"{path} {what}. Expected the run directory that dynprune {cls.command} wrote.")
         return run
 
@@ -267,6 +270,10 @@ class GateRun(RunDirectory):
 
 
 KINDS = (Run, CompactRun, GateRun)
+FOLDERS = {  # what other commands leave, and what to do with it
+    "comparison.json": "the folder of a comparison. Expected one of the runs in it, or dynprune report {0}.",
+    "cascade.json": "a cascade. Its file is {0}/cascade.onnx, for dynprune predict; its page is {0}/report.html.",
+}
 
 
 def open_compact(path: Path) -> Run | CompactRun:

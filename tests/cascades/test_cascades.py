@@ -224,6 +224,9 @@ def test_files_and_page_of_a_cascade(files, data, tmp_path):
     assert page.count("<svg") == 2 and page.count("<img") == 24 and "http" not in page.replace("http://www.w3.org", "")
     assert result["verdict"].replace("'", "&#x27;") in page
     assert "--overwrite" in str(CliRunner().invoke(app, [*asked, "--out", str(out)]).exception)
+    for command in ("report", "bench"):
+        words = str(CliRunner().invoke(app, [command, str(out)]).exception)
+        assert "is a cascade. Its file is" in words and "cascade.onnx" in words
     assert CliRunner().invoke(app, [*asked, "--out", str(out), "--overwrite", "--json"]).exit_code == 0
     said = onnxruntime.InferenceSession(str(out / "cascade.onnx")).get_modelmeta().custom_metadata_map
     assert [step["network"] for step in json.loads(said["cascade"])] == ["small", "large"]

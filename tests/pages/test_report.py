@@ -160,6 +160,7 @@ def test_a_comparison_without_some_of_its_runs_is_told_all_the_same(comparison, 
     dynprune.report(tmp_path / "some")
     text = (tmp_path / "some" / "report.html").read_text()
     assert "dense-0" in text and "cucb-1" not in text and "static" in text
+    assert "is the folder of a comparison. Expected one of the runs in it" in refused("bench", tmp_path / "some")
     dynprune.report(tmp_path / "some", run, out=tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text()
     assert "Policies" in text and "Side by side" in text and "mine &lt;run&gt;" in text
