@@ -7,7 +7,7 @@ on the distance from the weights that regression found. That is convex, and a fe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from dynprune.structure import calling
 
 PENALTY = 0.003  # of the mean square of a feature: how much a weight is held where regression left it
 ITERATIONS = 30
+PROBE_PENALTY, PROBE_ITERATIONS = 0.1, 100  # where there is no weight to be held at
 
 
 @torch.no_grad()
@@ -76,8 +77,39 @@ def refit_scores(narrow: nn.Module, name: str, batches: Sequence[tuple], said: T
             layer.bias.copy_(shift)
 
 
+def fit_to_labels(model: nn.Module, name: str, rows: Tensor, labels: Tensor, share: Share = WHOLE) -> None:
+    """Fit one linear layer, in place, to class labels: logistic regression on what it is given (a linear probe). rows:
+    from `features`, (images, columns); labels: (images,); both of this process's share."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), name
+    rows, wanted = share.gathered(rows.float()), share.gathered(labels)
+    weight = torch.zeros_like(layer.weight, dtype=torch.float32, requires_grad=True)
+    shift = rows.new_zeros(len(weight), requires_grad=layer.bias is not None)
+    penalty = PROBE_PENALTY * rows.square().mean()
+    optimizer = torch.optim.LBFGS(
+        [weight, shift] if layer.bias is not None else [weight],
+        max_iter=PROBE_ITERATIONS,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(rows, weight, shift), wanted) + penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    if not bool(weight.isfinite().all() & shift.isfinite().all()):
+        return
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if layer.bias is not None:
+            layer.bias.copy_(shift)
+
+
 @torch.no_grad()
-def features(model: nn.Module, layer: nn.Module, batches: Sequence[tuple]) -> Tensor:
+def features(model: nn.Module, layer: nn.Module, batches: Iterable[tuple]) -> Tensor:
     """What a layer is given, (images, columns)."""
     found: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _layer, given: found.append(given[0].detach()))

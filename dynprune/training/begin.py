@@ -6,7 +6,7 @@ one that was merely cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Data
 from dynprune.execution.reservoir import Reservoir
 from dynprune.repair.images import enough, sample_images
+from dynprune.repair.scores import features, fit_to_labels, scores_layer
 from dynprune.repair.shares import WHOLE, Share
 from dynprune.repair.trained import Compaction
 from dynprune.repair.widths import Found
+from dynprune.state.copies import generator
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import evaluating
 
@@ -54,6 +56,37 @@ def begin_trained(
     where several processes calibrate together."""
     images = sample_images(full, data, enough(graph.macs({})), seed, device, share)
     return Beginning(Compaction(full, graph, images, seed=seed))
+
+
+def probed(
+    full: nn.Module,
+    anew: Collection[str],
+    graph: ChannelGraph,
+    data: Data,
+    seed: int,
+    device: torch.device,
+    share: Share = WHOLE,
+) -> str:
+    """Fit scores that begin anew to labels of training images, so that what follows can tell which channels they need.
+
+    full: in eval mode on the device; its last layer changes. anew: layers that begin anew. Returns the layer's name, or
+    "" where nothing was done: the scores must come from one linear layer, and only that may be new.
+    """
+    layer = scores_layer(full, (data.example.to(device, next(full.parameters()).dtype),))
+    if layer is None or set(anew) != {layer}:
+        return ""
+    count = min(2 * enough(graph.macs({})), len(data.train)) // share.count * share.count
+    order = torch.randperm(len(data.train), generator=generator(seed, 9))[:count]
+    labels: list[Tensor] = []
+
+    def calls() -> Iterator[tuple]:
+        for images, own in data.eval_batches(data.train.take(share.own(order))):
+            labels.append(own)
+            yield (images.to(device, next(full.parameters()).dtype, memory_format=torch.channels_last),)
+
+    rows = features(full, full.get_submodule(layer), calls())
+    fit_to_labels(full, layer, rows, torch.cat(labels).to(device), share)
+    return layer
 
 
 def searched(

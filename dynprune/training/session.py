@@ -35,7 +35,7 @@ from dynprune.state.tensors import in_precision
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import trace
 from dynprune.training import checkpoint
-from dynprune.training.begin import Beginning, begin_trained, searched
+from dynprune.training.begin import Beginning, begin_trained, probed, searched
 from dynprune.training.checkpoint import History, fits
 from dynprune.training.compiling import try_compiling
 from dynprune.training.distributed import ALONE, Ranks, agree, average, same_everywhere, share_norms
@@ -95,11 +95,17 @@ class Session:
         untouched = copied(full).to(self.device).eval() if trained else None
         self.teacher = teacher.to(self.device) if teacher else untouched if self.distills else None
         begins = None
+        scored = not self.loaded.anew
         if untouched is not None and self.begins_repaired and (fit is None if repaired is None else repaired):
+            if self.loaded.anew:
+                report("fitting the new scores to training images", 0, 0)
+                layer = probed(untouched, self.loaded.anew, self.graph, data, config.seed, self.device, self.share)
+                if scored := bool(layer):
+                    full.get_submodule(layer).load_state_dict(untouched.get_submodule(layer).state_dict())
             report("calibrating the trained network", 0, 0)
             begins = begin_trained(untouched, self.graph, data, config.seed, self.device, self.share)
         self.fit = self.first_fit = fit or self.find_widths()
-        if begins and fit is None and config.searches and not self.loaded.anew:
+        if begins and fit is None and config.searches and scored:
             self.fit = self.first_fit = self.search_widths(begins, report)
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
