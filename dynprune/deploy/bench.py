@@ -129,6 +129,11 @@ def bench_run(
         dense_file = dense_twin(run, facts, data, report, Path(elsewhere)) if against is None else against.onnx_file
         if against is not None and not dense_file.is_file():
             raise DynpruneError(f"{against.path} has no ONNX file. Run compact and export there first.")
+        if against is not None and (sizes := list(map(input_size, (dense_file, run.onnx_file))))[0] != sizes[1]:
+            raise DynpruneError(
+                f"--against {against.path} takes images of {sizes[0]}, {run.path} of {sizes[1]}. Train it with the "
+                "same --image-size."
+            )
         int8 = int8_pair(run, dense_file, data, Path(elsewhere), report)
         rows = measure([dense_file, run.onnx_file, *int8], batches, threads, report)
         report("accuracy of the ONNX file on the test data")
@@ -267,9 +272,7 @@ def check_comparable(run: CompactDirectory, against: Run) -> None:
             f"train --policy dense."
         )
     differing = [
-        name
-        for name in ("data", "data_root", "image_size", "val_fraction", "seed")
-        if getattr(ours, name) != getattr(theirs, name)
+        name for name in ("data", "data_root", "val_fraction", "seed") if getattr(ours, name) != getattr(theirs, name)
     ]
     if differing:
         raise DynpruneError(
