@@ -73,9 +73,9 @@ def probed(
     "" where nothing was done: the scores must come from one linear layer, and only that may be new.
     """
     layer = scores_layer(full, (data.example.to(device, next(full.parameters()).dtype),))
-    if layer is None or set(anew) != {layer}:
-        return ""
     count = min(2 * enough(graph.macs({})), len(data.train)) // share.count * share.count
+    if layer is None or set(anew) != {layer} or not count:
+        return ""
     order = torch.randperm(len(data.train), generator=generator(seed, 9))[:count]
     labels: list[Tensor] = []
 

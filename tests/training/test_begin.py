@@ -47,10 +47,14 @@ def test_new_scores_are_fitted_to_the_labels_before_anything_is_cut(data, config
 
 
 def test_a_resumed_run_and_dense_training_begin_without(data, config, monkeypatch):
-    monkeypatch.setattr("dynprune.training.session.probed", lambda *_: pytest.fail("fitted"))
+    fitted = []
+    monkeypatch.setattr("dynprune.training.session.probed", lambda *_: fitted.append(1) or "")
     Session(dataclasses.replace(config, policy="dense"), data)
     fit = Session(dataclasses.replace(config, no_repair=True), data).fit
     Session(config, data, fit=fit)
+    assert not fitted
+    Session(config, data)
+    assert fitted
 
 
 def test_scores_of_several_layers_are_left(data):
