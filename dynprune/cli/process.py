@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import typer
 from dynprune.errors import DynpruneError, DynpruneWarning, Stopped
 from dynprune.listener import Listener
 
+BEGAN = time.perf_counter()  # when the process did, but for a moment
 VOICE = "normal"  # how much is said meanwhile: quiet, normal or verbose
 
 

@@ -26,9 +26,19 @@ from dynprune.cli.options import (
     parse_batches,
     with_settings,
 )
-from dynprune.cli.process import finish, listening, refuse_missed, stoppable
+from dynprune.cli.process import BEGAN, finish, listening, refuse_missed, stoppable
 from dynprune.errors import DynpruneError
 from dynprune.runs.config import GateConfig, TrainConfig
+
+
+def settings_of(given: dict) -> TrainConfig:
+    """The settings of a run, checked. Of --epochs and --time one rules: of two that are typed none."""
+    typed = not_of_file(given)
+    if "epochs" in typed and typed.get("time"):
+        raise DynpruneError("--time and --epochs both say how long to train. Pass one of the two.")
+    if "epochs" in typed and given.get("time"):
+        given["time"] = ""
+    return TrainConfig(**given).validate()
 
 
 @with_settings
@@ -52,7 +62,7 @@ def train(
             "--override changes the settings of a run that is resumed. Pass --resume with it, or --overwrite to begin "
             "anew."
         )
-    config = TrainConfig(**given).validate()
+    config = settings_of(given)
     from dynprune.commands import train as verb
     from dynprune.display.tables import train_table
 
@@ -67,7 +77,7 @@ def train(
                 listener=listener,
             )
         else:
-            result = verb.train(config, out, overwrite=overwrite, listener=listener)
+            result = verb.train(config, out, overwrite=overwrite, began=BEGAN, listener=listener)
     if result is None:  # one of several processes, and not the first
         raise typer.Exit
     finish(
@@ -220,7 +230,7 @@ def run(
     Example: `dynprune run --data photos/ --model resnet56 --budget 0.25`
     """
     batches = parse_batches(batch)  # refuse before the long work
-    config = TrainConfig(**given).validate()
+    config = settings_of(given)
     from dynprune.commands import bench as bench_verb
     from dynprune.commands import compact as compact_verb
     from dynprune.commands import export as export_verb
@@ -233,7 +243,7 @@ def run(
 
     check_options(min_rate, bn_images, finetune_epochs, finetune_lr)
     with stoppable() as listener:
-        trained = train_verb.train(config, out, overwrite=overwrite, opset=opset, listener=listener)
+        trained = train_verb.train(config, out, overwrite=overwrite, opset=opset, began=BEGAN, listener=listener)
     if trained is None:
         raise typer.Exit
     with listening() as listener:

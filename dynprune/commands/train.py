@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from dynprune.training.rehearsal import rehearse
 from dynprune.training.session import Session
 from dynprune.training.train import TrainResult
 from dynprune.training.train import train as run_training
+from dynprune.training.within import fit_into
 
 PLACES = ("data", "data_root", "workers", "threads")  # where the data lie and the machine that reads them may change
 WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
@@ -33,19 +35,22 @@ def train(
     *,
     overwrite: bool = False,
     opset: int | None = None,
+    began: float | None = None,
     listener: Listener = SILENT,
 ) -> TrainResult | None:
     """Train with dynamic channel execution and leave a run directory.
 
     out: the directory, runs/MODEL-DATA-POLICY if none is given; overwrite: it may replace a run. opset: of the ONNX
-    file that is wanted later, tried before training. Under torchrun each process calls this, and all but the first get
-    None.
+    file that is wanted later, tried before training. began: when the time of `config.time` began, as
+    `time.perf_counter()` tells it; now, if it is not given. Under torchrun each process calls this, and all but the
+    first get None.
 
     Raises DynpruneError for settings, data or networks that cannot be trained, saved and exported, before training;
     `errors.Stopped` when the listener asks to stop.
 
     >>> dynprune.train(TrainConfig(model="resnet20", data="photos", budget=("0.25",)), "runs/mine").accuracy
     """
+    began = time.perf_counter() if began is None else began
     config = config.validate()
     path = Path(out) if out else run_name(config, config.policy)
     ranks = distributed.join(os.environ, config.device)
@@ -54,6 +59,9 @@ def train(
             Run.refuse_existing(path, overwrite)
         session = begin(config, listener, ranks)
         rehearse(session, opset=opset, note=listener.note, say=listener.say)
+        if config.time:
+            listener.note("measuring steps")
+            fit_into(session, config, began, listener.say)
         run = Run.create(path, session.config, overwrite) if ranks.first else Run(path)
         return go(session, run, listener, resume=False)
     finally:
@@ -160,6 +168,8 @@ def resumed(
         for name in ("model", "image_size", "policy", "seed", "optimizer", *WIDTHS)
         if name in given and given[name] != getattr(config, name)
     ]
+    if "time" in given and bool(given["time"]) != bool(getattr(config, "time", "")):
+        fixed.append("time")
     if fixed:
         raise DynpruneError(
             f"--override cannot change --{fixed[0].replace('_', '-')}: the checkpoint in {path} would "

@@ -46,8 +46,10 @@ from dynprune.runs.directory import Run
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import first_line, trace
 from dynprune.training.checkpoint import fill_full, fit_in
+from dynprune.training.rehearsal import rehearse_step
 from dynprune.training.session import PASSES, Session
 from dynprune.training.train import Progress, train
+from dynprune.training.within import fit_into
 from dynprune.zoo.weights import load_trained
 
 POLICIES = ("cucb", "cucb-paper", "random", "static", "static-ours", "dense", "dense+prune")
@@ -132,6 +134,7 @@ def compare(
     before any training.
 
     equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
+    Where the settings give a time, every policy has that, and chooses what fits into it.
     untrained: compare what each makes of a trained network before any training.
     """
     check(config, policies, seeds, equal, out, untrained)
@@ -141,7 +144,7 @@ def compare(
     for seed in range(config.seed, config.seed + seeds):
         own = dataclasses.replace(config, seed=seed)
         data = load_data(own.source)  # split by the seed, as each run's own settings say
-        own = own.resolved(len(data.train))
+        own = own if own.time else own.resolved(len(data.train))
         data = fitting(zoo.build(own.model, len(data.classes), size=data.size), data)
         reference: ComparedRun | None = None
         for policy in policies:
@@ -159,7 +162,7 @@ def compare(
         config.model,
         data.name,
         " ".join(config.budget),
-        equal,
+        "seconds" if config.time else equal,
         data.reports,
         found,
         summaries,
@@ -217,6 +220,8 @@ def check(config: TrainConfig, policies: list[str], seeds: int, equal: str, out:
         raise DynpruneError(
             "--policies dense+prune cuts to a budget of MACs alone. Leave it out, or give one budget in MACs."
         )
+    if config.time and (equal == "cost" or "dense+prune" in (name.partition(":")[0] for name in policies)):
+        raise DynpruneError("--time gives every policy as many seconds. Leave out --equal cost and dense+prune.")
     if out.exists() and not out.is_dir():
         raise DynpruneError(f"--out got {out}, which is a file. Expected a folder for the runs.")
 
@@ -320,9 +325,13 @@ class Trial:
         recorded = run.results.get(record, {}) if known else {}
         if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
             resume, began = known and run.has_checkpoint, time.perf_counter()
+            settings = run.config if resume else settings
             session = Session(settings, self.data, fit=fit, full=full, teacher=teacher, repaired=not resume)
+            if settings.time and not resume:
+                rehearse_step(session)
+                fit_into(session, settings, began)
             before += time.perf_counter() - began
-            run = run if known else Run.create(path, settings, overwrite=False)
+            run = run if known else Run.create(path, session.config if settings.time else settings, overwrite=False)
             if self.untrained:
                 accuracy = evaluate(session.model, self.data, self.data.test, session.device)
                 recorded = {"accuracy": accuracy, "macs": session.macs, "train_macs": 0, "seconds": before}
@@ -340,7 +349,7 @@ class Trial:
             recorded["params"],
             recorded["train_macs"],
             recorded["seconds"],
-            0 if self.untrained else settings.epochs,
+            0 if self.untrained else run.config.epochs if settings.time else settings.epochs,
         )
 
     def prune_and_train_on(self, settings: TrainConfig, length: int | ComparedRun) -> ComparedRun:
@@ -398,7 +407,10 @@ class Trial:
 def without_machine(config: TrainConfig) -> TrainConfig:
     """The settings that change what is learned: how often the state is saved and who decodes the photos does not."""
     config = config.anchored()
-    return dataclasses.replace(config, checkpoint_every=TrainConfig.checkpoint_every, workers=TrainConfig.workers)
+    same: dict[str, Any] = {"checkpoint_every": TrainConfig.checkpoint_every, "workers": TrainConfig.workers}
+    if config.time:  # what was chosen for it
+        same |= {name: getattr(TrainConfig, name) for name in ("epochs", "batch_size", "lr", "grow")}
+    return dataclasses.replace(config, **same)
 
 
 def affordable(train_macs: float, per_epoch: int) -> int:

@@ -42,6 +42,7 @@ from dynprune.state.tensors import paths_of
 from dynprune.structure.tracing import trace
 from dynprune.training.checkpoint import History
 from dynprune.training.distributed import ALONE
+from dynprune.training.pace import Clock
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
 from dynprune.training.session import PASSES
 from dynprune.zoo.weights import load_trained
@@ -77,6 +78,7 @@ class GateSession:
     """Everything that one run of gates holds, built from its configuration or from its checkpoint."""
 
     ranks, sent_bytes, dtype = ALONE, 0, torch.float32
+    clock: Clock | None = None
 
     def __init__(self, config: GateConfig, data: Data):
         self.config = config = config.resolved(len(data.train))
@@ -159,6 +161,13 @@ class GateSession:
         done = min(1.0, step / max(1, FALLING * self.settled_at))
         return 1 + (self.config.target - 1) * done
 
+    def rate(self, step: int) -> float:
+        """The learning rate of the weights."""
+        return learning_rate(self.config, step, self.steps)
+
+    def look(self, spent: float) -> None:
+        """Nothing: gates are trained for a number of steps."""
+
     def compile(self, _note: Callable[[str], None]) -> None:
         return None
 
@@ -172,9 +181,7 @@ class GateSession:
         phase = self.phase(self.step)
         if phase == "settled" and self.step == self.settled_at:
             threshold.calibrate(self)
-        set_learning_rate(
-            self.weights, 0.0 if phase == "warming" else learning_rate(self.config, self.step, self.steps)
-        )
+        set_learning_rate(self.weights, 0.0 if phase == "warming" else self.rate(self.step))
         images, labels = images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
         with self.autocast():
             output, choices = (

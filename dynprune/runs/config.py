@@ -374,6 +374,14 @@ class TrainConfig(Limited, Recipe):
 
     BEFORE: ClassVar[dict[str, object]] = {"distill": 0.0, "no_repair": True}
 
+    time: str = setting(
+        "",
+        "Train for so long in all, from the command's start to its last line: 90s, 30m, 8h. In place of --epochs; "
+        "batch, learning rate and growth are chosen for that time from steps that are measured, where they are not "
+        "given.",
+        check=lambda v: v == "" or DURATION.fullmatch(v) is not None and v != "0",
+        expected="a time such as 90s, 30m or 8h",
+    )
     policy: str = setting(
         "cucb",
         "Which channels run: cucb (the bandit), random (same schedule, chosen by chance), static (a thin network of "

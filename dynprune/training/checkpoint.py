@@ -21,11 +21,13 @@ from dynprune.data.scores import exact_scores
 from dynprune.errors import DynpruneError
 from dynprune.execution.reservoir import up_to_date
 from dynprune.files.disk import write_text
+from dynprune.runs.config import seconds_in
 from dynprune.runs.directory import RunDirectory
 from dynprune.state.tensors import check_facts as check_state
 from dynprune.state.tensors import fill, state_of
 from dynprune.structure.channels import ChannelGraph, Selection
 from dynprune.structure.tracing import first_line
+from dynprune.training.pace import Clock, Pace
 
 if TYPE_CHECKING:
     from dynprune.training.session import Session
@@ -78,6 +80,9 @@ def save(session: Session, run: RunDirectory, history: History) -> None:
         "fit": asdict(session.fit),
         "first_fit": asdict(session.first_fit),
     }
+    if session.clock is not None:
+        facts["pace"] = asdict(session.pace) | {"growth_step": session.execution.growth_step}
+        facts["clock"] = session.clock.facts()
     run.write_checkpoint(tensors, facts)
     picks = {
         name: {
@@ -103,6 +108,8 @@ def restore(
         raise DynpruneError(
             f"{run.checkpoint_file} lacks a header entry. Expected a checkpoint written by dynprune train."
         )
+    if session.config.time:
+        restore_pace(session, facts)
     if facts["classes"] != session.data.classes or not override and facts["steps"] != session.steps:
         raise DynpruneError(
             f"{run.checkpoint_file} was made with {facts['steps']} steps and "
@@ -136,6 +143,21 @@ def restore(
         raise does_not_fit(run, error) from error
     run.keep_metrics_until(session.step)
     return history
+
+
+def restore_pace(session: Session, facts: Mapping) -> None:
+    """How far the schedule is and where its time goes, of a run that was given a time."""
+    try:
+        pace = dict(facts["pace"])
+        growth_step = pace.pop("growth_step")
+        session.lay_out(session.reservoir.full, Pace(**pace))
+        session.clock = Clock(**{**facts["clock"], "total": seconds_in(session.config.time)})
+        session.execution.growth_step = growth_step + 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise DynpruneError(
+            f'The checkpoint\'s header has no valid entry "pace" or "clock" ({first_line(error)[:100]}). Expected a '
+            "checkpoint written by dynprune train --time."
+        ) from error
 
 
 def restore_optimizer(session: Session, tensors: Mapping[str, Tensor], *, must_fit: bool) -> None:

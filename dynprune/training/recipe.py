@@ -52,8 +52,9 @@ def make_optimizer(config: Recipe, parameters: Sequence[nn.Parameter], device: t
     )
 
 
-def learning_rate(config: Recipe, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then the schedule down to zero at the last step."""
+def learning_rate(config: Recipe, step: float, steps: int) -> float:
+    """Linear warm-up to the peak, then the schedule down to zero at the last step. step: where the schedule stands,
+    which need not be a whole number."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -39,6 +39,7 @@ from dynprune.training.begin import Beginning, begin_trained, probed, searched
 from dynprune.training.checkpoint import History, fits
 from dynprune.training.compiling import try_compiling
 from dynprune.training.distributed import ALONE, Ranks, agree, average, same_everywhere, share_norms
+from dynprune.training.pace import Clock, Pace
 from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
 from dynprune.zoo.weights import Loaded, load_trained
 
@@ -75,7 +76,6 @@ class Session:
         self.device = choose_device(config.device, ranks.local)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size)
-        self.steps = self.steps_per_epoch * config.epochs
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         given, self.loaded = full is not None, Loaded("")
         if full is None:
@@ -109,14 +109,21 @@ class Session:
             self.fit = self.first_fit = self.search_widths(begins, report)
         if not (config.weights or given):
             scale_for_narrow_fan_in(full, self.graph, self.fit.widths)
-        known = None
+        self.known = None
         if (config.weights or given) and not config.paper:
-            known = begins.worth if begins else magnitude(dict(full.named_parameters()), self.graph)
+            self.known = begins.worth if begins else magnitude(dict(full.named_parameters()), self.graph)
+        self.lay_out(full, Pace(self.steps_per_epoch * config.epochs, self.steps_per_epoch * config.epochs))
+        if begins:
+            begins.repair(self.reservoir)
+            same_everywhere(self.model, self.ranks)
+
+    def lay_out(self, full: nn.Module, pace: Pace) -> None:
+        """Prepare the steps of a run at this pace: which arms are tried out when, and the network that begins. full:
+        with the weights to begin with; it becomes the reservoir's."""
+        config, self.pace = self.config, pace
+        self.clock: Clock | None = None
         first = self.fitter.narrower(self.fit.widths, NARROW) if config.grow else self.fit.widths
-        explorer = Explorer(config.exploration, self.graph, first, self.steps, known)
-        growth = growth_step(self.steps, config.grow, explorer)
-        self.train_macs = growth * self.graph.macs(first) + (self.steps - growth) * self.graph.macs(self.fit.widths)
-        self.train_macs *= PASSES * config.batch_size
+        explorer = Explorer(config.exploration, self.graph, first, pace.planned, self.known)
         self.execution = Execution(
             full,
             self.graph,
@@ -124,16 +131,52 @@ class Session:
             lambda parameters: make_optimizer(config, parameters, self.device),
             steps=self.steps,
             final=self.fit.widths,
-            growth_step=growth,
+            growth_step=growth_step(pace.planned, config.grow, explorer),
             device=self.device,
             store_device="cpu" if config.reservoir == "cpu" else self.device,
             find_widths=self.moved_widths,
             installed=self.installed,
         )
+        self.narrow_macs = self.graph.macs(first)
         self.installed()
-        if begins:
-            begins.repair(self.reservoir)
-            same_everywhere(self.model, self.ranks)
+
+    def plan_anew(self, config: TrainConfig, steps: int, clock: Clock) -> None:
+        """Before the first step: another batch, rate, growth and number of steps, which the clock moves from then on.
+        Widths and weights stay."""
+        self.config = config
+        self.part = self.ranks.part(config.batch_size)
+        self.steps_per_epoch = self.data.steps_per_epoch(config.batch_size)
+        self.reservoir.write_back()
+        self.lay_out(self.reservoir.full, Pace(steps, steps))
+        self.clock = clock
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.pace.steps
+
+    @property
+    def train_macs(self) -> int:
+        """Multiply-accumulates of all steps, forward and backward."""
+        growth, wide = self.execution.growth_step, self.graph.macs(self.fit.widths)
+        return PASSES * self.config.batch_size * (growth * self.narrow_macs + (self.steps - growth) * wide)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.config, self.pace.of(step), self.pace.planned)
+
+    def look(self, spent: float) -> None:
+        """Move the end of the run to where its time is over. spent: seconds of the run so far."""
+        assert self.clock is not None
+        growth = self.execution.growth_step
+        self.clock.measure(self.step, growth)
+        growing = max(0, growth - self.step) / (self.steps - self.step)
+        more = self.clock.affords(self.clock.left(spent), growing, self.steps_per_epoch)
+        (more,) = agree([more], self.ranks, self.device)
+        self.pace.end_at(self.step + more, self.step)
+        if growing:
+            self.execution.growth_step = self.step + max(1, round(growing * more))
+        self.execution.steps = self.steps
 
     @property
     def distills(self) -> bool:
@@ -236,7 +279,7 @@ class Session:
         images, labels: this process's part of the batch. Afterwards `stopping` says whether any process was asked to
         stop.
         """
-        set_learning_rate(self.optimizer, learning_rate(self.config, self.step, self.steps))
+        set_learning_rate(self.optimizer, self.rate(self.step))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()
         images, labels = (

@@ -26,7 +26,6 @@ from dynprune.structure.tracing import first_line
 from dynprune.training.best import Best
 from dynprune.training.checkpoint import History, lost
 from dynprune.training.distributed import lost_contact
-from dynprune.training.recipe import learning_rate
 from dynprune.training.rehearsal import rehearse_step
 from dynprune.training.session import Session
 from dynprune.training.trainee import Trainee
@@ -107,6 +106,8 @@ def train(
         started, first_step, val_accuracy, seconds_before = time.perf_counter(), session.step, None, history.seconds
         compiled = session.compile(note)
         due = Due(config)
+        if session.clock is not None:
+            session.clock.start(session.step)
         logs = Logs(run, config.log if session.ranks.first else "", session.step)
         best = Best(run, session.step) if session.keeps_best and session.ranks.first else None
         if session.ranks.several and not resume:
@@ -125,12 +126,18 @@ def train(
                         meter.check_loss(run)
                         report(progress(session, meter, epoch, started, first_step, None))
                     history.seconds = seconds_before + time.perf_counter() - started
+                    if session.clock is not None and session.step % session.clock.every == 0:
+                        if session.step < session.steps:
+                            session.look(history.seconds)
+                    if session.step == session.steps:  # a time may end within an epoch
+                        break
                     if session.step % session.steps_per_epoch and (session.stopping or due.now(session.step)):
                         meter.check_loss(run)
                         save(session, run, history)
                         if session.stopping:
                             raise stopped(session, run)
             meter.check_loss(run)
+            judged = time.perf_counter()
             val_accuracy = finish_epoch(session, run, meter.line(epoch), logs)
             if best:
                 best.look(session, epoch + 1, val_accuracy)
@@ -138,15 +145,22 @@ def train(
             history.start_epoch()
             due.saved = time.monotonic()
             save(session, run, history)
+            if session.clock is not None:
+                session.clock.judge(time.perf_counter() - judged)
             if session.stopping and session.step < session.steps:
                 raise stopped(session, run)
         history.seconds = seconds_before + time.perf_counter() - started
         logs.close()
-        if best and best.epoch and best.epoch != config.epochs:
+        if best and best.epoch and best.epoch != last_epoch(session):
             best.bring_back(session)
             val_accuracy = best.accuracy
             save(session, run, history)
         return conclude(session, run, history, val_accuracy, compiled, best.epoch if best and best.epoch else None)
+
+
+def last_epoch(session: Trainee) -> int:
+    """The number of the epoch in which the run ends."""
+    return -(-session.steps // session.steps_per_epoch)
 
 
 def finish_epoch(session: Trainee, run: RunDirectory, line: dict, logs: Logs) -> float:
@@ -314,7 +328,7 @@ class EpochMeter:
             "step": session.step,
             "loss": self.mean_loss,
             "accuracy": self.history.right / max(1, self.history.seen),
-            "lr": learning_rate(session.config, session.step - 1, session.steps),
+            "lr": session.rate(session.step - 1),
             "macs_share": session.macs / session.graph.macs({}),
             "exploring": session.phase(self.first_step) == "exploring",
             "seconds": seconds,
@@ -338,7 +352,7 @@ def progress(
         session.step,
         session.steps,
         epoch + 1,
-        session.config.epochs,
+        last_epoch(session),
         meter.mean_loss,
         val_accuracy,
         session.macs / session.graph.macs({}),

@@ -17,6 +17,7 @@ from dynprune.runs.config import Recipe
 from dynprune.runs.directory import RunDirectory
 from dynprune.structure.channels import ChannelGraph
 from dynprune.training.distributed import Ranks
+from dynprune.training.pace import Clock
 
 if TYPE_CHECKING:
     from dynprune.training.checkpoint import History
@@ -27,7 +28,7 @@ class Trainee(Protocol):
     stopping: what it said. train_macs: of all steps, forward and backward. sent_bytes: by this process in a
     step. right: images of the last step's batch that were classified right, of all processes, still on the device.
     keeps_best: whether the best epoch's weights are kept, of those that were `settled`: with all that is still to be
-    decided decided."""
+    decided decided. clock: of a run that was given a time."""
 
     data: Data
     graph: ChannelGraph
@@ -36,15 +37,14 @@ class Trainee(Protocol):
     bfloat16: bool
     ranks: Ranks
     part: slice
-    steps: int
     steps_per_epoch: int
     stop: Callable[[], bool]
     stopping: bool
-    train_macs: int
     sent_bytes: int
     right: Tensor
 
     keeps_best: bool
+    clock: Clock | None
 
     @property
     def config(self) -> Recipe: ...
@@ -56,6 +56,12 @@ class Trainee(Protocol):
     def step(self) -> int: ...
 
     @property
+    def steps(self) -> int: ...
+
+    @property
+    def train_macs(self) -> int: ...
+
+    @property
     def model(self) -> nn.Module: ...
 
     @property
@@ -65,6 +71,10 @@ class Trainee(Protocol):
     def macs(self) -> int: ...
 
     def phase(self, step: int) -> str: ...
+
+    def rate(self, step: int) -> float: ...
+
+    def look(self, spent: float) -> None: ...
 
     def compile(self, note: Callable[[str], None], /) -> dict | None: ...
 

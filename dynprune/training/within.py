@@ -1,0 +1,126 @@
+"""What fits into a time: how many steps, of how many images, at which rate, growing or not.
+
+Takes a session that has not begun and the time that is left, makes a few steps of copies, and lays the session out
+anew. What the settings give stays; while it trains, the session's clock moves the end (`pace.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import nn
+
+from dynprune.data.scores import evaluate, logits
+from dynprune.errors import DynpruneError
+from dynprune.execution.dynamic import NARROW
+from dynprune.runs.config import TrainConfig, seconds_in
+from dynprune.state.copies import copied, same_randomness
+from dynprune.training.pace import LOOKS, Clock
+from dynprune.training.recipe import make_optimizer
+from dynprune.training.session import Session
+from dynprune.training.train import threads
+from dynprune.units import duration
+
+STEPS = 2000  # with fewer, smaller batches are tried: more steps for as many images
+SMALLEST = 16  # images
+WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
+TRIAL = 0.02  # share of the time that trials of one kind of step may take
+TRIAL_STEPS = 6
+FEWEST = 20  # steps, or a time is too short
+FINISHING = 1.0  # seconds for what comes after the last evaluation: files, tables, the end of the process
+
+
+def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[str], None] = lambda _: None) -> None:
+    """Lay out a session that has not begun so that it ends `asked.time` after `began` (of `time.perf_counter`).
+
+    asked: the settings before anything was chosen for them. Raises DynpruneError where the time is over before anything
+    could be learned.
+    """
+    seconds = seconds_in(asked.time)
+    with threads(asked.threads), same_randomness(0):
+        judging, after = seconds_of_judging(session)
+        left = seconds - (time.perf_counter() - began) - after - FINISHING
+        config, wide = batch_that_fits(session, asked, left)
+        narrow = wide
+        if config.grow:
+            begins = session.fitter.narrower(session.fit.widths, NARROW)
+            narrow = seconds_of_step(session, config.batch_size, begins, left)
+    clock = Clock(seconds, time.perf_counter() - began, after + FINISHING, judging, narrow, wide, began=began)
+    per_epoch = session.data.steps_per_epoch(config.batch_size)
+    steps = clock.affords(clock.left(0), config.grow, per_epoch)
+    if steps < FEWEST or clock.left(0) <= 0:
+        needed = clock.before + clock.after + 10 * FEWEST * wide
+        raise DynpruneError(
+            f"--time {asked.time} is too short: {clock.before:.0f} s were over before the first step, the last takes "
+            f"{clock.after:.0f} s more, and each {wide:.2g} s for {config.batch_size} images. Nothing was trained. "
+            f"Expected {math.ceil(needed)}s or more."
+        )
+    clock.every = max(1, steps // LOOKS)
+    session.plan_anew(dataclasses.replace(config, epochs=-(-steps // per_epoch)), steps, clock)
+    say(
+        f"--time {asked.time}: {duration(clock.left(0))} for steps of {1000 * wide:.0f} ms, "
+        f"{steps / per_epoch:.1f} epochs in batches of {config.batch_size}"
+    )
+
+
+def batch_that_fits(session: Session, asked: TrainConfig, left: float) -> tuple[TrainConfig, float]:
+    """The settings with batch and rate chosen, and the seconds of a step."""
+    batch = session.config.batch_size
+    each = seconds_of_step(session, batch, session.fit.widths, left)
+    while not asked.batch_size and left / each < STEPS and batch > SMALLEST:
+        smaller = seconds_of_step(session, batch // 2, session.fit.widths, left)
+        if smaller / each > WORTH:
+            break
+        batch, each = batch // 2, smaller
+    chosen = dataclasses.replace(asked, batch_size=batch)
+    return chosen.resolved(len(session.data.train), session.ranks.count), each
+
+
+def seconds_of_judging(session: Session) -> tuple[float, float]:
+    """Of a validation and, after the last step, of the test; from as many images as show it."""
+    data, model = session.data, copied(session.model)
+    for _ in range(2):  # the first is slower than any other
+        began = time.perf_counter()
+        some = data.val.take(torch.arange(min(500, len(data.val))))
+        evaluate(model, data, some, session.device)
+        each = (time.perf_counter() - began) / len(some)
+    return each * len(data.val), each * (len(data.val) + len(data.test))
+
+
+def seconds_of_step(session: Session, batch: int, widths: dict[str, int], left: float) -> float:
+    """Of a training step of a copy at these widths, with waiting for its images; the median of a few."""
+    full = copied(session.reservoir.full)
+    arms = {name: np.arange(width) for name, width in widths.items()}
+    model = session.execution.new_reservoir(full, arms).active
+    model.train()
+    optimizer = make_optimizer(session.config, list(model.parameters()), session.device)
+    part, taken, began = session.ranks.part(batch), [], time.perf_counter()
+    batches = session.data.train_batches(batch, session.config.seed, 0, part=part)
+    since = began
+    for images, labels in islice(batches, TRIAL_STEPS):
+        train_once(session, model, optimizer, images, labels)
+        taken.append(time.perf_counter() - since)
+        since = time.perf_counter()
+        if len(taken) > 1 and since - began > TRIAL * left:
+            break
+    return sorted(taken[1:] or taken)[len(taken[1:] or taken) // 2]
+
+
+def train_once(
+    session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """A step as the session makes it, of another network."""
+    images = images.to(session.device, session.dtype, memory_format=torch.channels_last)
+    with session.autocast():
+        output = model(images)
+    session.loss_of(logits(output).to(session.dtype), images, labels.to(session.device)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if session.device.type == "cuda":
+        torch.cuda.synchronize(session.device)

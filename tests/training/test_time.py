@@ -1,0 +1,154 @@
+"""A run that is given a time: it ends then, whatever steps cost, and its schedule is whole."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from dynprune.data.loading import load_data
+from dynprune.errors import DynpruneError, Stopped
+from dynprune.runs.config import TrainConfig
+from dynprune.runs.directory import Run
+from dynprune.training import within
+from dynprune.training.pace import Clock, Pace
+from dynprune.training.session import Session
+from dynprune.training.train import train
+from dynprune.training.within import fit_into
+
+CONFIG = TrainConfig(
+    model="tests.models:tiny",
+    image_size="8",
+    batch_size=64,
+    budget=("0.4",),
+    precision="float32",
+    time="100s",
+    threads=1,
+    checkpoint_every="never",
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(CONFIG.source)
+
+
+class Time:
+    """A clock that only work moves: `cost(step)` seconds for a training step, five for an evaluation, on one clock."""
+
+    def __init__(self, monkeypatch, cost):
+        self.now, self.cost, self.rates = 0.0, cost, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        for name in ("dynprune.training.train.judge", "dynprune.training.train.evaluate"):
+            monkeypatch.setattr(name, self.evaluated((0.5, 1.0) if name.endswith("judge") else 0.5))
+        monkeypatch.setattr(within, "seconds_of_judging", lambda session: (5.0, 10.0))
+        monkeypatch.setattr(within, "seconds_of_step", lambda session, batch, widths, left: cost(0))
+
+    def evaluated(self, result):
+        def evaluate(*_):
+            self.now += 5.0
+            return result
+
+        return evaluate
+
+    def moves_with(self, session):
+        step = session.train_step
+
+        def train_step(images, labels):
+            self.rates.append(session.rate(session.step))
+            self.now += self.cost(session.step)
+            return step(images, labels)
+
+        session.train_step = train_step
+        return session
+
+
+def timed_session(data, clock, config=CONFIG, began=0.0):
+    session = Session(config, data)
+    fit_into(session, config, began)
+    return clock.moves_with(session)
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda step: 0.5,
+        lambda step: 0.5 if step < 60 else 1.5,  # other work begins
+        lambda step: 1.5 if step < 20 else 0.3,  # and ends
+        lambda step: 0.2 + 0.6 * (step % 7 == 0),
+    ],
+)
+@pytest.mark.parametrize("grow", [0.0, 0.5])
+def test_it_ends_on_time_whatever_steps_cost(data, tmp_path, monkeypatch, cost, grow):
+    clock = Time(monkeypatch, cost)
+    config = dataclasses.replace(CONFIG, time="200s", grow=grow, policy="cucb")
+    session = timed_session(data, clock, config)
+    clock.now = 7.0  # other work before the first step
+    run = Run.create(tmp_path / "run", session.config, overwrite=False)
+    result = train(session.config, run, session=session)
+    assert clock.now == pytest.approx(200, abs=6)
+    assert result.steps == session.step == len(clock.rates)
+    assert clock.rates[-1] < 0.02 * max(clock.rates)  # the schedule is whole
+    peak = clock.rates.index(max(clock.rates))
+    assert clock.rates[: peak + 1] == sorted(clock.rates[: peak + 1])
+    assert clock.rates[peak:] == sorted(clock.rates[peak:], reverse=True)
+    assert session.widths == session.fit.widths  # it has grown, where it was to
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    weights = {}
+    for kind in ("whole", "stopped"):
+        clock = Time(monkeypatch, lambda step: 0.5 if step < 30 else 0.75)
+        session = timed_session(data, clock)
+        run = Run.create(tmp_path / kind, session.config, overwrite=False)
+        if kind == "stopped":
+            with pytest.raises(Stopped):
+                train(session.config, run, session=session, stop=lambda: session.step == 50)
+            session = clock.moves_with(Session(run.config, data, fit=session.first_fit))
+            result = train(run.config, run, session=session, resume=True)
+        else:
+            result = train(session.config, run, session=session)
+        weights[kind] = (result.steps, session.model.state_dict())
+    assert weights["whole"][0] == weights["stopped"][0]
+    for name, value in weights["whole"][1].items():
+        assert torch.equal(value, weights["stopped"][1][name]), name
+
+
+@pytest.mark.parametrize(("fewer", "expected"), [(0.5, 8), (0.95, 64), (0.7, 16)])
+def test_batches_get_smaller_where_steps_are_few_and_cost_less(data, monkeypatch, fewer, expected):
+    clock = Time(monkeypatch, lambda step: 0.5)
+    monkeypatch.setattr(
+        within, "seconds_of_step", lambda session, batch, widths, left: 0.5 * fewer ** (6 - batch.bit_length() + 1)
+    )
+    monkeypatch.setattr(within, "SMALLEST", 16 if expected == 16 else 8)
+    session = timed_session(data, clock, dataclasses.replace(CONFIG, batch_size=0, epochs=3))
+    given = Session(dataclasses.replace(CONFIG, batch_size=0, epochs=3), data).config.batch_size
+    assert session.config.batch_size == (expected if fewer < within.WORTH else given)
+
+
+def test_too_short_a_time_is_refused_with_what_it_takes(data, monkeypatch):
+    clock = Time(monkeypatch, lambda step: 2.0)
+    clock.now = 30.0
+    with pytest.raises(DynpruneError, match=r"--time 20s is too short: 30 s were over .* Expected \d+s or more"):
+        timed_session(data, clock, dataclasses.replace(CONFIG, time="20s"))
+
+
+def test_the_pace_of_an_unmoved_run_is_its_steps():
+    pace = Pace(100, 100)
+    assert [pace.of(step) for step in range(100)] == list(range(100))
+    pace.end_at(60, 20)
+    assert pace.of(20) == 20 and pace.of(60) == 100 and pace.of(40) == 60
+    pace.end_at(80, 40)
+    assert pace.of(40) == 60 and pace.of(80) == 100
+
+
+@pytest.mark.parametrize("change", [{"place": 100}, {"at": 100}, {"steps": 0}, {"place": -1}])
+def test_a_pace_that_leads_nowhere_is_refused(change):
+    with pytest.raises(ValueError, match="nowhere"):
+        Pace(**({"planned": 100, "steps": 100} | change))
+
+
+@pytest.mark.parametrize("change", [{"wide": float("nan")}, {"total": -1}, {"every": 0}, {"narrow": "1"}])
+def test_a_clock_of_other_numbers_is_refused(change):
+    with pytest.raises(ValueError, match="clock"):
+        Clock(**({"total": 60, "before": 1, "after": 1, "judging": 1, "narrow": 1, "wide": 1} | change))
