@@ -163,7 +163,11 @@ def gate(
     finish(
         json_output,
         dataclasses.asdict(result),
-        lambda: [*gate_tables(result), f"next: dynprune export {result.run} --onnx"],
+        lambda: [
+            *gate_tables(result),
+            *([result.verdict] if result.verdict else []),
+            f"next: dynprune export {result.run} --onnx",
+        ],
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dynprune.commands.train import resumed, run_name
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
+from dynprune.gates.beside import beside
 from dynprune.gates.rehearsal import rehearse_gates
 from dynprune.gates.session import GateSession
 from dynprune.gates.training import GateResult
@@ -80,7 +81,7 @@ def go(session: GateSession, run: GateRun, listener: Listener, *, again: bool) -
         f"{sum(len(gate.sizes) for gate in gates)} gates; validation is {session.data.chooses}, test is "
         f"{session.data.reports}"
     )
-    return run_gate(
+    result = run_gate(
         config,
         run,
         resume=again,
@@ -89,6 +90,9 @@ def go(session: GateSession, run: GateRun, listener: Listener, *, again: bool) -
         stop=listener.stop,
         session=session,
     )
+    if config.no_static:
+        return result
+    return beside(session, result, run, report=listener.step, say=listener.say, note=listener.note, stop=listener.stop)
 
 
 def based_on(base: str | Path, given: dict, *, trust: bool = False) -> GateConfig:

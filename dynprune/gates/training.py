@@ -37,7 +37,9 @@ class GateResult:
     """What gates reached on the test images. met: the mean cost is within the target, by less than the tolerance above
     it at most.
     dense_macs: of the ungated network; gate_macs: of the predictors; units: how many gates; closed_for_good: how many
-    of them no image opens any more; file_max_diff: of the file, read back, over the largest output."""
+    of them no image opens any more; file_max_diff: of the file, read back, over the largest output. static_*: of a
+    static network of the same mean cost with the same training (`gates/beside.py`), None without one; verdict: of the
+    two."""
 
     run: str
     base: str
@@ -57,6 +59,10 @@ class GateResult:
     stats: GateStats
     steps: int
     seconds: float
+    static_accuracy: float | None = None
+    static_macs: int | None = None
+    static_seconds: float | None = None
+    verdict: str = ""
 
 
 def gate(

@@ -663,6 +663,12 @@ class GateConfig(Recipe):
         expected="a share in [0, 1]",
     )
 
+    no_static: bool = setting(
+        False,
+        "Do not train the static network of the same mean cost that the result is put beside. It has the same steps, "
+        "which cost less than those of gates.",
+    )
+
     @property
     def begins_with(self) -> str:
         return str(Path(self.base) / "compact.safetensors") if self.base else self.weights

@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
         run = Run.create(tmp_path / kind, session.config, overwrite=False)
         if kind == "stopped":
             with pytest.raises(Stopped):
-                train(session.config, run, session=session, stop=lambda: session.step == 50)
+                train(session.config, run, session=session, stop=lambda session=session: session.step == 50)
             session = clock.moves_with(Session(run.config, data, fit=session.first_fit))
             result = train(run.config, run, session=session, resume=True)
         else:
