@@ -310,10 +310,14 @@ COSTS = {"train_seconds": (1, "seconds of training"), "train_macs": (1e12, "tril
          "params": (1e6, "million parameters")}  # fmt: skip
 
 
+LEGEND = 45  # letters that fit beside each other above a chart
+
+
 def policies(runs: Sequence[ComparedRun], cost: str) -> Chart | None:
     """Accuracy of every run of a comparison over what it cost, one colour for each policy; None where all cost the
     same. cost: a key of COSTS."""
     scale, unit = COSTS[cost]
+    columns = max(1, min(3, LEGEND // (max(len(run.policy) for run in runs) + 4)))
     found: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
         found.setdefault(run.policy, []).append((getattr(run, cost) / scale, 100 * run.accuracy))
@@ -329,11 +333,11 @@ def policies(runs: Sequence[ComparedRun], cost: str) -> Chart | None:
         axes.set_ylabel("test accuracy, %")
         axes.margins(0.1)
         axes.grid(linewidth=0.6)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.2,
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, columnspacing=1.2,
                     handletextpad=0.1)  # fmt: skip
 
     said = "; ".join(
         f"{policy}: {np.mean([y for _, y in points]):.2f} % at {digits(float(np.mean([x for x, _ in points])))}"
         for policy, points in found.items()
     )
-    return drawn(f"Accuracy over {unit}", f"Means by policy: {said} {unit}.", draw, HEIGHT + 0.2 * (len(found) // 3))
+    return drawn(f"Accuracy over {unit}", f"Means by policy: {said} {unit}.", draw, HEIGHT + 0.2 * (-(-len(found) // columns) - 1))

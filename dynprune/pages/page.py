@@ -44,6 +44,7 @@ figure h3 { font-size: 1rem; margin: 0 0 .3rem; } figure svg { display: block; w
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .3rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+@media (max-width: 600px) { .wide th[scope=row] { min-width: 7rem; overflow-wrap: anywhere; } }
 th { font-weight: 600; } td.number, th.number { text-align: right; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .6rem; overflow-x: auto;
   font-size: .85rem; } summary { cursor: pointer; margin: .4rem 0; }
@@ -72,17 +73,17 @@ def write_page(path: Path, surveys: Sequence[Survey], compared: Sequence[Compari
 def of_comparison(comparison: Comparison) -> list[str]:
     """Policies beside each other: what each reaches, and what it costs to get there."""
     lines: list[tuple[str, ...]] = [
-        ("policy", "seeds", "test accuracy", "spread", "MACs", "parameters", "training MACs", "training seconds")
+        ("policy", "test accuracy", "spread", "seeds", "MACs", "parameters", "training MACs", "training seconds")
     ]
     lines += [
         (
             own.policy,
-            str(own.seeds),
             f"{100 * own.accuracy:.2f} %",
             "-" if own.spread is None else f"{100 * own.spread:.2f}",
+            str(own.seeds),
             f"{own.macs / 1e6:,.2f} M",
-            f"{own.params / 1e6:,.3g} M",
-            f"{own.train_macs / 1e12:,.3g} T",
+            f"{digits(own.params / 1e6)} M",
+            f"{digits(own.train_macs / 1e12)} T",
             f"{own.train_seconds:,.0f}",
         )
         for own in comparison.policies
