@@ -340,4 +340,5 @@ def policies(runs: Sequence[ComparedRun], cost: str) -> Chart | None:
         f"{policy}: {np.mean([y for _, y in points]):.2f} % at {digits(float(np.mean([x for x, _ in points])))}"
         for policy, points in found.items()
     )
-    return drawn(f"Accuracy over {unit}", f"Means by policy: {said} {unit}.", draw, HEIGHT + 0.2 * (-(-len(found) // columns) - 1))
+    lines = -(-len(found) // columns)
+    return drawn(f"Accuracy over {unit}", f"Means by policy: {said} {unit}.", draw, HEIGHT + 0.2 * (lines - 1))

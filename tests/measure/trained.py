@@ -5,10 +5,11 @@ importance, BatchNorm re-estimated on as many images, the same seconds of the sa
 images prefer). Needs `pip install torch-pruning==1.6.1`. Prints Markdown rows as they come; seconds include everything
 but loading.
 
-    --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,150   --parts
+    --budgets 0.73,0.5,0.35,0.25   --seeds 3   --search 60   --tune 0,30,2e (seconds, or epochs)   --parts
     --policies bandit,greedy,random,none   (ways to find widths)   --no-rivals   --no-ours   --threads 1
 
---parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, each on and off, untuned.
+--parts prints an ablation instead: choice, repair, feedback on sums, rectifiers, widths, distillation, each on and off,
+after each length of tuning.
 --curves 20,60,120 prints another table instead: for every policy, distance and test accuracy of the best widths that it
 had found after so many seconds.
 """
@@ -28,18 +29,17 @@ from dynprune.budgets.limits import Budget, parse_limit
 from dynprune.data.loading import Data, Source, load_data
 from dynprune.data.scores import evaluate, fitting, logits
 from dynprune.deploy.rivals import IMPORTANCES, prune
-from dynprune.repair.choice import CHOICES, orders
-from dynprune.repair.distill import RATE, Lesson, of_labels, tune
+from dynprune.repair.choice import orders
+from dynprune.repair.distill import RATE, WEIGHT, Lesson, of_labels, tune
 from dynprune.repair.images import sample_images
 from dynprune.repair.refit import repair
 from dynprune.repair.trained import Compaction
 from dynprune.state.copies import copied
-from dynprune.structure.surgery import slim
 from dynprune.structure.tracing import trace
 from dynprune.training.recipe import use_bfloat16
 from dynprune.zoo.weights import load_trained
 
-CPU = torch.device("cpu")
+CPU, BATCH = torch.device("cpu"), 128
 
 
 def main() -> None:
@@ -73,20 +73,15 @@ def main() -> None:
     if given.parts or given.curves:
         (ablate if given.parts else draw)(model, data, given)
         return
-    print(
-        "| MACs kept | seed | how | "
-        + " | ".join(f"tuned {t} s" for t in given.tune.split(","))
-        + " | seconds before |"
-    )
+    print("| MACs kept | seed | how | " + " | ".join(map(in_words, given.tune.split(","))) + " | seconds before |")
     print("|---|---|---|" + "---|" * (len(given.tune.split(",")) + 1))
     for budget in given.budgets.split(","):
         for seed in range(given.seeds):
             for how, (network, seconds) in candidates(model, data, budget, seed, given).items():
                 cells = []
-                for length in map(float, given.tune.split(",")):
+                for length in given.tune.split(","):
                     trial = copied(network)
-                    if length:
-                        learn(trial, model, data, length, given.lr, seed)
+                    learn(trial, model, data, length, given.lr, seed)
                     cells.append(f"{100 * evaluate(trial, data, data.test):.2f}")
                 share = trace(network, data.example).macs({}) / trace(model, data.example).macs({})
                 print(f"| {share:.3f} | {seed} | {how} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
@@ -129,42 +124,75 @@ def best_rival(model: nn.Module, data: Data, macs: float, seed: int) -> tuple[nn
     return small, seconds
 
 
-def learn(narrow: nn.Module, teacher: nn.Module, data: Data, seconds: float, lr: float, seed: int) -> None:
+def in_words(length: str) -> str:
+    return "untuned" if length == "0" else f"{length[:-1]} epochs" if length.endswith("e") else f"tuned {length} s"
+
+
+def learn(
+    narrow: nn.Module, teacher: nn.Module, data: Data, length: str, lr: float, seed: int, weight: float = WEIGHT
+) -> None:
+    """Tune for so many seconds or, "2e", epochs. weight: of what the teacher says, beside the labels."""
+
     def batches():
         for epoch in range(10**6):
-            for images, labels in data.train_batches(128, seed, epoch):
+            for images, labels in data.train_batches(BATCH, seed, epoch):
                 yield images.contiguous(memory_format=torch.channels_last), labels
 
+    if length == "0":
+        return
     lesson = Lesson(
-        teacher, lambda model, batch: model(batch[0]), own=lambda output, batch: of_labels(logits(output), batch[1])
+        teacher,
+        lambda model, batch: model(batch[0]),
+        own=lambda output, batch: of_labels(logits(output), batch[1]),
+        weight=weight,
     )
-    tune(narrow, lesson, batches(), seconds, lr=lr, bfloat16=use_bfloat16("auto", CPU))
+    seconds, clock = float(length.rstrip("e")), time.perf_counter
+    if length.endswith("e"):  # a clock that moves by one with every step
+        seconds, clock = seconds * data.steps_per_epoch(BATCH), itertools.count().__next__
+    tune(narrow, lesson, batches(), seconds, lr=lr, bfloat16=use_bfloat16("auto", CPU), clock=clock)
+
+
+# arms, what of repair is done (None: nothing), whether widths are searched for, weight of what the teacher says
+PARTS = {
+    "chance, as cut": ("random", None, False, WEIGHT),
+    "magnitude, as cut": ("magnitude", None, False, WEIGHT),
+    "magnitude, repaired": ("magnitude", {}, False, WEIGHT),
+    "what repair cannot replace, as cut": ("repairable", None, False, WEIGHT),
+    "repaired layer by layer": ("repairable", {"sums": False, "rounds": 0}, False, WEIGHT),
+    "and towards sums": ("repairable", {"rounds": 0}, False, WEIGHT),
+    "and behind rectifiers": ("repairable", {}, False, WEIGHT),
+    "and the scores": ("repairable", "all", False, WEIGHT),
+    "and widths by the bandit (the default)": ("repairable", "all", True, WEIGHT),
+    "the default, labels alone": ("repairable", "all", True, 0.0),
+}
 
 
 def ablate(model: nn.Module, data: Data, given) -> None:
-    """Choice and repair, each part on and off, at uniform widths and untuned."""
-    graph = trace(model, data.example)
-    print("| MACs kept | seed | arms | repair | test accuracy, % | distance |\n|---|---|---|---|---|---|")
-    for budget in given.budgets.split(","):
-        widths = allocate(graph, [budget])
-        for seed in range(given.seeds):
-            images = sample_images(model, data, given.images, seed, CPU)
-            compaction = Compaction(model, graph, images, seed=seed)
-            for choice in CHOICES:
-                if choice != "repairable":
-                    compaction.orders = orders(model, graph, compaction.calibration, choice, seed)
-                kept = graph.kept(compaction.selection(widths))
-                for words, options in {
-                    "none": None,
-                    "layer by layer": dict(sums=False, rounds=0),
-                    "and sums": dict(rounds=0),
-                    "and rectifiers": {},
-                }.items():
-                    narrow = slim(model, kept).eval()
-                    if options is not None:
-                        repair(narrow, kept, compaction.targets, **options)
-                    accuracy, far = 100 * evaluate(narrow, data, data.test), compaction.distance(narrow)
-                    print(f"| {budget} | {seed} | {choice} | {words} | {accuracy:.2f} | {far:.3f} |", flush=True)
+    """Choice, repair, widths and distillation, each part on and off, after each length of tuning."""
+    graph, lengths = trace(model, data.example), given.tune.split(",")
+    print("| MACs kept | seed | parts | " + " | ".join(map(in_words, lengths)) + " | distance |")
+    print("|---|---|---|" + "---|" * (len(lengths) + 1))
+    for budget, seed in itertools.product(given.budgets.split(","), range(given.seeds)):
+        allowed = Budget((budget,), align=given.align)
+        uniform = allocate(graph, [budget], allowed=constraints_for(graph, allowed))
+        images = sample_images(model, data, given.images, seed, CPU)
+        compaction = Compaction(model, graph, images, seed=seed)
+        repairable = compaction.orders
+        found = compaction.find_widths(uniform, allowed, given.search).widths
+        for words, (choice, parts, searched, weight) in PARTS.items():
+            own = orders(model, graph, compaction.calibration, choice, seed) if choice != "repairable" else repairable
+            compaction.orders = own
+            widths = found if searched else uniform
+            narrow = compaction.repaired(widths) if parts == "all" else compaction.cut(widths)
+            if isinstance(parts, dict):
+                repair(narrow, graph.kept(compaction.selection(widths)), compaction.targets, **parts)
+            cells = []
+            for length in lengths:
+                trial = copied(narrow)
+                learn(trial, model, data, length, given.lr, seed, weight)
+                cells.append(f"{100 * evaluate(trial, data, data.test):.2f}")
+            far = compaction.distance(narrow)
+            print(f"| {budget} | {seed} | {words} | {' | '.join(cells)} | {far:.3f} |", flush=True)
 
 
 def watched(compaction: Compaction) -> list[tuple[float, float, dict[str, int]]]:
