@@ -3,13 +3,14 @@
 Takes a network and an input, runs it once while every function that gives tensors is written down, and returns per
 layer what repair can make use of. A layer without bias may hand its shift to the norm that alone reads it; the last
 layer of a residual branch may aim at the sum, so that it also makes up for what went wrong on the shortcut; and where a
-rectifier cuts negative values off, nothing need be fitted there.
+rectifier cuts values off, below or above, nothing need be fitted there.
 
 Functions are numbered in the order of their calls. A narrow copy runs the same code, so there a number means the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,13 +23,23 @@ from torch.overrides import TorchFunctionMode
 from dynprune.repair.patches import is_layer
 from dynprune.structure import calling
 from dynprune.structure.labels import tensors_in
-from dynprune.structure.rules import named
+from dynprune.structure.rules import argument, named
 
 ADD = set(named("add"))
 NORM = {F.batch_norm, torch.batch_norm}
 SCALE = set(named("mul multiply"))
 KEEP = set(named("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous"))
-RECTIFY = set(named("relu relu6"))
+CONSTANT = {  # between which values a function is not constant
+    **dict.fromkeys(named("relu"), (0.0, math.inf)),
+    **dict.fromkeys(named("relu6"), (0.0, 6.0)),
+    **dict.fromkeys(named("hardsigmoid"), (-3.0, 3.0)),
+    **dict.fromkeys(named("hardswish"), (-3.0, math.inf)),
+}
+# the same of functions whose arguments say it: names and defaults of the two
+BOUNDED: dict[Callable, tuple[tuple[str, float], tuple[str, float]]] = {
+    **dict.fromkeys(named("hardtanh"), (("min_val", -1.0), ("max_val", 1.0))),
+    **dict.fromkeys(named("clamp clip"), (("min", -math.inf), ("max", math.inf))),
+}
 # what decides by values which of them go on: two networks choose differently, so what comes behind cannot be compared
 CHOOSE = {"topk", "sort", "argsort", "nonzero", "argwhere", "masked_select", "unique", "multinomial", "nms"}
 CHOSEN = "runs on what was chosen by value"
@@ -39,14 +50,14 @@ BY_NAME = "is given its input by name"
 class Following:
     """norm: name of the BatchNorm that alone reads the layer's output, if one does. end: the last call that gives,
     channel by channel, an affine function of that output. added: the call that made what this is added to, if that is
-    there before the layer runs; -1 - i is the network's input number i. rectified: a rectifier reads the end, or the
-    sum, and nothing else does. chosen: what the layer reads was chosen by value, as the best proposals of a detector
-    are."""
+    there before the layer runs; -1 - i is the network's input number i. passes: where a function that is constant below
+    one value or above another, as rectifiers are, alone reads the end or the sum, those two values. chosen: what the
+    layer reads was chosen by value, as the best proposals of a detector are."""
 
     norm: str | None
     end: int
     added: int | None
-    rectified: bool
+    passes: tuple[float, float] | None
     chosen: bool = False
 
 
@@ -57,6 +68,7 @@ class Numbered(TorchFunctionMode):
     def __init__(self, tell: Callable[[int, Callable, list[Tensor], list[Tensor]], None]):
         super().__init__()
         self.count, self.tell, self.listening = 0, tell, True
+        self.arguments: tuple[tuple, dict] = (), {}  # of the call that is told
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -67,6 +79,7 @@ class Numbered(TorchFunctionMode):
         elif function is Tensor.__setitem__:  # gives nothing, and what it wrote to is another tensor now
             given = args[0]
         if self.listening and isinstance(given, Tensor | tuple | list) and (results := list(tensors_in(given))):
+            self.arguments = args, kwargs or {}
             with self.aside():
                 self.tell(self.count, function, list(tensors_in([args, kwargs or {}])), results)
             self.count += 1
@@ -85,12 +98,14 @@ class Numbered(TorchFunctionMode):
 @dataclass(frozen=True)
 class Call:
     """given: the calls that made its operands, one entry for each; parameters have none. module: in which it was.
-    chooses: by values which of them go on."""
+    chooses: by values which of them go on. passes: the values between which it is not constant, None if it is nowhere.
+    """
 
     function: Callable
     given: list[int]
     module: str
     chooses: bool
+    passes: tuple[float, float] | None = None
 
 
 @dataclass
@@ -192,7 +207,8 @@ def listen(model: nn.Module, inputs: tuple, run: Callable[[], object]) -> Story:
 
     def tell(number: int, function: Callable, given: list[Tensor], results: list[Tensor]) -> None:
         sources = [made[id(value)] for value in given if id(value) in made]
-        calls.append(Call(function, sources, stack[-1], chooses(function, given)))
+        passes = not_constant(function, *numbered.arguments)
+        calls.append(Call(function, sources, stack[-1], chooses(function, given), passes))
         for value in results:
             made[id(value)] = number
             held.append(value)
@@ -212,9 +228,27 @@ def listen(model: nn.Module, inputs: tuple, run: Callable[[], object]) -> Story:
         for name, module in model.named_modules():
             context.callback(module.register_forward_pre_hook(enter(name)).remove)
             context.callback(module.register_forward_hook(leave(name, is_layer(module))).remove)
-        context.enter_context(Numbered(tell))
+        context.enter_context(numbered := Numbered(tell))
         run()
     return Story(calls, ran)
+
+
+def not_constant(function: Callable, args: tuple, kwargs: dict) -> tuple[float, float] | None:
+    """The values between which a function of every element is not constant; None where it is constant nowhere, or where
+    that cannot be told."""
+    if function in CONSTANT:
+        return CONSTANT[function]
+    if function not in BOUNDED:
+        return None
+    bounds = []
+    for place, (name, default) in enumerate(BOUNDED[function], 1):
+        given = argument(args, kwargs, place, name)
+        given = default if given is None else given
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            return None
+        bounds.append(float(given))
+    low, high = bounds
+    return (low, high) if low < high and (low > -math.inf or high < math.inf) else None
 
 
 def chooses(function: Callable, given: list[Tensor]) -> bool:
@@ -232,18 +266,16 @@ def after(model: nn.Module, calls: list[Call], readers: dict[int, list[int]], st
         found = readers.get(place, [])
         return found[0] if len(found) == 1 else None
 
-    def rectified(place: int) -> bool:
+    def passes(place: int) -> tuple[float, float] | None:
         reader = only_reader(place)
-        return reader is not None and calls[reader].function in RECTIFY
+        return None if reader is None else calls[reader].passes
 
     norm, here = None, start
     while (number := only_reader(here)) is not None:
         call = calls[number]
         if call.function in ADD and len(call.given) == 2 and call.given[0] != call.given[1]:
             other = next(source for source in call.given if source != here)
-            return (
-                Following(norm, here, other, rectified(number)) if other < start else Following(norm, here, None, False)
-            )
+            return Following(norm, here, other, passes(number)) if other < start else Following(norm, here, None, None)
         if call.given != [here] or call.function not in NORM | SCALE | KEEP:
             break
         if call.function in NORM and here == start:
@@ -251,4 +283,4 @@ def after(model: nn.Module, calls: list[Call], readers: dict[int, list[int]], st
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 norm = call.module
         here = number
-    return Following(norm, here, None, rectified(here))
+    return Following(norm, here, None, passes(here))

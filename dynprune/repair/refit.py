@@ -218,8 +218,10 @@ def repair(
             slope = torch.where(reaches, target.slope, LEAST_SLOPE)
             if sums and added is not None and target.added is not None:
                 wanted = wanted + torch.where(reaches, (target.added - added) / slope, 0)
-            if rounds and own.rectified:
-                edge = Edge(-(target.intercept[None] + (0 if added is None else added)) / slope, slope.sign())
+            if rounds and own.passes:
+                before = target.intercept[None] + (0 if added is None else added)
+                low, high = ((bound - before) / slope for bound in own.passes)
+                edge = Edge(torch.where(slope > 0, low, high), torch.where(slope > 0, high, low))
         norm = norm_at(narrow, own.norm) if own.norm else None
         rows = patches(layer, x, target.size, target.rows)
         solve(layer, rows, wanted, ridge, norm, edge, rounds, targets.share)
@@ -325,11 +327,11 @@ def norm_at(model: nn.Module, name: str) -> BatchNorm:
 
 @dataclass(frozen=True)
 class Edge:
-    """Where a rectifier begins to let a layer's output through. at: in the layer's own scale, (places or 1, channels);
-    side: 1 where larger values pass, -1 where smaller ones do, per channel."""
+    """What a rectifier lets through of a layer's output: what lies between, in the layer's own scale, (places or 1,
+    channels). One of the two may be infinite."""
 
-    at: Tensor
-    side: Tensor
+    low: Tensor
+    high: Tensor
 
 
 def solve(
@@ -363,12 +365,12 @@ def solve(
 
     fitted, shift = fit(wanted)
     if edge is not None:
-        at, side = by_group(edge.at), by_group(edge.side)[:, None]
-        passes = (wanted - at) * side > 0
+        low, high = by_group(edge.low), by_group(edge.high)
+        below, above = wanted <= low, wanted >= high
         for _ in range(rounds):  # where the untouched layer is cut off, being cut off too is all that is asked for
             said = rows @ fitted + shift
-            closed = torch.where((said - at) * side <= 0, said, at)
-            fitted, shift = fit(torch.where(passes, wanted, closed))
+            aim = torch.where(below, torch.minimum(said, low), wanted)
+            fitted, shift = fit(torch.where(above, torch.maximum(said, high), aim))
     layer.weight.copy_(weight_from(layer, fitted))
     if shifts:
         shift = (shift - mean @ fitted).reshape(-1)

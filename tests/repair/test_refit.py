@@ -1,6 +1,7 @@
 """Repair makes up for what is gone, exactly where that is possible."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -70,13 +71,72 @@ def graph_group(graph, layer):
 
 def test_what_follows_each_layer(block, images):
     found = follow(block, (images[:2],))
-    assert found["stem"].norm == "norm" and found["stem"].rectified and found["stem"].added is None
-    assert found["a1"].norm == "an1" and found["a1"].rectified
-    assert found["a2"].norm == "an2" and found["a2"].added is not None and found["a2"].rectified
-    assert found["b1"].norm is None and found["b1"].rectified
+    assert found["stem"].norm == "norm" and found["stem"].passes and found["stem"].added is None
+    assert found["a1"].norm == "an1" and found["a1"].passes
+    assert found["a2"].norm == "an2" and found["a2"].added is not None and found["a2"].passes
+    assert found["b1"].norm is None and found["b1"].passes
     # the shortcut runs last, so it aims at the sum, and the branch cannot
-    assert found["b2"].added is None and found["short"].added is not None and found["short"].rectified
-    assert found["depthwise"].rectified and found["up"].added is None and not found["up"].rectified
+    assert found["b2"].added is None and found["short"].added is not None and found["short"].passes
+    assert found["depthwise"].passes and found["up"].added is None and not found["up"].passes
+
+
+@pytest.mark.parametrize(
+    ("function", "passes"),
+    [
+        (F.relu, (0.0, math.inf)),
+        (nn.ReLU6(), (0.0, 6.0)),
+        (nn.ReLU6(inplace=True), (0.0, 6.0)),
+        (F.relu6, (0.0, 6.0)),
+        (nn.Hardtanh(-2, 0.5), (-2.0, 0.5)),
+        (lambda x: F.hardtanh(x, max_val=2.0), (-1.0, 2.0)),
+        (lambda x: x.clamp(min=0), (0.0, math.inf)),
+        (lambda x: torch.clip(x, -1, 1), (-1.0, 1.0)),
+        (lambda x: x.clamp_(max=3), (-math.inf, 3.0)),
+        (nn.Hardswish(), (-3.0, math.inf)),
+        (nn.Hardsigmoid(), (-3.0, 3.0)),
+        (lambda x: x.clamp(torch.zeros(())), None),
+        (F.silu, None),
+        (lambda x: F.leaky_relu(x), None),
+    ],
+)
+def test_functions_that_are_constant_somewhere_are_known(function, passes):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.head(function(self.conv(x)))
+
+    with torch.no_grad():
+        assert follow(Net().eval(), (torch.randn(2, 3, 8, 8),))["conv"].passes == passes
+
+
+@pytest.mark.parametrize("function", [nn.ReLU6(), nn.Hardtanh(-0.5, 0.5), nn.Hardswish(), lambda x: x.clamp(-1, 0.2)])
+def test_what_is_cut_off_on_either_side_need_not_be_fitted(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mid, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Conv2d(24, 5, 1)
+            self.norm = nn.BatchNorm2d(24)
+            nn.init.normal_(self.norm.weight)  # of either sign
+            with torch.no_grad():
+                self.norm.weight.mul_(12)
+
+        def forward(self, x):
+            return self.head(function(self.norm(self.mid(F.relu(self.stem(x))))))
+
+    torch.manual_seed(0)
+    model, (images, fresh) = Net().eval(), torch.randn(2, 96, 3, 12, 12)
+    graph = trace(model, images[:1])
+    kept = graph.kept({graph_group(graph, "stem"): np.arange(0, 16, 2)})
+    targets, far = targets_of(model, (images,)), {}
+    with torch.no_grad():
+        for rounds in (0, 4):
+            narrow = slim(model, kept).eval()
+            repair(narrow, kept, targets, rounds=rounds)
+            far[rounds] = distance(narrow, model, fresh)
+    assert far[4] < 0.995 * far[0]
 
 
 def test_copies_of_channels_are_made_up_for_exactly(block, images):
