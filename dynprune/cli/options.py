@@ -106,7 +106,7 @@ MACHINE = {"precision", "device", "threads", "seed", "checkpoint_every", "no_onn
 
 
 # what everyone needs, before the rest; --out with them
-FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e"}
+FIRST = {"data": "-d", "model": "-m", "weights": "-w", "budget": "-b", "epochs": "-e", "time": "-t"}
 
 
 FROM_FILE: set[str] = set()  # options of this command that --config gave, and not the command line

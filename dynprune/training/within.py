@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from itertools import islice
+from statistics import median
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from dynprune.errors import DynpruneError
 from dynprune.execution.dynamic import NARROW
 from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.state.copies import copied, same_randomness
-from dynprune.training.pace import LOOKS, Clock
+from dynprune.training.distributed import agree
+from dynprune.training.pace import LEAST, LOOKS, Clock
 from dynprune.training.recipe import make_optimizer
 from dynprune.training.session import Session
 from dynprune.training.train import threads
 from dynprune.units import duration
 
-STEPS = 2000  # with fewer, smaller batches are tried: more steps for as many images
+STEPS = 500  # with fewer, smaller batches are tried: more steps for as many images
 SMALLEST = 16  # images
 WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
 TRIAL = 0.02  # share of the time that trials of one kind of step may take
@@ -44,8 +46,9 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
     """
     seconds = seconds_in(asked.time)
     with threads(asked.threads), same_randomness(0):
-        judging, after = seconds_of_judging(session)
+        judging, after = (agreed(own, session) for own in seconds_of_judging(session))
         left = seconds - (time.perf_counter() - began) - after - FINISHING
+        left = agreed(left, session)
         config, wide = batch_that_fits(session, asked, left)
         narrow = wide
         if config.grow:
@@ -53,8 +56,8 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
             narrow = seconds_of_step(session, config.batch_size, begins, left)
     clock = Clock(seconds, time.perf_counter() - began, after + FINISHING, judging, narrow, wide, began=began)
     per_epoch = session.data.steps_per_epoch(config.batch_size)
-    steps = clock.affords(clock.left(0), config.grow, per_epoch)
-    if steps < FEWEST or clock.left(0) <= 0:
+    (steps,) = agree([clock.affords(clock.left(0), config.grow, per_epoch)], session.ranks, session.device)
+    if steps < FEWEST:
         needed = clock.before + clock.after + 10 * FEWEST * wide
         raise DynpruneError(
             f"--time {asked.time} is too short: {clock.before:.0f} s were over before the first step, the last takes "
@@ -109,7 +112,13 @@ def seconds_of_step(session: Session, batch: int, widths: dict[str, int], left: 
         since = time.perf_counter()
         if len(taken) > 1 and since - began > TRIAL * left:
             break
-    return sorted(taken[1:] or taken)[len(taken[1:] or taken) // 2]
+    return agreed(median(taken[1:] or taken), session)
+
+
+def agreed(seconds: float, session: Session) -> float:
+    """What the first process measured, in all; to a microsecond."""
+    (microseconds,) = agree([round(1e6 * seconds)], session.ranks, session.device)
+    return max(LEAST, microseconds / 1e6)
 
 
 def train_once(

@@ -126,6 +126,22 @@ def test_batches_get_smaller_where_steps_are_few_and_cost_less(data, monkeypatch
     assert session.config.batch_size == (expected if fewer < within.WORTH else given)
 
 
+def test_several_processes_take_the_first_ones_numbers(data, monkeypatch):
+    clock, asked = Time(monkeypatch, lambda step: 0.5), []
+
+    def agree(numbers, ranks, device):
+        asked.append(numbers)
+        return [123] if len(numbers) == 1 and numbers[0] < 10_000 else numbers  # steps; the others are microseconds
+
+    monkeypatch.setattr(within, "agree", agree)
+    assert timed_session(data, clock).steps == 123
+    monkeypatch.setattr("dynprune.training.session.agree", lambda numbers, ranks, device: [77])
+    session = timed_session(data, clock)
+    session.look(0.0)
+    assert session.steps == 77 and session.execution.steps == 77
+    assert len(asked) > 3  # times too: what is decided by them must not differ
+
+
 def test_too_short_a_time_is_refused_with_what_it_takes(data, monkeypatch):
     clock = Time(monkeypatch, lambda step: 2.0)
     clock.now = 30.0
