@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 200  # steps with which a small network learns something; with fewer than half of them hardly anything
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
+AUTO = -1.0  # of a share that is chosen
 POLICIES = ("cucb", "random", "static", "dense")
 ESTIMATORS = ("reinforce", "gumbel", "random")
 LOGS = ("csv", "tensorboard")  # forms in which metrics are written beside metrics.jsonl
@@ -432,12 +433,14 @@ class TrainConfig(Limited, Recipe):
         expected="0 or more",
     )
     grow: float = setting(
-        0.0,
+        AUTO,
         "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its "
         "multiplications; then they grow to their widths. Training gets cheaper: 0.667 saves a third, worth half as "
-        "many epochs again.",
-        check=fraction,
-        expected="a share in [0, 1)",
+        "many epochs again. auto is 0, and with --time 0.667 where narrower steps turn out so much quicker that it "
+        "pays.",
+        check=lambda v: v == AUTO or fraction(v),
+        expected="auto, or a share in [0, 1)",
+        auto=AUTO,
     )
     paper: bool = setting(
         False, "CUCB as published, to compare with: bonus scale 1, and a new selection at every step to the end."
@@ -456,6 +459,16 @@ class TrainConfig(Limited, Recipe):
     compile: bool = setting(
         False, "Compile the narrow model (torch.compile) if a trial shows that this run is long enough to pay for it."
     )
+
+    def resolved(self, images: int, processes: int = 1) -> Self:
+        """As of any recipe; nothing grows unless it was asked for, or chosen for a time (`training/within.py`)."""
+        return dataclasses.replace(super().resolved(images, processes), grow=max(0.0, self.grow))
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether it is left open whether layers grow, and they can."""
+        changes = self.policy == "dense" or self.paper or self.compile or self.allocation == "learned"
+        return self.grow == AUTO and not (changes or self.weights)
 
     @property
     def allowed(self) -> Budget:
@@ -489,7 +502,7 @@ class TrainConfig(Limited, Recipe):
             )
         if self.allocation == "searched" and not self.weights:
             raise DynpruneError("--allocation searched tries widths on trained weights. Pass --weights.")
-        if self.grow and (self.paper or self.policy == "dense"):
+        if self.grow > 0 and (self.paper or self.policy == "dense"):
             raise DynpruneError(
                 f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is "
                 f"nothing to grow from. Drop it."

@@ -32,6 +32,8 @@ from dynprune.units import duration
 STEPS = 500  # with fewer, smaller batches are tried: more steps for as many images
 SMALLEST = 16  # images
 WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
+GROWS = 0.667  # share of the steps that layers are narrow for
+PAYS = 0.6  # of the seconds of a step, those of one before layers grow: with less to gain, growing costs accuracy
 TRIAL = 0.02  # share of the time that trials of one kind of step may take
 TRIAL_STEPS = 6
 FEWEST = 20  # steps, or a time is too short
@@ -51,9 +53,13 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
         left = agreed(left, session)
         config, wide = batch_that_fits(session, asked, left)
         narrow = wide
-        if config.grow:
+        if config.grow or asked.may_grow:
             begins = session.fitter.narrower(session.fit.widths, NARROW)
             narrow = seconds_of_step(session, config.batch_size, begins, left)
+            if asked.may_grow and narrow < PAYS * wide:
+                config = dataclasses.replace(config, grow=GROWS)
+            elif not config.grow:
+                narrow = wide
     clock = Clock(seconds, time.perf_counter() - began, after + FINISHING, judging, narrow, wide, began=began)
     per_epoch = session.data.steps_per_epoch(config.batch_size)
     (steps,) = agree([clock.affords(clock.left(0), config.grow, per_epoch)], session.ranks, session.device)
@@ -69,6 +75,7 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
     say(
         f"--time {asked.time}: {duration(clock.left(0))} for steps of {1000 * wide:.0f} ms, "
         f"{steps / per_epoch:.1f} epochs in batches of {config.batch_size}"
+        + (f", the first {config.grow:.0%} narrow, {1000 * narrow:.0f} ms each" if config.grow else "")
     )
 
 

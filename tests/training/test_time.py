@@ -168,3 +168,31 @@ def test_a_pace_that_leads_nowhere_is_refused(change):
 def test_a_clock_of_other_numbers_is_refused(change):
     with pytest.raises(ValueError, match="clock"):
         Clock(**({"total": 60, "before": 1, "after": 1, "judging": 1, "narrow": 1, "wide": 1} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "narrow", "grows"),
+    [
+        ({}, 0.5, 0.667),
+        ({}, 0.7, 0.0),
+        ({"grow": 0.0}, 0.5, 0.0),
+        ({"grow": 0.3}, 0.9, 0.3),
+        ({"policy": "dense"}, 0.5, 0.0),
+        ({"compile": True}, 0.5, 0.0),
+    ],
+)
+def test_layers_grow_where_narrow_steps_are_so_much_quicker(data, monkeypatch, change, narrow, grows):
+    config = dataclasses.replace(CONFIG, **change).validate()
+    clock = Time(monkeypatch, lambda step: 0.4)
+    full = Session(config, data).fit.widths
+    monkeypatch.setattr(
+        within, "seconds_of_step", lambda session, batch, widths, left: 0.4 * (1 if widths == full else narrow)
+    )
+    session = timed_session(data, clock, config)
+    assert session.config.grow == grows
+    assert session.clock.narrow == pytest.approx(0.4 * (narrow if grows else 1))
+    assert (session.execution.growth_step > 0.2 * session.steps) == (grows > 0)
+
+
+def test_without_a_time_nothing_grows_unasked(data):
+    assert Session(dataclasses.replace(CONFIG, time=""), data).config.grow == 0.0
