@@ -174,7 +174,7 @@ def test_a_clock_of_other_numbers_is_refused(change):
     ("change", "narrow", "grows"),
     [
         ({}, 0.5, 0.667),
-        ({}, 0.7, 0.0),
+        ({}, 0.75, 0.0),
         ({"grow": 0.0}, 0.5, 0.0),
         ({"grow": 0.3}, 0.9, 0.3),
         ({"policy": "dense"}, 0.5, 0.0),
