@@ -102,7 +102,8 @@ def patches(layer: Layer, x: Tensor, size: Sequence[int], at: Tensor) -> Tensor:
         rows = x.flatten(2)[(at // positions)[:, None], :, places[position]]
     if inside is not None:
         rows = rows * inside[position][:, :, None]
-    return rows.view(len(at), taps, layer.groups, -1).permute(2, 0, 3, 1).flatten(2)
+    rows = rows.view(len(at), taps, layer.groups, -1).permute(2, 0, 3, 1).flatten(2)
+    return rows.contiguous()  # or every group would be copied at each product
 
 
 def read_places(layer: Conv, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
