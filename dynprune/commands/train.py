@@ -61,7 +61,7 @@ def train(
         rehearse(session, opset=opset, note=listener.note, say=listener.say)
         if config.time:
             listener.note("measuring steps")
-            fit_into(session, config, began, listener.say)
+            fit_into(session, config, began, listener.say, listener.note)
         run = Run.create(path, session.config, overwrite) if ranks.first else Run(path)
         return go(session, run, listener, resume=False)
     finally:

@@ -10,8 +10,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from itertools import islice
-from statistics import median
+from itertools import count, islice
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from dynprune.runs.config import TrainConfig, seconds_in
 from dynprune.state.copies import copied, same_randomness
 from dynprune.training.distributed import agree
 from dynprune.training.pace import LEAST, LOOKS, Clock
-from dynprune.training.recipe import make_optimizer
+from dynprune.training.recipe import learning_rate, make_optimizer, set_learning_rate
 from dynprune.training.session import Session
 from dynprune.training.train import threads
 from dynprune.units import duration
@@ -34,13 +34,21 @@ SMALLEST = 16  # images
 WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
 GROWS = 0.667  # share of the steps that layers are narrow for
 PAYS = 0.7  # of the seconds of a step, those of one before layers grow: with less to gain, growing costs accuracy
+SHORT, SHORTEST, LONGEST = 0.025, 40, 150  # a schedule that tries a rate: share of the steps, and bounds
+FACTORS, SEARCH = 4, 0.12  # of two, up or down, that rates are tried for; share of the time that this may take
 TRIAL = 0.02  # share of the time that trials of one kind of step may take
 TRIAL_STEPS = 6
 FEWEST = 20  # steps, or a time is too short
 FINISHING = 1.0  # seconds for what comes after the last evaluation: files, tables, the end of the process
 
 
-def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[str], None] = lambda _: None) -> None:
+def fit_into(
+    session: Session,
+    asked: TrainConfig,
+    began: float,
+    say: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> None:
     """Lay out a session that has not begun so that it ends `asked.time` after `began` (of `time.perf_counter`).
 
     asked: the settings before anything was chosen for them. Raises DynpruneError where the time is over before anything
@@ -60,6 +68,9 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
                 config = dataclasses.replace(config, grow=GROWS)
             elif not config.grow:
                 narrow = wide
+        if not (asked.lr or asked.weights):
+            steps = Clock(left, 0, 0, judging, narrow, wide).affords(left, config.grow, session.steps_per_epoch)
+            config = rate_that_fits(session, config, steps, left, note)
     clock = Clock(seconds, time.perf_counter() - began, after + FINISHING, judging, narrow, wide, began=began)
     per_epoch = session.data.steps_per_epoch(config.batch_size)
     (steps,) = agree([clock.affords(clock.left(0), config.grow, per_epoch)], session.ranks, session.device)
@@ -74,7 +85,7 @@ def fit_into(session: Session, asked: TrainConfig, began: float, say: Callable[[
     session.plan_anew(dataclasses.replace(config, epochs=-(-steps // per_epoch)), steps, clock)
     say(
         f"--time {asked.time}: {duration(clock.left(0))} for steps of {1000 * wide:.0f} ms, "
-        f"{steps / per_epoch:.1f} epochs in batches of {config.batch_size}"
+        f"{steps / per_epoch:.1f} epochs in batches of {config.batch_size} at rate {config.lr:g}"
         + (f", the first {config.grow:.0%} narrow, {1000 * narrow:.0f} ms each" if config.grow else "")
     )
 
@@ -90,6 +101,59 @@ def batch_that_fits(session: Session, asked: TrainConfig, left: float) -> tuple[
         batch, each = batch // 2, smaller
     chosen = dataclasses.replace(asked, batch_size=batch)
     return chosen.resolved(len(session.data.train), session.ranks.count), each
+
+
+def rate_that_fits(
+    session: Session, config: TrainConfig, steps: int, left: float, note: Callable[[str], None]
+) -> TrainConfig:
+    """The settings with the learning rate at whose short schedules the training loss falls lowest.
+
+    From the usual rate it goes up or down by factors of two as long as that helps. A short schedule is a whole one,
+    with warm-up and down to zero; the same images come in each. Of a run that is too short for them the rate stays.
+    """
+    length = min(LONGEST, round(SHORT * steps))
+    if length < SHORTEST:
+        return config
+    found, began, best = {}, time.perf_counter(), 0
+    if session.ranks.first:
+        turn, power = 1, 0
+        while power not in found and abs(power) <= FACTORS and time.perf_counter() - began < SEARCH * left:
+            rate = config.lr * 2.0**power
+            note(f"trying learning rate {rate:g} for {length} steps")
+            found[power] = loss_after(session, dataclasses.replace(config, lr=rate), length)
+            if power and found[power] >= found[best]:
+                if turn < 0 or best > 0:
+                    break
+                turn = -1
+            best = min(found, key=lambda own: found[own])
+            power = best + turn
+    (best,) = agree([best], session.ranks, session.device)
+    return dataclasses.replace(config, lr=config.lr * 2.0**best)
+
+
+def loss_after(session: Session, config: TrainConfig, steps: int) -> float:
+    """The training loss at the end of a schedule of so many steps, of a copy; infinite where it was lost."""
+    model = trial_model(session, config)
+    optimizer = make_optimizer(config, list(model.parameters()), session.device)
+    losses: list[float] = []
+    for epoch in count():
+        for images, labels in session.data.train_batches(config.batch_size, config.seed, epoch):
+            set_learning_rate(optimizer, learning_rate(config, len(losses), steps))
+            losses.append(train_once(session, model, optimizer, images, labels))
+            if not math.isfinite(losses[-1]):
+                return math.inf
+            if len(losses) == steps:
+                return fmean(losses[-max(1, steps // 5) :])
+    raise AssertionError("epochs are endless")
+
+
+def trial_model(session: Session, config: TrainConfig) -> nn.Module:
+    """A copy of the network that begins."""
+    widths = session.fit.widths
+    if config.grow:
+        widths = session.fitter.narrower(widths, NARROW)
+    arms = {name: np.arange(width) for name, width in widths.items()}
+    return session.execution.new_reservoir(copied(session.reservoir.full), arms).active.train()
 
 
 def seconds_of_judging(session: Session) -> tuple[float, float]:
@@ -130,13 +194,13 @@ def agreed(seconds: float, session: Session) -> float:
 
 def train_once(
     session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """A step as the session makes it, of another network."""
+) -> float:
+    """A step as the session makes it, of another network. Returns the loss."""
     images = images.to(session.device, session.dtype, memory_format=torch.channels_last)
     with session.autocast():
         output = model(images)
-    session.loss_of(logits(output).to(session.dtype), images, labels.to(session.device)).backward()
+    loss = session.loss_of(logits(output).to(session.dtype), images, labels.to(session.device))
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if session.device.type == "cuda":
-        torch.cuda.synchronize(session.device)
+    return float(loss.detach())  # waits for it

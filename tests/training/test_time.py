@@ -1,6 +1,7 @@
 """A run that is given a time: it ends then, whatever steps cost, and its schedule is whole."""
 
 import dataclasses
+import math
 import time
 
 import pytest
@@ -196,3 +197,38 @@ def test_layers_grow_where_narrow_steps_are_so_much_quicker(data, monkeypatch, c
 
 def test_without_a_time_nothing_grows_unasked(data):
     assert Session(dataclasses.replace(CONFIG, time=""), data).config.grow == 0.0
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(2, [0, 1, 2, 3]), (0, [0, 1, -1]), (-2, [0, 1, -1, -2, -3]), (9, [0, 1, 2, 3, 4])]
+)
+def test_the_rate_follows_what_short_schedules_say(data, monkeypatch, best, tried):
+    config = dataclasses.replace(CONFIG, lr=0.0, time="2000s", grow=0.0)
+    clock = Time(monkeypatch, lambda step: 0.5)
+    base, seen = Session(config, data).config.lr, []
+
+    def loss_after(session, config, steps):
+        seen.append(round(math.log2(config.lr / base)))
+        assert steps == pytest.approx(0.025 * 2000 / 0.74, abs=3)  # of steps with their share of validations
+        return abs(seen[-1] - best) if abs(seen[-1]) < 4 else math.inf
+
+    monkeypatch.setattr(within, "loss_after", loss_after)
+    session = timed_session(data, clock, config)
+    assert seen == tried
+    assert session.config.lr == pytest.approx(base * 2.0 ** min(best, 3))
+
+
+def test_a_rate_that_is_given_or_a_short_run_is_left_alone(data, monkeypatch):
+    monkeypatch.setattr(within, "loss_after", None)  # would be called
+    for change in ({"lr": 0.03, "time": "2000s"}, {"time": "300s"}):
+        clock = Time(monkeypatch, lambda step: 0.5)
+        config = dataclasses.replace(CONFIG, **change)
+        assert timed_session(data, clock, config).config.lr == (config.lr or Session(config, data).config.lr)
+
+
+def test_a_short_schedule_ends_in_a_finite_loss_or_none(data):
+    session = Session(dataclasses.replace(CONFIG, time=""), data)
+    before = {name: value.clone() for name, value in session.model.state_dict().items()}
+    good, lost = (within.loss_after(session, dataclasses.replace(session.config, lr=rate), 30) for rate in (0.05, 1e9))
+    assert good < 2.3 and lost == math.inf
+    assert all(torch.equal(value, before[name]) for name, value in session.model.state_dict().items())
