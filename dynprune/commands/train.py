@@ -19,6 +19,7 @@ from dynprune.runs.directory import Run
 from dynprune.training import distributed
 from dynprune.training.checkpoint import fit_in
 from dynprune.training.rehearsal import rehearse
+from dynprune.training.scout import scouted
 from dynprune.training.session import Session
 from dynprune.training.train import TrainResult
 from dynprune.training.train import train as run_training
@@ -108,6 +109,8 @@ def begin(config: TrainConfig, listener: Listener, ranks: distributed.Ranks, fit
     listener.note(f"reading {config.data}")
     data = load_data(config.source)
     session = Session(config, data, fit=fit, report=listener.work, ranks=ranks)
+    if config.scouts and fit is None:
+        session = Session(config, data, fit=scouted(session, listener.work, listener.stop), ranks=ranks)
     for remark in data.remarks:
         listener.say(remark)
     return session

@@ -47,6 +47,7 @@ from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import first_line, trace
 from dynprune.training.checkpoint import fill_full, fit_in
 from dynprune.training.rehearsal import rehearse_step
+from dynprune.training.scout import scouted
 from dynprune.training.session import PASSES, Session
 from dynprune.training.train import Progress, train
 from dynprune.training.within import fit_into
@@ -297,9 +298,9 @@ class Trial:
             else None
         )
         if isinstance(length, ComparedRun):
-            length = affordable(
-                length.train_macs, Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit).train_macs
-            )
+            session = Session(dataclasses.replace(settings, epochs=1), self.data, fit=fit)
+            before = session.scout_macs
+            length = affordable(length.train_macs - before, session.train_macs - before)
         return self.finish(self.path, dataclasses.replace(settings, epochs=length), fit=fit)
 
     def per_epoch(self, macs: int) -> int:
@@ -326,7 +327,11 @@ class Trial:
         if not {"accuracy", "macs", "train_macs", "seconds", "params"} <= recorded.keys():
             resume, began = known and run.has_checkpoint, time.perf_counter()
             settings = run.config if resume else settings
+            if resume and fit is None and settings.scouts:
+                fit = fit_in(run.read_checkpoint()[1], "first_fit")
             session = Session(settings, self.data, fit=fit, full=full, teacher=teacher, repaired=not resume)
+            if settings.scouts and fit is None and not resume:
+                session = Session(settings, self.data, fit=scouted(session, stop=self.stop))
             if settings.time and not resume:
                 rehearse_step(session)
                 fit_into(session, settings, began)

@@ -393,8 +393,9 @@ class TrainConfig(Limited, Recipe):
         "auto",
         "How widths are spread: uniform (the same share of every layer), balanced (uses several budgets at once by "
         "narrowing layers with many parameters per MAC more), learned (balanced, then moved half-way through "
-        "exploration by what the bandit found a channel of each layer to be worth), or searched (of a trained network: "
-        "by a bandit that tries widths on its frozen weights); auto searches with --weights, and else is uniform.",
+        "exploration by what the bandit found a channel of each layer to be worth), or searched (by a bandit that "
+        "tries widths on frozen weights: those of --weights, or of a network trained at full width for --scout steps); "
+        "auto searches with --weights, and else is uniform.",
         choices=("auto", "uniform", "balanced", "learned", "searched"),
     )
     search_time: str = setting(
@@ -402,6 +403,13 @@ class TrainConfig(Limited, Recipe):
         "How long widths are searched for: 30s, 3m, 1h.",
         check=lambda v: DURATION.fullmatch(v) is not None and v != "0",
         expected="a time such as 30s, 3m or 1h",
+    )
+    scout: int = setting(
+        300,
+        "With --allocation searched and no --weights: steps at full width before widths are searched for; what they "
+        "trained is thrown away.",
+        check=positive,
+        expected="at least 1",
     )
     no_repair: bool = setting(
         False, "With --weights, begin with the largest channels as they are cut, not with a repaired network."
@@ -481,6 +489,11 @@ class TrainConfig(Limited, Recipe):
         return self.allocation == "searched" or self.allocation == "auto" and bool(self.weights)
 
     @property
+    def scouts(self) -> bool:
+        """Whether widths are searched for on a network that has to be trained for it."""
+        return self.allocation == "searched" and not self.weights
+
+    @property
     def exploration(self) -> Exploration:
         """How arms are tried out."""
         from dynprune.execution.explore import Exploration  # torch comes with it
@@ -500,8 +513,8 @@ class TrainConfig(Limited, Recipe):
                 f"--allocation learned needs the bandit, --policy cucb. Got --policy {self.policy}; "
                 f"choose --allocation balanced."
             )
-        if self.allocation == "searched" and not self.weights:
-            raise DynpruneError("--allocation searched tries widths on trained weights. Pass --weights.")
+        if self.allocation == "searched" and self.policy == "dense":
+            raise DynpruneError("--allocation searched looks for widths, and --policy dense keeps them all. Drop one.")
         if self.grow > 0 and (self.paper or self.policy == "dense"):
             raise DynpruneError(
                 f"--grow does not go with {'--paper' if self.paper else '--policy dense'}: there is "

@@ -157,9 +157,16 @@ class Session:
 
     @property
     def train_macs(self) -> int:
-        """Multiply-accumulates of all steps, forward and backward."""
+        """Multiply-accumulates of all steps, forward and backward, those at full width before them included."""
         growth, wide = self.execution.growth_step, self.graph.macs(self.fit.widths)
-        return PASSES * self.config.batch_size * (growth * self.narrow_macs + (self.steps - growth) * wide)
+        own = growth * self.narrow_macs + (self.steps - growth) * wide
+        return self.scout_macs + PASSES * self.config.batch_size * own
+
+    @property
+    def scout_macs(self) -> int:
+        """Those of the steps at full width, where there are any (`scout.py`)."""
+        steps = self.config.scout if self.config.scouts else 0
+        return PASSES * self.config.batch_size * steps * self.graph.macs({})
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
