@@ -23,7 +23,7 @@ from dynprune.training.scout import scouted
 from dynprune.training.session import Session
 from dynprune.training.train import TrainResult
 from dynprune.training.train import train as run_training
-from dynprune.training.within import fit_into
+from dynprune.training.within import find_rate, fit_into
 
 PLACES = ("data", "data_root", "workers", "threads")  # where the data lie and the machine that reads them may change
 WIDTHS = ("budget", "allocation", "min_width", "max_width_share", "keep", "align")  # settings that decide the widths
@@ -63,6 +63,8 @@ def train(
         if config.time:
             listener.note("measuring steps")
             fit_into(session, config, began, listener.say, listener.note)
+        elif config.finds_rate:
+            find_rate(session, listener.note)
         run = Run.create(path, session.config, overwrite) if ranks.first else Run(path)
         return go(session, run, listener, resume=False)
     finally:

@@ -254,7 +254,8 @@ class Recipe(Task):
     lr: float = setting(
         0.0,
         "Peak learning rate; auto takes 0.1 (adamw: 0.001) for batches of 128, half of it with --weights, and less for "
-        "smaller ones, by the square root.",
+        "smaller ones, by the square root; train doubles it as long as short trials say that this helps, in runs of "
+        "1200 steps or more from scratch.",
         check=lambda v: v >= 0,
         expected="auto, or more than 0",
         auto=0.0,
@@ -477,6 +478,11 @@ class TrainConfig(Limited, Recipe):
         """Whether it is left open whether layers grow, and they can."""
         changes = self.policy == "dense" or self.paper or self.compile or self.allocation == "learned"
         return self.grow == AUTO and not (changes or self.weights)
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the learning rate is left open, and the usual one may be far from the best."""
+        return not (self.lr or self.weights or self.paper)
 
     @property
     def allowed(self) -> Budget:

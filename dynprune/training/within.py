@@ -34,7 +34,7 @@ SMALLEST = 16  # images
 WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
 GROWS = 0.667  # share of the steps that layers are narrow for
 PAYS = 0.7  # of the seconds of a step, those of one before layers grow: with less to gain, growing costs accuracy
-SHORT, SHORTEST, LONGEST = 0.025, 30, 150  # a schedule that tries a rate: share of the steps, and bounds
+SHORT, SHORTEST, LONGEST = 0.025, 30, 100  # a schedule that tries a rate: share of the steps, and bounds
 FACTORS, SEARCH = 4, 0.12  # of two, up or down, that rates are tried for; share of the time that this may take
 TRIAL = 0.02  # share of the time that trials of one kind of step may take
 TRIAL_STEPS = 6
@@ -68,7 +68,7 @@ def fit_into(
                 config = dataclasses.replace(config, grow=GROWS)
             elif not config.grow:
                 narrow = wide
-        if not (asked.lr or asked.weights):
+        if asked.finds_rate:
             steps = Clock(left, 0, 0, judging, narrow, wide).affords(left, config.grow, session.steps_per_epoch)
             config = rate_that_fits(session, config, steps, left, note)
     clock = Clock(seconds, time.perf_counter() - began, after + FINISHING, judging, narrow, wide, began=began)
@@ -104,31 +104,43 @@ def batch_that_fits(session: Session, asked: TrainConfig, left: float) -> tuple[
 
 
 def rate_that_fits(
-    session: Session, config: TrainConfig, steps: int, left: float, note: Callable[[str], None]
+    session: Session,
+    config: TrainConfig,
+    steps: int,
+    left: float = math.inf,
+    note: Callable[[str], None] = lambda _: None,
 ) -> TrainConfig:
     """The settings with the learning rate at whose short schedules the training loss falls lowest.
 
-    From the usual rate it goes up or down by factors of two as long as that helps. A short schedule is a whole one,
-    with warm-up and down to zero; the same images come in each. Of a run that is too short for them the rate stays.
+    From the usual rate it is doubled as long as that helps. A short schedule is a whole one, with warm-up and down to
+    zero, and favours low rates: so lower ones are tried only where the usual one learns nothing. The same images come
+    in each. Of a run that is too short for them the rate stays. left: seconds, of which trials may take a share.
     """
     length = min(LONGEST, round(SHORT * steps))
     if length < SHORTEST:
         return config
-    found, began, best = {}, time.perf_counter(), 0
+    best = 0
     if session.ranks.first:
-        turn, power = 1, 0
-        while power not in found and abs(power) <= FACTORS and time.perf_counter() - began < SEARCH * left:
+        found: dict[int, float] = {}
+        began, power, turn = time.perf_counter(), 0, 1
+        while abs(power) <= FACTORS and time.perf_counter() - began < SEARCH * left:
             rate = config.lr * 2.0**power
             note(f"trying learning rate {rate:g} for {length} steps")
             found[power] = loss_after(session, dataclasses.replace(config, lr=rate), length)
-            if power and found[power] >= found[best]:
-                if turn < 0 or best > 0:
-                    break
+            if power == 0 and not found[0] < math.log(len(session.data.classes)):
                 turn = -1
-            best = min(found, key=lambda own: found[own])
-            power = best + turn
+            if found[power] > found[best] or power and math.isinf(found[power]) and turn > 0:
+                break
+            best = power
+            power += turn
     (best,) = agree([best], session.ranks, session.device)
     return dataclasses.replace(config, lr=config.lr * 2.0**best)
+
+
+def find_rate(session: Session, note: Callable[[str], None] = lambda _: None) -> None:
+    """Give a session that has not begun the rate that fits its number of steps."""
+    with threads(session.config.threads), same_randomness(0):
+        session.config = rate_that_fits(session, session.config, session.steps, note=note)
 
 
 def loss_after(session: Session, config: TrainConfig, steps: int) -> float:

@@ -200,9 +200,17 @@ def test_without_a_time_nothing_grows_unasked(data):
 
 
 @pytest.mark.parametrize(
-    ("best", "tried"), [(2, [0, 1, 2, 3]), (0, [0, 1, -1]), (-2, [0, 1, -1, -2, -3]), (9, [0, 1, 2, 3, 4])]
+    ("losses", "tried", "best"),
+    [
+        ({0: 2.0, 1: 1.8, 2: 1.7, 3: 1.9}, [0, 1, 2, 3], 2),
+        ({0: 2.0, 1: 2.1}, [0, 1], 0),
+        ({0: 2.0, 1: math.inf}, [0, 1], 0),
+        ({0: math.inf, -1: math.inf, -2: 1.9, -3: 2.0}, [0, -1, -2, -3], -2),
+        ({0: 2.4, -1: 2.0, -2: 2.1}, [0, -1, -2], -1),  # no better than chance among ten classes
+        ({0: 2.0, 1: 1.9, 2: 1.8, 3: 1.7, 4: 1.6}, [0, 1, 2, 3, 4], 4),
+    ],
 )
-def test_the_rate_follows_what_short_schedules_say(data, monkeypatch, best, tried):
+def test_the_rate_follows_what_short_schedules_say(data, monkeypatch, losses, tried, best):
     config = dataclasses.replace(CONFIG, lr=0.0, time="2000s", grow=0.0)
     clock = Time(monkeypatch, lambda step: 0.5)
     base, seen = Session(config, data).config.lr, []
@@ -210,12 +218,21 @@ def test_the_rate_follows_what_short_schedules_say(data, monkeypatch, best, trie
     def loss_after(session, config, steps):
         seen.append(round(math.log2(config.lr / base)))
         assert steps == pytest.approx(0.025 * 2000 / 0.74, abs=3)  # of steps with their share of validations
-        return abs(seen[-1] - best) if abs(seen[-1]) < 4 else math.inf
+        return losses[seen[-1]]
 
     monkeypatch.setattr(within, "loss_after", loss_after)
     session = timed_session(data, clock, config)
     assert seen == tried
-    assert session.config.lr == pytest.approx(base * 2.0 ** min(best, 3))
+    assert session.config.lr == pytest.approx(base * 2.0**best)
+
+
+def test_runs_by_epochs_find_their_rate_too(data, monkeypatch):
+    monkeypatch.setattr(within, "loss_after", lambda session, config, steps: 1 / config.lr)
+    for epochs, doubled in ((70, 4), (20, 0)):
+        session = Session(dataclasses.replace(CONFIG, time="", lr=0.0, epochs=epochs), data)
+        usual = session.config.lr
+        within.find_rate(session)
+        assert session.config.lr == pytest.approx(usual * 2**doubled) == session.rate(session.steps // 10)
 
 
 def test_a_rate_that_is_given_or_a_short_run_is_left_alone(data, monkeypatch):
