@@ -227,7 +227,7 @@ def test_the_rate_follows_what_short_schedules_say(data, monkeypatch, losses, tr
 
 
 def test_runs_by_epochs_find_their_rate_too(data, monkeypatch):
-    monkeypatch.setattr(within, "loss_after", lambda session, config, steps: 1 / config.lr)
+    monkeypatch.setattr(within, "loss_after", lambda session, config, steps: 0.1 / config.lr)
     for epochs, doubled in ((70, 4), (20, 0)):
         session = Session(dataclasses.replace(CONFIG, time="", lr=0.0, epochs=epochs), data)
         usual = session.config.lr
