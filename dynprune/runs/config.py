@@ -406,7 +406,7 @@ class TrainConfig(Limited, Recipe):
         expected="a time such as 30s, 3m or 1h",
     )
     scout: int = setting(
-        300,
+        150,
         "With --allocation searched and no --weights: steps at full width before widths are searched for; what they "
         "trained is thrown away.",
         check=positive,
