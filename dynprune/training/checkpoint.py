@@ -141,7 +141,8 @@ def restore(
         history = history_in(facts)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise does_not_fit(run, error) from error
-    run.keep_metrics_until(session.step)
+    if session.ranks.first:  # of several processes one alone writes
+        run.keep_metrics_until(session.step)
     return history
 
 

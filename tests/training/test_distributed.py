@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.files.artifact import load
 from dynprune.repair.shares import WHOLE, Share
+from dynprune.runs.directory import Run
 from dynprune.training.distributed import Ranks
 from dynprune.training.session import Session
 from tests.cli.test_commands import ROOT, TINY, dynprune
@@ -159,3 +161,15 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         DynpruneError, match="--batch-size 66 cannot be shared equally by 4 processes. Choose a multiple of 4"
     ):
         Ranks(0, 4).part(66)
+
+
+def test_of_several_processes_that_go_on_one_alone_writes(alone, monkeypatch):
+    path, _ = alone
+    run, kept = Run(path), []
+    monkeypatch.setattr(Run, "keep_metrics_until", lambda self, step: kept.append(step))
+    data = load_data(run.config.source)
+    for ranks in (Ranks(0, 2), Ranks(1, 2)):
+        session = Session(run.config, data)
+        session.ranks = ranks
+        session.restore(run)
+    assert len(kept) == 1
