@@ -25,6 +25,7 @@ from dynprune.repair.patches import (
     Layer,
     by_position,
     explains,
+    gram_of,
     groups_of,
     layer_at,
     matrix_of,
@@ -158,7 +159,7 @@ def watching(name: str, result: Calibration, seed: int, images: int, share: Shar
             return
         rows = patches(layer, x, size_of(layer, output), at)
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-        squares = rows.transpose(1, 2) @ rows if rows.shape[2] <= MOST_COLUMNS else rows.square().sum(1)
+        squares = gram_of(rows) if rows.shape[2] <= MOST_COLUMNS else rows.square().sum(1)
         if name not in result.moments:
             channels = matrix_of(layer).shape[2]
             result.moments[name] = Moments(torch.zeros_like(squares), x.new_zeros(groups, channels, channels))

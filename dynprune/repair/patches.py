@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 Conv = nn.modules.conv._ConvNd
 Layer = nn.Linear | Conv
+BLOCK = 512  # columns of a Gram matrix that are multiplied at a time
 SCALED = 1e-3  # of the largest output: a layer that differs more from its matrix product does something of its own
 
 
@@ -44,6 +45,20 @@ def matrix_of(layer: Layer, weight: Tensor | None = None) -> Tensor:
     if layer.transposed:
         return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).permute(0, 1, 3, 2).flatten(1, 2)
     return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """rowsᵀ rows of every group, (groups, columns, columns). rows: (groups, places, columns). Of wide ones the half
+    below the diagonal is mirrored, not multiplied."""
+    columns = rows.shape[2]
+    if columns < 2 * BLOCK:
+        return rows.transpose(1, 2) @ rows
+    gram = rows.new_empty(rows.shape[0], columns, columns)
+    for start in range(0, columns, BLOCK):
+        own = slice(start, min(start + BLOCK, columns))
+        gram[:, own, start:] = rows[:, :, own].transpose(1, 2) @ rows[:, :, start:]
+        gram[:, own.stop :, own] = gram[:, own, own.stop :].transpose(1, 2)
+    return gram
 
 
 def weight_from(layer: Layer, matrix: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from dynprune.repair.patches import (
     Conv,
     Layer,
     explains,
+    gram_of,
     groups_of,
     is_layer,
     layer_at,
@@ -83,7 +84,7 @@ class Sums:
         """rows: (groups, places, columns + 1). values: (groups, places, channels)."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         rows, values = rows.to(wide), values.to(wide)
-        self.inputs += (rows.transpose(1, 2) @ rows).double()
+        self.inputs += gram_of(rows).double()
         self.outputs += (rows.transpose(1, 2) @ values).double()
 
 
@@ -392,7 +393,7 @@ class Ridge:
         squares = share.total(rows.square().sum((1, 2), dtype=torch.float64))
         self.penalty = ridge * squares[:, None] / rows.shape[2] + 1e-12
         self.over_columns = rows.shape[1] >= rows.shape[2] or share.count > 1
-        gram = (rows.transpose(1, 2) @ rows if self.over_columns else rows @ rows.transpose(1, 2)).double()
+        gram = gram_of(rows if self.over_columns else rows.transpose(1, 2)).double()
         gram = share.total(gram)
         gram.diagonal(dim1=1, dim2=2).add_(self.penalty)
         self.factor = torch.linalg.cholesky(gram)

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from dynprune.repair.calibration import sample_rows
-from dynprune.repair.patches import by_position, explains, matrix_of, patches, positions_of, size_of, weight_from
+from dynprune.repair.patches import (
+    by_position,
+    explains,
+    gram_of,
+    matrix_of,
+    patches,
+    positions_of,
+    size_of,
+    weight_from,
+)
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (4, 6)),
@@ -78,3 +87,12 @@ def test_rows_come_from_every_image_and_are_the_same_again():
     assert not torch.equal(rows, sample_rows(layer, 64, 1000, seed=4))
     assert torch.equal(sample_rows(layer, 3, 10, seed=0), torch.arange(30))  # all there are
     assert len(sample_rows(nn.Linear(2000, 5), 64, 1000, 0)) == 64 * 256  # more for more columns, up to a bound
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 30), (3, 50, 20), (1, 60, 1024), (2, 30, 1300), (1, 20, 1537)])
+def test_gram_matrices_are_products_and_symmetric(shape):
+    rows = torch.randn(shape, dtype=torch.float64)
+    found = gram_of(rows)
+    torch.testing.assert_close(found, rows.transpose(1, 2) @ rows)
+    torch.testing.assert_close(found, found.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gram_of(rows.transpose(1, 2)), rows @ rows.transpose(1, 2))
