@@ -445,8 +445,8 @@ class TrainConfig(Limited, Recipe):
         AUTO,
         "Share of the steps, from the first, in which layers are narrower than the budget allows, at half of its "
         "multiplications; then they grow to their widths. Training gets cheaper: 0.667 saves a third, worth half as "
-        "many epochs again. auto is 0, and with --time 0.667 where narrower steps turn out so much quicker that it "
-        "pays.",
+        "many epochs again. auto is 0, and with --time 0.667 where few epochs fit and narrower steps turn out so "
+        "much quicker that it pays.",
         check=lambda v: v == AUTO or fraction(v),
         expected="auto, or a share in [0, 1)",
         auto=AUTO,

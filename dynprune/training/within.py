@@ -33,7 +33,8 @@ STEPS = 500  # with fewer, smaller batches are tried: more steps for as many ima
 SMALLEST = 16  # images
 WORTH = 0.75  # of the seconds of a step, those of one with half of the images: else it sees too few
 GROWS = 0.667  # share of the steps that layers are narrow for
-PAYS = 0.7  # of the seconds of a step, those of one before layers grow: with less to gain, growing costs accuracy
+PAYS = 0.6  # of the seconds of a step, those of one before layers grow: with less to gain, growing costs accuracy
+FEW_EPOCHS = 8  # that fit without growing: with more, what counts is how wide the network is while it learns
 SHORT, SHORTEST, LONGEST = 0.025, 30, 100  # a schedule that tries a rate: share of the steps, and bounds
 FACTORS, SEARCH = 4, 0.12  # of two, up or down, that rates are tried for; share of the time that this may take
 TRIAL = 0.02  # share of the time that trials of one kind of step may take
@@ -64,7 +65,8 @@ def fit_into(
         if config.grow or asked.may_grow:
             begins = session.fitter.narrower(session.fit.widths, NARROW)
             narrow = seconds_of_step(session, config.batch_size, begins, left)
-            if asked.may_grow and narrow < PAYS * wide:
+            few = left / wide < FEW_EPOCHS * session.data.steps_per_epoch(config.batch_size)
+            if asked.may_grow and few and narrow < PAYS * wide:
                 config = dataclasses.replace(config, grow=GROWS)
             elif not config.grow:
                 narrow = wide

@@ -174,8 +174,9 @@ def test_a_clock_of_other_numbers_is_refused(change):
 @pytest.mark.parametrize(
     ("change", "narrow", "grows"),
     [
-        ({}, 0.5, 0.667),
-        ({}, 0.75, 0.0),
+        ({"time": "60s"}, 0.5, 0.667),
+        ({"time": "60s"}, 0.65, 0.0),
+        ({"time": "300s"}, 0.5, 0.0),  # many epochs
         ({"grow": 0.0}, 0.5, 0.0),
         ({"grow": 0.3}, 0.9, 0.3),
         ({"policy": "dense"}, 0.5, 0.0),
