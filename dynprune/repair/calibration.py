@@ -42,6 +42,7 @@ from dynprune.structure.labels import tensors_in
 ROWS, ROWS_PER_COLUMN = 4096, 16  # places of a layer's output that are looked at: so many, and for wide layers more
 MOST_ROWS = 16384  # but for those with so many columns that this is not three for each
 LEAST_ROWS, MOST_NUMBERS = 4, 2**25  # rows for each column at least; numbers in the patches of a grouped layer at most
+WIDE, WIDE_SHARE = 1024, 0.5  # columns beyond which moments take so much of these rows: they cost columns squared
 MOST_COLUMNS = 8192  # of a Gram matrix; beyond, columns count as independent
 
 
@@ -153,7 +154,8 @@ def watching(name: str, result: Calibration, seed: int, images: int, share: Shar
         if name in result.left:
             return
         x, groups = inputs[0].detach(), groups_of(layer)
-        at = sample_rows(layer, len(x), positions_of(layer, output), seed, len(x) / images, share).to(x.device)
+        scale = len(x) / images * (WIDE_SHARE if matrix_of(layer).shape[1] > WIDE else 1)
+        at = sample_rows(layer, len(x), positions_of(layer, output), seed, scale, share).to(x.device)
         if name not in result.moments and not share.everywhere(explains(layer, x, output.detach(), at[:256]), x.device):
             result.left[name] = "says something else than the product of its input with its weight"
             return
