@@ -60,11 +60,7 @@ def train(
             Run.refuse_existing(path, overwrite)
         session = begin(config, listener, ranks)
         rehearse(session, opset=opset, note=listener.note, say=listener.say)
-        if config.time:
-            listener.note("measuring steps")
-            fit_into(session, config, began, listener.say, listener.note)
-        elif config.finds_rate:
-            find_rate(session, listener.note)
+        lay_out(session, config, began, listener)
         run = Run.create(path, session.config, overwrite) if ranks.first else Run(path)
         return go(session, run, listener, resume=False)
     finally:
@@ -86,7 +82,7 @@ def resume(
     lie may always change. model, trust: name the run's own code, or trust it. Raises DynpruneError where the run cannot
     go on.
     """
-    path, changes = Path(out), changes or {}
+    began, path, changes = time.perf_counter(), Path(out), changes or {}
     run = Run.open(path)
     run.refuse_code(model, trust)
     config = resumed(run.config, changes, path, override)
@@ -99,7 +95,8 @@ def resume(
         session = begin(config, listener, ranks, fit)
         if not again:
             rehearse(session, note=listener.note, say=listener.say)
-        if changes and ranks.first:
+            lay_out(session, config, began, listener)
+        if (changes or not again) and ranks.first:
             run.write_config(session.config)
         return go(session, run, listener, resume=again, override=override)
     finally:
@@ -116,6 +113,15 @@ def begin(config: TrainConfig, listener: Listener, ranks: distributed.Ranks, fit
     for remark in data.remarks:
         listener.say(remark)
     return session
+
+
+def lay_out(session: Session, config: TrainConfig, began: float, listener: Listener) -> None:
+    """Choose what the settings leave open, before the first step: what fits into a time, and the learning rate."""
+    if config.time:
+        listener.note("measuring steps")
+        fit_into(session, config, began, listener.say, listener.note)
+    elif config.finds_rate:
+        find_rate(session, listener.note)
 
 
 def go(session: Session, run: Run, listener: Listener, *, resume: bool, override: bool = False) -> TrainResult | None:

@@ -336,7 +336,9 @@ class Trial:
                 rehearse_step(session)
                 fit_into(session, settings, began)
             before += time.perf_counter() - began
-            run = run if known else Run.create(path, session.config if settings.time else settings, overwrite=False)
+            run = run if known else Run.create(path, settings, overwrite=False)
+            if settings.time and not resume:
+                run.write_config(session.config)  # with what was chosen
             if self.untrained:
                 accuracy = evaluate(session.model, self.data, self.data.test, session.device)
                 recorded = {"accuracy": accuracy, "macs": session.macs, "train_macs": 0, "seconds": before}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynprune.budgets.fit import Fit, Fitter
@@ -30,7 +31,7 @@ from dynprune.runs.directory import GateRun, Run
 from dynprune.structure.tracing import trace
 from dynprune.training.begin import searched
 from dynprune.training.session import Session
-from dynprune.training.train import Progress, train
+from dynprune.training.train import Progress, threads, train
 from dynprune.units import percent
 
 SEARCH = 30.0  # seconds for its widths, and no more than a quarter of what the gates took
@@ -56,7 +57,8 @@ def beside(
     try:
         if session.trained:
             note("a static network of this cost: calibrating")
-            small, teacher = compacted(config, data, limit, min(SEARCH, result.seconds / 4))
+            with threads(config.threads), torch.random.fork_rng():
+                small, teacher = compacted(config, data, limit, min(SEARCH, result.seconds / 4), session.device)
             settings = settings_like(config, policy="dense")
             static = Session(settings, data, full=small, teacher=teacher if config.distill else None)
         else:
@@ -111,8 +113,13 @@ def settings_like(config: GateConfig, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**shared, "distill": config.distill, "checkpoint_every": "never", **changes}).validate()
 
 
-def compacted(config: GateConfig, data: Data, limit: str, seconds: float) -> tuple[nn.Module, nn.Module]:
-    """The network that was gated, cut to a budget and repaired, and itself; both in eval mode."""
+def compacted(
+    config: GateConfig, data: Data, limit: str, seconds: float, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """The network that was gated, cut to a budget and repaired, and itself; both in eval mode, on the CPU.
+
+    device: where it is calibrated.
+    """
     network, _ = base_network(config, data.classes, data.size)
     network = network.eval()
     if len(data.train) < FEWEST:
@@ -120,8 +127,8 @@ def compacted(config: GateConfig, data: Data, limit: str, seconds: float) -> tup
     graph, budget = trace(network, data.example), Budget((limit,), align="fine")
     fitter = Fitter(network, graph, data.example, budget)
     fit = fitter.fit()
-    device = next(network.parameters()).device
+    network = network.to(device)
     images = sample_images(network, data, enough(graph.macs({})), config.seed, device)
     compaction = Compaction(network, graph, images, seed=config.seed)
     found: Fit = searched(compaction, fitter, fit, budget, seconds)[0] if seconds > 0 else fit
-    return compaction.repaired(found.widths), network
+    return compaction.repaired(found.widths).cpu(), network.cpu()

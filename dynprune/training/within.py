@@ -147,7 +147,8 @@ def find_rate(session: Session, note: Callable[[str], None] = lambda _: None) ->
 
 def loss_after(session: Session, config: TrainConfig, steps: int) -> float:
     """The training loss at the end of a schedule of so many steps, of a copy; infinite where it was lost."""
-    model = trial_model(session, config)
+    widths = session.fit.widths
+    model = trial_model(session, session.fitter.narrower(widths, NARROW) if config.grow else widths)
     optimizer = make_optimizer(config, list(model.parameters()), session.device)
     losses: list[float] = []
     for epoch in count():
@@ -161,11 +162,8 @@ def loss_after(session: Session, config: TrainConfig, steps: int) -> float:
     raise AssertionError("epochs are endless")
 
 
-def trial_model(session: Session, config: TrainConfig) -> nn.Module:
-    """A copy of the network that begins."""
-    widths = session.fit.widths
-    if config.grow:
-        widths = session.fitter.narrower(widths, NARROW)
+def trial_model(session: Session, widths: dict[str, int]) -> nn.Module:
+    """A copy of the network at these widths, to be trained and thrown away."""
     arms = {name: np.arange(width) for name, width in widths.items()}
     return session.execution.new_reservoir(copied(session.reservoir.full), arms).active.train()
 
@@ -183,10 +181,7 @@ def seconds_of_judging(session: Session) -> tuple[float, float]:
 
 def seconds_of_step(session: Session, batch: int, widths: dict[str, int], left: float) -> float:
     """Of a training step of a copy at these widths, with waiting for its images; the median of a few."""
-    full = copied(session.reservoir.full)
-    arms = {name: np.arange(width) for name, width in widths.items()}
-    model = session.execution.new_reservoir(full, arms).active
-    model.train()
+    model = trial_model(session, widths)
     optimizer = make_optimizer(session.config, list(model.parameters()), session.device)
     part, taken, began = session.ranks.part(batch), [], time.perf_counter()
     batches = session.data.train_batches(batch, session.config.seed, 0, part=part)

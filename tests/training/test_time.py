@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 
+from dynprune.cli.train import settings_of
+from dynprune.commands import train as verb
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError, Stopped
+from dynprune.listener import SILENT
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.training import within
@@ -250,3 +253,38 @@ def test_a_short_schedule_ends_in_a_finite_loss_or_none(data):
     good, lost = (within.loss_after(session, dataclasses.replace(session.config, lr=rate), 30) for rate in (0.05, 1e9))
     assert good < 2.3 and lost == math.inf
     assert all(torch.equal(value, before[name]) for name, value in session.model.state_dict().items())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_given_its_time_anew(tmp_path, monkeypatch):
+    asked = []
+    fitting = verb.fit_into
+    monkeypatch.setattr(verb, "fit_into", lambda *given: asked.append(given[1].time) or fitting(*given))
+    config = dataclasses.replace(CONFIG, time="30s", no_onnx=True)
+    with pytest.raises(RuntimeError, match="killed"), monkeypatch.context() as patch:
+        patch.setattr(verb, "run_training", lambda *given, **more: (_ for _ in ()).throw(RuntimeError("killed")))
+        verb.train(config, tmp_path / "run")
+    with pytest.raises(Stopped):
+        verb.resume(
+            tmp_path / "run", model="tests.models:tiny", listener=dataclasses.replace(SILENT, stop=lambda: True)
+        )
+    assert asked == ["30s", "30s"]
+    assert {"pace", "clock"} <= Run(tmp_path / "run").read_checkpoint()[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("typed", "from_file", "time"),
+    [
+        ({"time": "9m"}, {"epochs": 3}, "9m"),
+        ({"epochs": 3}, {"time": "9m"}, ""),
+        ({}, {"time": "9m", "epochs": 3}, "9m"),
+    ],
+)
+def test_what_is_typed_rules_over_the_file(monkeypatch, typed, from_file, time):
+    monkeypatch.setattr("dynprune.cli.options.FROM_FILE", set(from_file))
+    assert settings_of({**from_file, **typed}).time == time
+
+
+def test_two_lengths_that_are_typed_are_refused(monkeypatch):
+    monkeypatch.setattr("dynprune.cli.options.FROM_FILE", set())
+    with pytest.raises(DynpruneError, match="Pass one of the two"):
+        settings_of({"epochs": 3, "time": "9m"})
