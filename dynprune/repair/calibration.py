@@ -44,6 +44,7 @@ MOST_ROWS = 16384  # but for those with so many columns that this is not three f
 LEAST_ROWS, MOST_NUMBERS = 4, 2**25  # rows for each column at least; numbers in the patches of a grouped layer at most
 WIDE, WIDE_SHARE = 1024, 0.5  # columns beyond which moments take so much of these rows: they cost columns squared
 MOST_COLUMNS = 8192  # of a Gram matrix; beyond, columns count as independent
+MORE, WORK = 8, 2**33  # a thorough look: so many times as many places where a Gram matrix takes no more products
 
 
 @dataclass
@@ -66,15 +67,26 @@ class Calibration:
 
 
 def sample_rows(
-    layer: Layer, images: int, positions: int, seed: int, scale: float = 1.0, share: Share = WHOLE
+    layer: Layer,
+    images: int,
+    positions: int,
+    seed: int,
+    scale: float = 1.0,
+    share: Share = WHOLE,
+    thorough: bool = False,
 ) -> Tensor:
     """Sorted numbers (image * positions + position) of the places that are looked at, as many of every image.
 
-    images: of this process. scale: of how many there are, for a quicker look.
+    images: of this process. scale: of how many there are, for a quicker look. thorough: more where they cost little.
     """
-    columns = matrix_of(layer).shape[1] + 1
-    most = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
-    wanted = scale * min(most, max(LEAST_ROWS * columns, MOST_NUMBERS // (groups_of(layer) * columns)))
+    groups, columns = groups_of(layer), matrix_of(layer).shape[1] + 1
+    most, fit = (
+        min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns)),
+        MOST_NUMBERS // (groups * columns),
+    )
+    wanted = scale * min(most, max(LEAST_ROWS * columns, fit))
+    if thorough:
+        wanted = max(wanted, min(MORE * wanted, fit, WORK / (groups * columns**2)))
     every = images * share.count
     each = min(positions, max(1, math.ceil(wanted / every)))
     if each == positions:

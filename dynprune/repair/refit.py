@@ -119,9 +119,10 @@ def targets_of(
     seed: int = 0,
     scale: float = 1.0,
     share: Share = WHOLE,
+    thorough: bool = False,
 ) -> Targets:
-    """One forward pass of the untouched network, in eval mode. inputs: arguments of a call; few: of a small one. scale:
-    of the number of places, see `sample_rows`."""
+    """One forward pass of the untouched network, in eval mode. inputs: arguments of a call; few: of a small one. scale,
+    thorough: of the number of places, see `sample_rows`."""
     few = few or inputs
     story = listen(model, few, lambda: calling.call(model, few))
     following, left = followed(model, story), story.left() | dict.fromkeys(frozen(model), FROZEN)
@@ -148,7 +149,7 @@ def targets_of(
             target.added = rows_of(layer, added, target.rows)
 
     def look(name: str, layer: Layer, x: Tensor, output: Tensor) -> None:
-        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale, share).to(x.device)
+        rows = sample_rows(layer, len(x), positions_of(layer, output), seed, scale, share, thorough).to(x.device)
         if not share.everywhere(explains(layer, x, output, rows[:256]), x.device):
             result.left[name] = "says something else than the product of its input with its weight"
             return

@@ -84,7 +84,7 @@ class Compaction:
         self.calibration = calibrate(model, images.moments, says, few=few, listed=images.listed, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
         self.calibration.moments.clear()  # the largest thing there is, and of no more use
-        self.targets = targets_of(model, images.repair, few=few, seed=seed, share=share)
+        self.targets = targets_of(model, images.repair, few=few, seed=seed, share=share, thorough=True)
         self.quick = targets_of(model, images.pull, few=few, seed=seed, scale=PULL_SCALE, share=share)
         self.head = scores_layer(model, few) if says.scores else None
         self.said = self.what(model, images.judge)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynprune.repair.calibration import sample_rows
+from dynprune.repair.calibration import MORE, sample_rows
 from dynprune.repair.patches import (
     by_position,
     explains,
@@ -87,6 +87,22 @@ def test_rows_come_from_every_image_and_are_the_same_again():
     assert not torch.equal(rows, sample_rows(layer, 64, 1000, seed=4))
     assert torch.equal(sample_rows(layer, 3, 10, seed=0), torch.arange(30))  # all there are
     assert len(sample_rows(nn.Linear(2000, 5), 64, 1000, 0)) == 64 * 256  # more for more columns, up to a bound
+
+
+@pytest.mark.parametrize(
+    ("layer", "times"), [(nn.Conv2d(4, 6, 3), MORE), (nn.Linear(2000, 5), 1), (nn.Linear(900, 5), 1)]
+)
+def test_a_thorough_look_takes_more_places_where_they_cost_little(layer, times):
+    usual = sample_rows(layer, 64, 1000, seed=3)
+    thorough = sample_rows(layer, 64, 1000, seed=3, thorough=True)
+    assert len(thorough) == times * len(usual)
+    assert torch.isin(usual, thorough).all()  # the same and others
+
+
+def test_a_thorough_look_at_grouped_layers_stays_within_memory():
+    layer = nn.Conv2d(512, 512, 3, groups=512)
+    rows = sample_rows(layer, 64, 4000, seed=0, thorough=True)
+    assert len(rows) * 512 * 10 <= 2**25 * 1.1
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 30), (3, 50, 20), (1, 60, 1024), (2, 30, 1300), (1, 20, 1537)])
