@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 import dynprune
 from dynprune import zoo
 from dynprune.budgets.allocation import allocate
+from dynprune.cli.process import end_now
 from dynprune.data.loading import Source, load_data
 from dynprune.deploy.trained import compact_trained
 from dynprune.errors import DynpruneError
@@ -46,6 +47,7 @@ def compacted(rank, count, file, out):
         compaction.distance(narrow)
     if count > 1:
         dist.destroy_process_group()
+        end_now(0)
 
 
 def test_calibration_and_repair_are_sums_over_images(tmp_path):
@@ -139,6 +141,7 @@ def compacted_module(rank, count, file, out):
             few = [(batches[0][0][: 8 + rank],)]
             dynprune.compact(model, example, few, "macs=0.5", search=0, tune=0, **quick)
         dist.destroy_process_group()
+        end_now(0)
 
 
 def test_a_module_is_compacted_alike_by_one_process_and_by_two_with_batches_of_their_own(tmp_path):
