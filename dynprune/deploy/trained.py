@@ -137,7 +137,8 @@ def prepare(config: CompactConfig, timer: Timer, listener: Listener, ranks: Rank
     count = config.images or enough(graph.macs({}))
     timer("calibrate", f"calibrating on {min(count, len(data.train) // 2)} training images")
     images = sample_images(full, data, count, config.seed, device, Share(ranks.rank, ranks.count))
-    compaction = Compaction(full, graph, images, choice=config.arms, seed=config.seed)
+    half = use_bfloat16(config.precision, device)
+    compaction = Compaction(full, graph, images, choice=config.arms, seed=config.seed, bfloat16=half)
     return Bench(config, data, full, device, graph, cut_before, fitter, fit, compaction, before, ranks)
 
 

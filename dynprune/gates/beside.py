@@ -30,6 +30,7 @@ from dynprune.runs.config import GateConfig, Recipe, TrainConfig, own
 from dynprune.runs.directory import GateRun, Run
 from dynprune.structure.tracing import trace
 from dynprune.training.begin import searched
+from dynprune.training.recipe import use_bfloat16
 from dynprune.training.session import Session
 from dynprune.training.train import Progress, threads, train
 from dynprune.units import percent
@@ -129,6 +130,7 @@ def compacted(
     fit = fitter.fit()
     network = network.to(device)
     images = sample_images(network, data, enough(graph.macs({})), config.seed, device)
-    compaction = Compaction(network, graph, images, seed=config.seed)
+    half = use_bfloat16(config.precision, device)
+    compaction = Compaction(network, graph, images, seed=config.seed, bfloat16=half)
     found: Fit = searched(compaction, fitter, fit, budget, seconds)[0] if seconds > 0 else fit
     return compaction.repaired(found.widths).cpu(), network.cpu()

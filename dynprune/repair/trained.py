@@ -42,6 +42,7 @@ from dynprune.structure.tracing import first_line
 FEWEST = 32  # images without which nothing can be calibrated
 PULL_SCALE = 0.25  # of the places that a repair within the search looks at
 PULL_ROUNDS = 2  # of the regression behind a rectifier, there
+COARSE = 0.01  # a distance that bfloat16 tells well enough: it is wrong by less than 0.0005
 ACTIVATIONS = 2**31  # bytes that the examples of one call may take where its activations are largest
 RATE_OF_VALUES = 0.003  # peak learning rate where only outputs that are no class scores are learned from
 LOSS_WEIGHT = 0.5  # of what the untouched network says, beside a loss of the user's own
@@ -77,9 +78,12 @@ class Compaction:
         says: Says = SCORES,
         choice: str = "repairable",
         seed: int = 0,
+        bfloat16: bool = False,
     ):
-        """model: in eval mode; it stays as it is. says: what of its answers matters."""
+        """model: in eval mode; it stays as it is. says: what of its answers matters. bfloat16: whether the search
+        measures class scores in it."""
         self.model, self.graph, self.images, self.says, self.seed = model, graph, images, says, seed
+        self.bfloat16 = bfloat16 and says.scores
         share, few = images.share, images.few
         self.calibration = calibrate(model, images.moments, says, few=few, listed=images.listed, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
@@ -127,7 +131,13 @@ class Compaction:
         return distance_between(said, self.said, self.images.share, scores=self.says.scores)
 
     def pull(self, widths: dict[str, int]) -> float:
-        return self.distance(self.repaired(widths, self.quick, rounds=PULL_ROUNDS))
+        """The distance of a copy with these widths, repaired in a hurry. Half of a pull would be this measurement."""
+        narrow = self.repaired(widths, self.quick, rounds=PULL_ROUNDS)
+        if self.bfloat16:
+            with torch.autocast(self.said[0].device.type, torch.bfloat16):
+                if (far := self.distance(narrow)) >= COARSE:
+                    return far
+        return self.distance(narrow)
 
     def worth(self, cost: CostModel, bounds: list[tuple[Limit, float]], widths: dict[str, int]) -> np.ndarray:
         """The logarithm of what one more arm of each group is expected to be worth for what it costs, (groups,)."""
@@ -237,7 +247,8 @@ def compact_module(
     sample = replace(taken.shared_out(), share=share)
     few = sample.few
     says = SCORES if taken.labels is not None else what_says(model, graph, lambda own: calling.call(own, few))
-    compaction = Compaction(model, graph, sample, says=says, choice=choice, seed=seed)
+    half = bfloat16(says.scores)
+    compaction = Compaction(model, graph, sample, says=says, choice=choice, seed=seed, bfloat16=half)
     refuse_labels(taken.labels, compaction.said[0])
     seconds["calibrate"], began = time.perf_counter() - began, time.perf_counter()
     at_start = compaction.pull(start)

@@ -50,12 +50,18 @@ class Beginning:
 
 
 def begin_trained(
-    full: nn.Module, graph: ChannelGraph, data: Data, seed: int, device: torch.device, share: Share = WHOLE
+    full: nn.Module,
+    graph: ChannelGraph,
+    data: Data,
+    seed: int,
+    device: torch.device,
+    share: Share = WHOLE,
+    bfloat16: bool = False,
 ) -> Beginning:
     """Calibrate the untouched network, which is in eval mode on the device and stays as it is. share: of the images,
-    where several processes calibrate together."""
+    where several processes calibrate together. bfloat16: see `Compaction`."""
     images = sample_images(full, data, enough(graph.macs({})), seed, device, share)
-    return Beginning(Compaction(full, graph, images, seed=seed))
+    return Beginning(Compaction(full, graph, images, seed=seed, bfloat16=bfloat16))
 
 
 def probed(

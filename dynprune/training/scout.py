@@ -32,7 +32,9 @@ def scouted(session: Session, report: Report = silent, stop: Callable[[], bool] 
         with threads(config.threads), torch.random.fork_rng():
             dense = at_full_width(session, report, stop)
             report("calibrating it", 0, 0)
-            begins = begin_trained(dense.model.eval(), dense.graph, dense.data, config.seed, dense.device)
+            begins = begin_trained(
+                dense.model.eval(), dense.graph, dense.data, config.seed, dense.device, bfloat16=dense.bfloat16
+            )
             seconds = seconds_in(config.search_time)
             report(f"searching widths for {seconds:.0f} s", 0, 0)
             found, _ = searched(begins.compaction, session.fitter, session.fit, config.allowed, seconds)

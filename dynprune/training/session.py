@@ -103,7 +103,7 @@ class Session:
                 if scored := bool(layer):
                     full.get_submodule(layer).load_state_dict(untouched.get_submodule(layer).state_dict())
             report("calibrating the trained network", 0, 0)
-            begins = begin_trained(untouched, self.graph, data, config.seed, self.device, self.share)
+            begins = begin_trained(untouched, self.graph, data, config.seed, self.device, self.share, self.bfloat16)
         self.fit = self.first_fit = fit or self.find_widths()
         if begins and fit is None and config.searches and scored:
             self.fit = self.first_fit = self.search_widths(begins, report)

@@ -1,5 +1,6 @@
 """One process and several, each with its share of the images, come to the same."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from dynprune.cli.process import end_now
 from dynprune.data.loading import Source, load_data
 from dynprune.deploy.trained import compact_trained
 from dynprune.errors import DynpruneError
+from dynprune.repair import trained
 from dynprune.repair.images import sample_images
+from dynprune.repair.says import SCORES
 from dynprune.repair.shares import Share
 from dynprune.repair.trained import Compaction
 from dynprune.runs.config import CompactConfig
@@ -102,6 +105,22 @@ def test_torchrun_compacts_like_one_process(tmp_path):
     assert shared["widths"] == one["widths"] and shared["distance"] == pytest.approx(one["distance"], rel=0.02)
     found = json.loads(hurried.stdout)
     assert found["pulls"] > 0 and found["tune_steps"] > 0 and found["max_rel_diff"] < 1e-4
+
+
+def test_a_search_in_bfloat16_measures_nearly_the_same(monkeypatch):
+    torch.manual_seed(0)
+    data = load_data(Source("digits", image_size="16"))
+    model = perturb(zoo.build("resnet20", 10, size=data.size)).eval()
+    graph = trace(model, data.example)
+    images, widths = sample_images(model, data, 128, 0, CPU), allocate(graph, ["0.4"])
+    exact, half = (Compaction(model, graph, images, bfloat16=own) for own in (False, True))
+    far = exact.pull(widths)
+    assert half.pull(widths) == pytest.approx(far, abs=5e-4) and half.pull(widths) != far > trained.COARSE
+    monkeypatch.setattr(trained, "COARSE", 2 * far)  # so near that it counts
+    assert half.pull(widths) == far
+    assert half.distance(half.repaired(widths)) == exact.distance(exact.repaired(widths))  # the last one is exact
+    values = Compaction(model, graph, images, says=dataclasses.replace(SCORES, scores=False), bfloat16=True)
+    assert not values.bfloat16  # only class scores can be
 
 
 IMAGES = 256  # a quarter to calibrate on, a half to repair with, a quarter to judge by
