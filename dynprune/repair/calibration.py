@@ -80,10 +80,8 @@ def sample_rows(
     images: of this process. scale: of how many there are, for a quicker look. thorough: more where they cost little.
     """
     groups, columns = groups_of(layer), matrix_of(layer).shape[1] + 1
-    most, fit = (
-        min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns)),
-        MOST_NUMBERS // (groups * columns),
-    )
+    most = min(max(ROWS, ROWS_PER_COLUMN * columns), max(MOST_ROWS, 3 * columns))
+    fit = MOST_NUMBERS // (groups * columns)
     wanted = scale * min(most, max(LEAST_ROWS * columns, fit))
     if thorough:
         wanted = max(wanted, min(MORE * wanted, fit, WORK / (groups * columns**2)))

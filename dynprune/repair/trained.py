@@ -42,7 +42,7 @@ from dynprune.structure.tracing import first_line
 FEWEST = 32  # images without which nothing can be calibrated
 PULL_SCALE = 0.25  # of the places that a repair within the search looks at
 PULL_ROUNDS = 2  # of the regression behind a rectifier, there
-COARSE = 0.01  # a distance that bfloat16 tells well enough: it is wrong by less than 0.0005
+COARSE = 0.01  # a distance that bfloat16 tells well enough: it was never more than 0.0005 off
 ACTIVATIONS = 2**31  # bytes that the examples of one call may take where its activations are largest
 RATE_OF_VALUES = 0.003  # peak learning rate where only outputs that are no class scores are learned from
 LOSS_WEIGHT = 0.5  # of what the untouched network says, beside a loss of the user's own
@@ -83,7 +83,7 @@ class Compaction:
         """model: in eval mode; it stays as it is. says: what of its answers matters. bfloat16: whether the search
         measures class scores in it."""
         self.model, self.graph, self.images, self.says, self.seed = model, graph, images, says, seed
-        self.bfloat16 = bfloat16 and says.scores
+        self.bfloat16 = self.coarse = bfloat16 and says.scores
         share, few = images.share, images.few
         self.calibration = calibrate(model, images.moments, says, few=few, listed=images.listed, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
@@ -133,10 +133,12 @@ class Compaction:
     def pull(self, widths: dict[str, int]) -> float:
         """The distance of a copy with these widths, repaired in a hurry. Half of a pull would be this measurement."""
         narrow = self.repaired(widths, self.quick, rounds=PULL_ROUNDS)
-        if self.bfloat16:
+        if self.coarse:
             with torch.autocast(self.said[0].device.type, torch.bfloat16):
-                if (far := self.distance(narrow)) >= COARSE:
-                    return far
+                far = self.distance(narrow)
+            if far >= COARSE:
+                return far
+            self.coarse = False  # or all that follows, which is near too, would be measured twice
         return self.distance(narrow)
 
     def worth(self, cost: CostModel, bounds: list[tuple[Limit, float]], widths: dict[str, int]) -> np.ndarray:
@@ -160,6 +162,7 @@ class Compaction:
         report: Callable[[float, float, int], None] = lambda *_: None,
     ) -> Found:
         """Better widths than `start` within the budget; see `widths.search`."""
+        self.coarse = self.bfloat16
         cost = cost or CostModel(self.graph)
         bounds = [(limit, limit.value(cost.dense(limit.quantity))) for limit in map(parse_limit, budget.limits)]
         in_ms = any(limit.quantity == "latency" for limit, _ in bounds)  # which says itself what a width costs
