@@ -84,6 +84,7 @@ class Compaction:
         measures class scores in it."""
         self.model, self.graph, self.images, self.says, self.seed = model, graph, images, says, seed
         self.bfloat16 = self.coarse = bfloat16 and says.scores
+        self.pulled: dict[tuple[tuple[str, int], ...], float] = {}
         share, few = images.share, images.few
         self.calibration = calibrate(model, images.moments, says, few=few, listed=images.listed, seed=seed, share=share)
         self.orders = orders(model, graph, self.calibration, choice, seed)
@@ -131,7 +132,14 @@ class Compaction:
         return distance_between(said, self.said, self.images.share, scores=self.says.scores)
 
     def pull(self, widths: dict[str, int]) -> float:
-        """The distance of a copy with these widths, repaired in a hurry. Half of a pull would be this measurement."""
+        """The distance of a copy with these widths, repaired in a hurry; measured once."""
+        key = tuple(sorted(widths.items()))
+        if key not in self.pulled:
+            self.pulled[key] = self.distance_in_a_hurry(widths)
+        return self.pulled[key]
+
+    def distance_in_a_hurry(self, widths: dict[str, int]) -> float:
+        """Half of a pull would be measuring it."""
         narrow = self.repaired(widths, self.quick, rounds=PULL_ROUNDS)
         if self.coarse:
             with torch.autocast(self.said[0].device.type, torch.bfloat16):

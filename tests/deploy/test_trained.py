@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import dynprune
 from dynprune.commands.gate import based_on
 from dynprune.data.loading import Source, load_data
 from dynprune.data.scores import evaluate
-from dynprune.deploy.trained import better_of
+from dynprune.deploy import trained
+from dynprune.deploy.trained import better_of, between
 from dynprune.errors import DynpruneError
 from dynprune.files.artifact import load_with_facts
 from dynprune.files.disk import read_tensors, write_tensors
@@ -227,6 +229,31 @@ def test_the_smallest_network_within_a_drop(weights, tmp_path, data):
         assert evaluate(network, data, data.val) >= before - drop
     both = ["--max-drop", 1, "--budget", 0.5]
     assert "Choose one of the two" in refused("compact", *bare[:-1], *both, "--out", tmp_path / "both")
+
+
+@pytest.mark.parametrize("power", [0.7, 1, 2, 3])
+@pytest.mark.parametrize("lost_at_half", [0.001, 0.01, 0.05, 0.3])
+def test_the_next_budget_to_try_comes_nearer_to_the_drop(power, lost_at_half):
+    """Of networks that lose what a power of the logarithm of their budget says: the drop lies between two budgets at
+    every step, and soon they are near, or the drop is."""
+    low, high, aimed = (0.04, math.nan), (1.0, 0.0), trained.AIMED * 0.01
+    for _ in range(trained.DROP_STEPS):
+        share = between(low, high, aimed)
+        assert low[0] < share < high[0]
+        drop = lost_at_half * (math.log(share) / math.log(0.5)) ** power
+        low, high = (low, (share, drop)) if drop <= 0.01 else ((share, drop), high)
+    assert high[1] > 0.7 * 0.01 or high[0] / low[0] < 1.2
+
+
+@pytest.mark.parametrize(("wrong", "looked_at"), [(0.0, 10), (0.01, 10), (0.5, 2)])
+def test_a_drop_that_is_far_too_large_is_told_after_few_images(monkeypatch, wrong, looked_at):
+    seen, bench = [], SimpleNamespace(data=None, device="cpu")
+    answers = torch.rand(10, 500, generator=torch.Generator().manual_seed(0)) >= wrong
+    monkeypatch.setattr(trained, "right_by_batch", lambda *_: (seen.append(1) or own for own in answers))
+    lost, error = trained.lost_by(None, torch.ones(5000, dtype=torch.bool), bench, 0.01)
+    of = (~answers[:looked_at]).float().flatten()
+    assert len(seen) == looked_at and lost == pytest.approx(float(of.mean()))
+    assert error == pytest.approx(float(of.std()) / math.sqrt(len(of)))
 
 
 def load_trained_accuracy(weights, data):

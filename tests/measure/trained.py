@@ -201,7 +201,7 @@ def watched(compaction: Compaction) -> list[tuple[float, float, dict[str, int]]]
     began = time.perf_counter()
 
     def pull(widths: dict[str, int]) -> float:
-        far = Compaction.pull(compaction, widths)
+        far = compaction.distance_in_a_hurry(widths)
         seen.append((time.perf_counter() - began, far, widths))
         return far
 

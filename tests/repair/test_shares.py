@@ -114,10 +114,12 @@ def test_a_search_in_bfloat16_measures_nearly_the_same(monkeypatch):
     graph = trace(model, data.example)
     images, widths = sample_images(model, data, 128, 0, CPU), allocate(graph, ["0.4"])
     exact, half = (Compaction(model, graph, images, bfloat16=own) for own in (False, True))
-    far = exact.pull(widths)
+    far, hurried = exact.pull(widths), half.distance_in_a_hurry
     assert half.pull(widths) == pytest.approx(far, abs=5e-4) and half.pull(widths) != far > trained.COARSE
+    monkeypatch.setattr(half, "distance_in_a_hurry", lambda _: pytest.fail("measured twice"))
+    assert half.pull(dict(reversed(widths.items()))) == half.pull(widths)
     monkeypatch.setattr(trained, "COARSE", 2 * far)  # so near that it counts
-    assert half.pull(widths) == far
+    assert hurried(widths) == far
     assert half.distance(half.repaired(widths)) == exact.distance(exact.repaired(widths))  # the last one is exact
     values = Compaction(model, graph, images, says=dataclasses.replace(SCORES, scores=False), bfloat16=True)
     assert not values.bfloat16  # only class scores can be
