@@ -19,7 +19,8 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
                 (module.weight, 0.5, 1.5),
                 (module.bias, -0.3, 0.3),
             ):
-                tensor.data.copy_(torch.rand(tensor.shape, generator=rng) * (high - low) + low)
+                if tensor is not None:
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=rng) * (high - low) + low)
     return model.eval()
 
 

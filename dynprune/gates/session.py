@@ -39,6 +39,7 @@ from dynprune.runs.config import GateConfig
 from dynprune.runs.directory import RunDirectory, open_compact
 from dynprune.state.copies import copied
 from dynprune.state.tensors import paths_of
+from dynprune.structure.merging import merged
 from dynprune.structure.tracing import trace
 from dynprune.training.checkpoint import History
 from dynprune.training.distributed import ALONE
@@ -98,9 +99,11 @@ class GateSession:
         self.trained = bool(config.base or config.weights)
         # a network that stays as it is would only be held back by itself
         distills = self.trained and config.distill > 0 and not self.ungated
-        self.teacher = (
-            copied(network).to(self.device).to(memory_format=torch.channels_last).eval() if distills else None
-        )
+        self.teacher = None
+        if distills:
+            answering, example = copied(network).to(self.device).eval(), data.example.to(self.device)
+            answering = merged(answering, lambda model: logits(model(example)))
+            self.teacher = answering.to(memory_format=torch.channels_last)
         kind = GatedByChance if config.estimator == "random" and not self.ungated else GatedNetwork
         self.model = kind(
             network, self.graph, data.example, block=config.block, hidden=config.hidden, seed=config.seed

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.repair.says import SCORES, Says, apart, are_scores
+from dynprune.repair.says import SCORES, Said, Says, apart, are_scores
+from dynprune.structure.merging import merged
 
 STEEPEST = 1.0  # norm of the gradient of losses that have no bound on their slope
 RATE = 0.03  # peak learning rate, of batches of 128
@@ -46,13 +47,14 @@ class Lesson:
     scaled: bool = False
     whole: bool = True
     scale: float = field(default=0.0, init=False)
+    quick: nn.Module | None = field(default=None, init=False)  # the teacher, without its BatchNorms
 
     def __call__(self, narrow: nn.Module, batch: Any) -> tuple[Tensor, bool]:
         """The loss of a batch, and whether its slope has a bound."""
         scores = self.says.scores
-        cards = {value.device for value in self.teacher.parameters() if value.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(list(cards)):  # chance is the same for both
-            taught, _ = self.says.of(self.teacher, lambda model: self.run(model, batch))
+        if self.quick is None:
+            self.quick = merged(self.teacher, lambda model: self.taught(model, batch))
+        taught = self.taught(self.quick, batch)
         said, output = self.says.of(narrow, lambda model: self.run(model, batch))
         own = self.own(output, batch)
         bounded = scores and are_scores(said[0])
@@ -65,6 +67,13 @@ class Lesson:
             self.scale = self.scale or ratio(own, told, narrow)
             told = told * self.scale
         return self.weight * told + (1 - self.weight) * own, bounded and not self.scaled
+
+    @torch.no_grad()
+    def taught(self, teacher: nn.Module, batch: Any) -> Said:
+        """What a teacher says of a batch."""
+        cards = {value.device for value in teacher.parameters() if value.is_cuda}
+        with torch.random.fork_rng(list(cards)):  # chance is the same for both
+            return self.says.of(teacher, lambda model: self.run(model, batch))[0]
 
     def begin(self, narrow: nn.Module) -> None:
         """The mode in which it learns."""

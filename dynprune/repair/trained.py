@@ -139,7 +139,7 @@ class Compaction:
         return self.pulled[key]
 
     def distance_in_a_hurry(self, widths: dict[str, int]) -> float:
-        """Half of a pull would be measuring it."""
+        """Measuring it would be half of a pull."""
         narrow = self.repaired(widths, self.quick, rounds=PULL_ROUNDS)
         if self.coarse:
             with torch.autocast(self.said[0].device.type, torch.bfloat16):

@@ -33,6 +33,7 @@ from dynprune.runs.directory import RunDirectory
 from dynprune.state.copies import copied
 from dynprune.state.tensors import in_precision
 from dynprune.structure.channels import ChannelGraph
+from dynprune.structure.merging import merged
 from dynprune.structure.tracing import trace
 from dynprune.training import checkpoint
 from dynprune.training.begin import Beginning, begin_trained, probed, searched
@@ -94,6 +95,8 @@ class Session:
         trained = bool(config.weights) and not given
         untouched = copied(full).to(self.device).eval() if trained else None
         self.teacher = teacher.to(self.device) if teacher else untouched if self.distills else None
+        if self.teacher is not None:
+            self.teacher = merged(self.teacher.eval(), lambda model: logits(model(example.to(self.device))))
         begins = None
         scored = not self.loaded.anew
         if untouched is not None and self.begins_repaired and (fit is None if repaired is None else repaired):
