@@ -18,7 +18,7 @@ It has the face of a `Session`, so that the training loop and its resume serve b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from dynprune.data.loading import Data
 from dynprune.data.scores import fitting, logits
 from dynprune.deploy.export import check_classes, load_compact
 from dynprune.errors import DynpruneError
+from dynprune.execution.convolutions import small_maps
 from dynprune.execution.saliency import magnitude
 from dynprune.files import artifact
 from dynprune.gates import checkpoint, estimators, threshold
@@ -174,8 +175,11 @@ class GateSession:
     def compile(self, _note: Callable[[str], None]) -> None:
         return None
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with small_maps(self.device, self.bfloat16):
+                yield
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
+from dynprune.execution.convolutions import small_maps
 from dynprune.repair.says import SCORES, Said, Says, apart, are_scores
 from dynprune.structure.merging import merged
 
@@ -150,6 +151,7 @@ def tune(
         fused=device.type in ("cpu", "cuda"),
     )
     lesson.begin(narrow)
+    quick = bfloat16 and not lesson.scaled  # a user's own loss may be differentiated twice
     began, steps = clock(), 0
     for batch in batches:
         done = (clock() - began) / seconds
@@ -158,7 +160,7 @@ def tune(
         peak = peak_of(lr, most, steps / done if steps else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done, peak)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), small_maps(device, quick):
             loss, bounded = lesson(narrow, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

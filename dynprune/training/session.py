@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data
 from dynprune.data.scores import fitting, logits
 from dynprune.errors import DynpruneError, ModelFails
+from dynprune.execution.convolutions import small_maps
 from dynprune.execution.dynamic import NARROW, Execution, growth_step
 from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in
@@ -280,8 +281,11 @@ class Session:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with small_maps(self.device, self.bfloat16):
+                yield
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: forward, loss, backward, reward, step, select. Returns the loss, still on the device.
