@@ -223,30 +223,41 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
         )
 
 
+JUDGED = 2000  # validation images that say whether tuning has helped
+DOUBT = 2.0  # standard errors of a difference beyond which it is not chance
+
+
 def better_of(
     bench: Bench, before: nn.Module, after: nn.Module, steps: int, listener: Listener
 ) -> tuple[nn.Module, int]:
     """The tuned network with its steps, or the one before, with none, where validation images say that too few steps
-    have done harm."""
-    images = some(bench.data.val, JUDGED)
-    was, now = (evaluate(model, bench.data, images, bench.device) for model in (before, after))
-    if now >= was:
+    have done harm.
+
+    Accuracy decides where it moves by more than chance would move it; else which of the two says more nearly what the
+    untouched network says: that tells apart what accuracy does not.
+    """
+    data = dataclasses.replace(bench.data, val=some(bench.data.val, JUDGED))
+    was, now = (right_answers(model, data, bench.device).float() for model in (before, after))
+    gained = now - was
+    gain, chance = float(gained.mean()), DOUBT * float(gained.std()) / math.sqrt(len(gained))
+    far, farther = (bench.compaction.distance(model) for model in (before, after))
+    if gain > chance or gain >= -chance and farther <= far:
         return after, steps
     listener.say(
-        f"{steps} steps of tuning left {100 * now:.2f} % right on validation images, where {100 * was:.2f} % were "
-        "before: the network stays as it was repaired. Give --tune more time, or 0."
+        f"{steps} steps of tuning left {100 * float(now.mean()):.2f} % right on {len(now)} validation images, where "
+        f"{100 * float(was.mean()):.2f} % were before, at a distance of {farther:.3f} from the untouched network, "
+        f"where it was {far:.3f} before: the network stays as it was repaired. Give --tune more time, or 0."
     )
     return before, 0
 
 
 # -- a bound on what is lost, in place of a budget ---------------------------------------------------------------------
 
-JUDGED = 2000  # validation images that say whether tuning has helped
 DROP_STEPS = 6  # networks that are tried at most; as a rule three are enough
 AIMED, NEAR_ENOUGH = 0.9, 0.8  # share of the drop that is aimed at, and from which on nothing smaller is looked for
 STEEPER = 1.5  # a network loses much as this power of the logarithm of its budget: measured on four, 0.9 to 2.4
 CLOSEST = 1.05  # ratio of two budgets between which nothing is looked for
-FEW_FIRST, DOUBT = 1000, 2.0  # images, and standard errors, after which a drop that is far too large is told
+FEW_FIRST = 1000  # images after which a drop that is far too large is told
 
 
 def within_drop(bench: Bench, timer: Timer, listener: Listener) -> Bench:

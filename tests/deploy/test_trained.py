@@ -276,8 +276,12 @@ def test_a_curve_before_anybody_decides(weights, tmp_path):
 
 def test_tuning_that_does_harm_is_taken_back(model, data):
     """Validation images say so; of two networks that are as good, the tuned one is kept."""
-    bench, said = SimpleNamespace(data=data, device="cpu"), []
-    ruined, listener = copy.deepcopy(model), Listener(say=said.append)
+    said, full = [], copy.deepcopy(model)
+    listener = Listener(say=said.append)
+    images, _ = next(data.eval_batches(data.val))
+    apart = SimpleNamespace(distance=lambda own: float((own(images) - full(images)).detach().abs().mean()))
+    bench = SimpleNamespace(data=data, device="cpu", compaction=apart)
+    ruined = copy.deepcopy(model)
     for parameter in ruined.parameters():
         parameter.data.mul_(torch.randn_like(parameter))
     kept, steps = better_of(bench, model, ruined, 7, listener)
@@ -286,3 +290,25 @@ def test_tuning_that_does_harm_is_taken_back(model, data):
     same = copy.deepcopy(model)
     assert better_of(bench, model, same, 7, listener) == (same, 7) and len(said) == 1
     assert better_of(bench, ruined, model, 7, listener) == (model, 7)
+
+
+@pytest.mark.parametrize(
+    "right_before, right_after, farther, kept",
+    [
+        (800, 900, 0.1, True),  # of 1,000: many more are right, however far it is
+        (800, 805, 0.1, False),  # five may be chance, and it is farther away
+        (800, 805, -0.1, True),
+        (800, 795, -0.1, True),  # as good, and nearer
+        (800, 700, -0.1, False),  # nearer to the untouched network on average, and much worse
+        (800, 800, 0.0, True),
+    ],
+)
+def test_accuracy_decides_where_it_is_no_chance_and_distance_where_it_is(
+    monkeypatch, right_before, right_after, farther, kept
+):
+    answers = {"before": torch.arange(1000) < right_before, "after": torch.arange(1000) >= 1000 - right_after}
+    monkeypatch.setattr(trained, "right_answers", lambda own, *_: answers[own])
+    monkeypatch.setattr(trained, "some", lambda images, _: images)
+    far = SimpleNamespace(distance={"before": 0.5, "after": 0.5 + farther}.get)
+    bench = SimpleNamespace(data=load_data(Source("digits", image_size="8")), device="cpu", compaction=far)
+    assert better_of(bench, "before", "after", 9, Listener()) == (("after", 9) if kept else ("before", 0))

@@ -6,9 +6,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynprune.execution import convolutions
-from dynprune.execution.convolutions import Convolution, SmallMaps, profits, small_maps, weight_gradient
+from dynprune.execution.convolutions import (
+    Convolution,
+    SmallMaps,
+    input_gradient,
+    product,
+    profits,
+    small_maps,
+    weight_gradient,
+    wholly,
+)
 
 CPU = torch.device("cpu")
+SQUARE = [(256, 4), (512, 4), (256, 2), (128, 2), (1024, 1), (512, 8)]  # channels, and size of a map
 
 
 def inputs(images, weight, dtype=torch.float64, seed=0):
@@ -19,25 +29,26 @@ def inputs(images, weight, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 0), (0, 3)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (4, 1)])
 def test_the_sums_are_those_of_the_definition(kernel, padding):
-    images, weight = inputs((3, 5, 6, 7), (4, 5, *kernel))
-    weight.requires_grad_()
+    images, weight = (value.requires_grad_() for value in inputs((3, 5, 6, 7), (4, 5, *kernel)))
     said = F.conv2d(images, weight, padding=padding)
     gradient = torch.randn(said.shape, dtype=said.dtype, generator=torch.Generator().manual_seed(1))
-    (expected,) = torch.autograd.grad(said, weight, gradient)
+    expected = torch.autograd.grad(said, (images, weight), gradient)
     for memory in (torch.contiguous_format, torch.channels_last):
-        found = weight_gradient(
-            images.contiguous(memory_format=memory), gradient.contiguous(memory_format=memory), weight, padding
-        )
-        assert torch.allclose(found, expected, rtol=1e-10)
+        own, back, kernels = (value.detach().contiguous(memory_format=memory) for value in (images, gradient, weight))
+        assert torch.allclose(product(own, kernels, None, padding), said, rtol=1e-10)
+        assert torch.allclose(input_gradient(own, back, kernels, padding), expected[0], rtol=1e-10)
+        assert torch.allclose(weight_gradient(own, back, kernels, padding), expected[1], rtol=1e-10)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_all_gradients_of_a_convolution(bias):
+def test_all_gradients_of_a_convolution(monkeypatch, bias, whole):
+    monkeypatch.setattr(convolutions, "wholly", lambda *_: whole)
     images, weight = inputs((2, 3, 4, 4), (5, 3, 3, 3))
     values = [value.requires_grad_() for value in (images, weight, torch.ones(5, dtype=images.dtype))]
     own = Convolution.apply(images, weight, values[2] if bias else None, (1, 1))
     said = F.conv2d(images, weight, values[2] if bias else None, padding=1)
-    assert torch.equal(own, said)
+    assert torch.allclose(own, said, rtol=1e-10)
     for one, other in zip(
         torch.autograd.grad(own.square().sum(), values[: 2 + bias]),
         torch.autograd.grad(said.square().sum(), values[: 2 + bias]),
@@ -53,13 +64,16 @@ def test_only_wide_layers_on_small_maps_profit():
     assert said(4, 128, 128) and said(2, 64, 512) and said(8, 256, 512) and said(8, 128, 256, 1, 0)
     assert not said(8, 128, 512) and not said(16, 512, 512) and not said(4, 64, 64) and not said(4, 32, 32, 1, 0)
     assert not said(14, 512, 512, 1, 0) and not said(2, 512, 512, 5, 0)  # nothing comes out of the last one
+    whole = [wholly(torch.empty(8, own, size, size), torch.empty(own, own, 3, 3), (1, 1)) for own, size in SQUARE]
+    assert whole == [False, True, True, False, True, False]
+    assert not wholly(torch.empty(8, 512, 2, 2), torch.empty(512, 512, 1, 1), (0, 0))
     assert not profits(torch.empty(128, 4, 4), torch.empty(128, 128, 3, 3), (1, 1))
 
 
 class Counted(nn.Module):
     def __init__(self, **ways):
         super().__init__()
-        self.layer = nn.Conv2d(128, 128, 3, **{"padding": 1} | ways)
+        self.layer = nn.Conv2d(128, kernel_size=3, **{"out_channels": 128, "padding": 1} | ways)
 
     def forward(self, x):
         return self.layer(x).float().square().mean()
@@ -88,6 +102,7 @@ def products(monkeypatch):
     "ways, used",
     [
         ({}, True),
+        ({"out_channels": 1024}, True),
         ({"bias": False}, True),
         ({"padding": "same"}, False),
         ({"stride": 2}, False),
