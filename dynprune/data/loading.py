@@ -146,9 +146,7 @@ class Data:
 
         part: which images of every batch are wanted; they come out as they do when all are.
         """
-        steps = self.steps_per_epoch(batch_size)
-        order = torch.randperm(len(self.train), generator=generator(seed, epoch))
-        order = order.repeat(-(-steps * batch_size // len(order)))[: steps * batch_size]
+        steps, order = self.steps_per_epoch(batch_size), self.order(batch_size, seed, epoch)
         if isinstance(self.train, ImagesInMemory):
             for step in range(start, steps):
                 batch = self.train.take(order[step * batch_size : (step + 1) * batch_size])
@@ -166,6 +164,12 @@ class Data:
         )
         for pixels, labels in loader(dataset, places.size(1), self.workers):
             yield self.normalise(pixels), labels
+
+    def order(self, batch_size: int, seed: int, epoch: int) -> Tensor:
+        """Which training images the batches of an epoch hold, one after another: (steps * batch_size,)."""
+        order = torch.randperm(len(self.train), generator=generator(seed, epoch))
+        wanted = self.steps_per_epoch(batch_size) * batch_size
+        return order.repeat(-(-wanted // len(order)))[:wanted]
 
     def eval_batches(self, images: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised (images, labels) of a split, in order, without augmentation."""

@@ -29,7 +29,7 @@ from dynprune.errors import DynpruneError
 from dynprune.files import artifact
 from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
-from dynprune.repair.distill import Lesson, of_labels, tune
+from dynprune.repair.distill import Lesson, Memory, of_labels, tune
 from dynprune.repair.images import enough, sample_images
 from dynprune.repair.shares import Share
 from dynprune.repair.trained import FEWEST, Compaction
@@ -212,6 +212,7 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
                 bench.full,
                 lambda model, batch: model(batch[0]),
                 own=lambda output, batch: of_labels(logits(output), batch[1]),
+                memory=Memory(len(bench.data.train)) if bench.data.augment == "none" else None,
             ),
             endless(bench.data, config, bench.device, bench.ranks),
             seconds,
@@ -514,13 +515,16 @@ def prove_cut(bench: Bench, widths: dict[str, int]) -> tuple[float, list[str]]:
 
 def endless(
     data: Data, config: CompactConfig, device: torch.device, ranks: Ranks = ALONE
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training batches, epoch after epoch; of several processes, each one's part."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Augmented training batches, epoch after epoch, with the rows of their images among the training images; of
+    several processes, each one's part."""
     batch, epoch = min(128, max(8, len(data.train) // 8)), 0
     batch = max(2, batch // ranks.count) * ranks.count
     while True:
-        for images, labels in data.train_batches(batch, config.seed, epoch, part=ranks.part(batch)):
-            yield images.to(device, memory_format=torch.channels_last), labels.to(device)
+        rows = data.order(batch, config.seed, epoch).view(-1, batch)[:, ranks.part(batch)]
+        batches = data.train_batches(batch, config.seed, epoch, part=ranks.part(batch))
+        for own, (images, labels) in zip(rows, batches, strict=True):
+            yield images.to(device, memory_format=torch.channels_last), labels.to(device), own
         epoch += 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +32,34 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 SETTLED = BatchNorm | nn.modules.dropout._DropoutNd
 
 
+class Memory:
+    """What was said of each of so many images, (images, classes), once it was asked for."""
+
+    def __init__(self, images: int):
+        self.heard = torch.zeros(images, dtype=torch.bool)
+        self.said: Tensor | None = None
+
+    def __call__(self, rows: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is said of these rows, (batch, classes). ask: says it of places in the batch."""
+        fresh = (~self.heard[rows]).nonzero().flatten()
+        if len(fresh):
+            told = ask(fresh).float()
+            if self.said is None:
+                self.said = told.new_zeros((len(self.heard), told.shape[1]))
+            self.said[rows[fresh]] = told
+            self.heard[rows[fresh]] = True
+        assert self.said is not None
+        return self.said[rows]
+
+
 @dataclass
 class Lesson:
     """What a step of tuning asks of a network. teacher: the untouched one; it stays as it is. run: calls a model with a
     batch, and may be a loss itself. says: what of the answer matters. own: the loss of what `run` returned and a batch,
     a mean over examples; None where there is none. weight: of what the teacher says beside it. scaled: whether `own` is
     on a scale of its own, to which what the teacher says is brought. whole: whether the network is in train mode, as a
-    loss may ask for; else only its BatchNorms are."""
+    loss may ask for; else only its BatchNorms are. memory: of class scores, where images come again as they were; a
+    batch then ends with its rows in the memory, and every other part of it has one entry per image."""
 
     teacher: nn.Module
     run: Callable[[nn.Module, Any], object]
@@ -47,6 +68,7 @@ class Lesson:
     weight: float = WEIGHT
     scaled: bool = False
     whole: bool = True
+    memory: Memory | None = None
     scale: float = field(default=0.0, init=False)
     quick: nn.Module | None = field(default=None, init=False)  # the teacher, without its BatchNorms
 
@@ -55,7 +77,7 @@ class Lesson:
         scores = self.says.scores
         if self.quick is None:
             self.quick = merged(self.teacher, lambda model: self.taught(model, batch))
-        taught = self.taught(self.quick, batch)
+        taught = self.taught(self.quick, batch) if self.memory is None else [self.remembered(self.quick, batch)]
         said, output = self.says.of(narrow, lambda model: self.run(model, batch))
         own = self.own(output, batch)
         bounded = scores and are_scores(said[0])
@@ -75,6 +97,11 @@ class Lesson:
         cards = {value.device for value in teacher.parameters() if value.is_cuda}
         with torch.random.fork_rng(list(cards)):  # chance is the same for both
             return self.says.of(teacher, lambda model: self.run(model, batch))[0]
+
+    def remembered(self, teacher: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        """The same for class scores; only of images that it has not been asked about before it is asked."""
+        assert self.memory is not None
+        return self.memory(batch[-1], lambda places: self.taught(teacher, [part[places] for part in batch])[0])
 
     def begin(self, narrow: nn.Module) -> None:
         """The mode in which it learns."""

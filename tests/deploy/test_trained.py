@@ -1,6 +1,9 @@
 """A trained network in, a compact one out: the command and the function."""
 
+import contextlib
 import copy
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -254,6 +257,29 @@ def test_a_drop_that_is_far_too_large_is_told_after_few_images(monkeypatch, wron
     of = (~answers[:looked_at]).float().flatten()
     assert len(seen) == looked_at and lost == pytest.approx(float(of.mean()))
     assert error == pytest.approx(float(of.std()) / math.sqrt(len(of)))
+
+
+@pytest.mark.parametrize(("augment", "knows"), [("none", True), ("crop", False)])
+def test_images_that_come_again_unchanged_are_known(model, data, augment, knows, monkeypatch):
+    """Rows are those of the images that come with them, of every process."""
+    seen, lessons = [], []
+    monkeypatch.setattr(trained, "tune", lambda _narrow, lesson, batches, *_, **__: lessons.append((lesson, batches)))
+    own = dataclasses.replace(data, augment=augment)
+    for ranks in (trained.Ranks(0, 2), trained.Ranks(1, 2)):
+        bench = SimpleNamespace(
+            config=dynprune.CompactConfig(), data=own, full=model, device=torch.device("cpu"), ranks=ranks
+        )
+        bench.compaction = SimpleNamespace(images=SimpleNamespace(share=SimpleNamespace(clock=lambda _: None)))
+        monkeypatch.setattr(trained, "learning_together", lambda *_: contextlib.nullcontext())
+        trained.tuned(bench, model, lambda *_: None, Listener())
+        lesson, batches = lessons[-1]
+        assert (lesson.memory is not None) == knows
+        for images, labels, rows in itertools.islice(batches, 2 * own.steps_per_epoch(128) + 1):
+            seen.append(rows)
+            assert torch.equal(labels, own.train.labels[rows])
+            plain = own.normalise(own.train.take(rows).pixels)
+            assert torch.equal(images, plain) == knows
+    assert torch.cat(seen).unique().numel() == len(own.train)
 
 
 def load_trained_accuracy(weights, data):

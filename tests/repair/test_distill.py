@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynprune.repair.distill import ENOUGH, RATE, Lesson, of_labels, peak_of, rate_at, tune
+from dynprune.repair.distill import ENOUGH, RATE, Lesson, Memory, of_labels, peak_of, rate_at, tune
 from dynprune.repair.says import divergence
 from dynprune.runs.config import CompactConfig
 
@@ -34,6 +34,22 @@ def test_labels_count_for_their_share_and_may_be_absent():
     expected = 0.75 * told + 0.25 * F.cross_entropy(narrow(x), labels)
     torch.testing.assert_close(lesson(narrow, (x, labels))[0], expected)
     assert torch.equal(lesson(narrow, (x, None))[0], told)
+
+
+def test_what_was_said_of_an_image_is_not_asked_again():
+    torch.manual_seed(0)
+    images, labels = torch.randn(20, 6), torch.randint(0, 4, (20,))
+    narrow, teacher, asked = nn.Linear(6, 4), nn.Linear(6, 4), []
+    teacher.register_forward_hook(lambda _module, given, _output: asked.append(len(given[0])))
+    ways = dict(run=lambda model, batch: model(batch[0]), own=lambda output, batch: of_labels(output, batch[1]))
+    knows, forgets = Lesson(teacher, **ways, memory=Memory(20)), Lesson(teacher, **ways)
+    knows.quick = teacher  # nothing is to be merged
+    for rows, new in (([3, 1, 7], 3), ([1, 2, 3], 1), ([7, 7, 1], 0), ([9, 9, 4], 3)):
+        rows, asked[:] = torch.tensor(rows), []
+        batch = images[rows], labels[rows], rows
+        loss = knows(narrow, batch)[0]
+        assert sum(asked) == new
+        torch.testing.assert_close(loss, forgets(narrow, batch[:2])[0])
 
 
 def test_the_rate_rises_and_falls_to_nothing():
