@@ -67,7 +67,6 @@ def test_only_wide_layers_on_small_maps_profit():
     whole = [wholly(torch.empty(8, own, size, size), torch.empty(own, own, 3, 3), (1, 1)) for own, size in SQUARE]
     assert whole == [False, True, True, False, True, False]
     assert not wholly(torch.empty(8, 512, 2, 2), torch.empty(512, 512, 1, 1), (0, 0))
-    assert not profits(torch.empty(128, 4, 4), torch.empty(128, 128, 3, 3), (1, 1))
 
 
 class Counted(nn.Module):
@@ -127,6 +126,7 @@ def test_where_nothing_is_learned_or_precision_is_another_all_is_as_it_was(produ
     model, images = Counted(), torch.randn(8, 128, 4, 4)
     assert products(model, images, precision=torch.float32)[0] == 0
     assert products(model, images, grad=False)[0] == 0
+    assert products(model, images[0])[0] == products(model, images[:0])[0] == 0
     model.layer.weight.requires_grad_(False)
     assert products(model, images)[0] == 0
 
