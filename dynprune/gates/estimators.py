@@ -7,6 +7,8 @@ outcomes the Gumbel noise becomes logistic); Bengio, Leonard & Courville, 2013 (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,11 +42,16 @@ def reinforce(logits: list[Tensor], opened: list[Tensor], advantage: Tensor) -> 
     return -(advantage.detach() * likelihood).mean()
 
 
-def advantage_over(loss: Tensor, baseline: Tensor) -> Tensor:
-    """How much less each image lost than expected: (batch,). baseline: its loss with every gate open, which no gate
-    influences, so that the estimate stays unbiased; the mean gap between the two is taken off as well."""
-    gap = loss - baseline
-    return gap.mean() - gap
+def leave_one_out(logits: Sequence[list[Tensor]], opened: Sequence[list[Tensor]], losses: Sequence[Tensor]) -> Tensor:
+    """`reinforce` of two samples of the same images, each the baseline of the other: the mean of both losses.
+
+    The other sample says how hard an image is with as much closed, and does not depend on what this one drew, so the
+    estimate stays unbiased (Kool, van Hoof & Welling, 2019). logits, opened: per sample and gate, (batch, units);
+    losses: per sample, (batch,).
+    """
+    (one, other), gap = losses, losses[1] - losses[0]
+    assert one.shape == other.shape
+    return (reinforce(logits[0], opened[0], gap) + reinforce(logits[1], opened[1], -gap)) / 2
 
 
 def entropy(logits: list[Tensor]) -> Tensor:

@@ -285,10 +285,13 @@ class GatedNetwork(nn.Module):
     def threshold(self, scores: Tensor, _site: Site) -> Tensor:
         return (scores + self.shift > 0).to(scores.dtype)
 
-    def run(self, x: Tensor, choose: Choose, *, skip: bool = False) -> tuple[object, Choices]:
-        """The network's output and what was decided. skip: compute only what is open, of a single image."""
-        mode = Gating(self, choose, skip, len(x))
-        with mode:
+    def run(
+        self, x: Tensor, choose: Choose, *, skip: bool = False, gates_alone: bool = False
+    ) -> tuple[object, Choices]:
+        """The network's output and what was decided. skip: compute only what is open, of a single image. gates_alone:
+        gradients go back to the gates and not to the network."""
+        mode = Gating(self, choose, skip, len(x), gates_alone)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not gates_alone), mode:
             output = self.network(x)
         return output, mode.choices
 
@@ -374,9 +377,9 @@ class Cost:
 class Gating(TorchFunctionMode):
     """Runs inside every function call of the network: where a gated weight is used, it decides, masks or skips."""
 
-    def __init__(self, gated: GatedNetwork, choose: Choose, skip: bool, batch: int):
+    def __init__(self, gated: GatedNetwork, choose: Choose, skip: bool, batch: int, gates_alone: bool = False):
         super().__init__()
-        self.gated, self.choose, self.skip, self.batch = gated, choose, skip, batch
+        self.gated, self.choose, self.skip, self.batch, self.gates_alone = gated, choose, skip, batch, gates_alone
         self.at = {id(get_tensor(gated.network, weight)): site for weight, site in gated.sites.items()}
         self.masks: dict[str, Tensor] = {}  # per group, its open arms, (batch, arms)
         self.choices = Choices()
@@ -428,14 +431,13 @@ class Gating(TorchFunctionMode):
         )
         if seen is not None:
             pooled = pooled * seen
-        with torch.autocast(x.device.type, enabled=False):
+        learns = self.gates_alone or torch.is_grad_enabled()
+        sizes = [len(gate.sizes) for gate in site.decides]
+        with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(learns):
             scores = self.gated.predictor(site)(pooled)
+            by_gate = scores.split(sizes, 1)
         opened = self.choose(scores, site)
-        start = 0
-        for gate in site.decides:
-            own = slice(start, start + len(gate.sizes))
-            start += len(gate.sizes)
-            part, score = opened[:, own], scores[:, own]
+        for gate, score, part in zip(site.decides, by_gate, opened.split(sizes, 1), strict=True):
             if gate.cuts:
                 part = torch.maximum(part, F.one_hot(score.argmax(1), len(gate.sizes)).to(part.dtype))
             self.choices.gates.append(gate)

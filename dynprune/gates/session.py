@@ -122,9 +122,9 @@ class GateSession:
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
         # a forward pass each
-        baselines = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0
+        others = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0
         self.train_macs = (
-            config.batch_size * self.model.dense_macs * (PASSES * self.steps + baselines + self.steps * distills)
+            config.batch_size * self.model.dense_macs * (PASSES * self.steps + others + self.steps * distills)
         )
         if self.ungated:
             self.model.shift.fill_(ALWAYS)
@@ -268,9 +268,11 @@ class GateSession:
         cost = cost - self.entropy_weight * estimators.entropy(cooled)
         if self.config.estimator == "gumbel":
             return cost
-        with torch.no_grad(), self.autocast(), statistics_kept(self.model):
-            baseline = self.loss_of(self.network(images), labels, taught)
-        return cost + estimators.reinforce(cooled, choices.open, estimators.advantage_over(each, baseline))
+        with self.autocast(), statistics_kept(self.model):
+            output, again = self.model.run(images, self.choose("gating"), gates_alone=True)
+        cooled_again = [own / self.temperature for own in again.logits]
+        losses = each.detach(), self.loss_of(output, labels, taught).detach()
+        return cost + estimators.leave_one_out((cooled, cooled_again), (choices.open, again.open), losses)
 
     # -- checkpoint ----------------------------------------------------------------------------------------------------
 

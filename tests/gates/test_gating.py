@@ -195,7 +195,19 @@ def test_reinforce_raises_what_was_better_than_expected():
     loss = estimators.reinforce([logits], [torch.tensor([[1.0], [1.0]])], torch.tensor([0.4, -0.4]))
     loss.backward()
     assert logits.grad[:, 0].tolist() == pytest.approx([-0.4 * 0.5 / 2, 0.4 * 0.5 / 2])
-    assert estimators.advantage_over(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])).tolist() == [1.0, -1.0]
+
+
+def known_loss(opened):
+    """Of two gates, for each outcome."""
+    return (opened[:, 0] - 2 * opened[:, 1]) ** 2
+
+
+def known_gradient(one, other):
+    """The derivative of its expectation in two logits."""
+    logits = torch.tensor([one, other], requires_grad=True)
+    p, q = torch.sigmoid(logits)
+    (p * (1 - q) * 1 + (1 - p) * q * 4 + p * q * 1).backward()
+    return logits.grad
 
 
 def test_reinforce_estimates_the_true_gradient():
@@ -204,13 +216,32 @@ def test_reinforce_estimates_the_true_gradient():
     torch.manual_seed(0)
     logits = torch.tensor([[0.3, -0.5]]).expand(200_000, 2).clone().requires_grad_()
     opened = estimators.sample(logits)
-    loss = (opened[:, 0] - 2 * opened[:, 1]) ** 2
-    estimators.reinforce([logits], [opened], -loss + 0.7).backward()
-    one = torch.tensor([0.3, -0.5], requires_grad=True)
-    p, q = torch.sigmoid(one)
-    expected = p * (1 - q) * 1 + (1 - p) * q * 4 + p * q * 1
-    expected.backward()
-    assert torch.allclose(logits.grad.sum(0), one.grad, atol=0.01)
+    estimators.reinforce([logits], [opened], -known_loss(opened) + 0.7).backward()
+    assert torch.allclose(logits.grad.sum(0), known_gradient(0.3, -0.5), atol=0.01)
+
+
+def test_two_samples_estimate_it_too_with_half_of_the_variance():
+    torch.manual_seed(0)
+    one = torch.tensor([[0.3, -0.5]]).expand(200_000, 2).clone().requires_grad_()
+    other = one.detach().clone().requires_grad_()
+    opened = [estimators.sample(own) for own in (one, other)]
+    losses = [known_loss(own) for own in opened]
+    estimators.leave_one_out(([one], [other]), [[own] for own in opened], losses).backward()
+    both = len(one) * (one.grad + other.grad)
+    assert torch.allclose(both.mean(0), known_gradient(0.3, -0.5), atol=0.01)
+    alone = (losses[0] - losses[1])[:, None] * (opened[0] - torch.sigmoid(one.detach()))  # one of the two
+    assert (both.var(0) < 0.7 * alone.var(0)).all()
+
+
+def test_gradients_of_gates_alone_leave_the_network_alone():
+    model, images = gated("vgg16")
+    output, choices = model.train().run(images, lambda scores, _: estimators.sample(scores), gates_alone=True)
+    assert not output.requires_grad and all(own.requires_grad for own in choices.logits)
+    estimators.reinforce(choices.logits, choices.open, torch.randn(len(images))).backward()
+    assert all(value.grad is None for value in model.network.parameters())
+    assert all(value.grad is not None for value in model.predictors.parameters() if value.ndim == 2)
+    with torch.no_grad():
+        assert not any(own.requires_grad for own in model.run(images, model.threshold)[1].logits)
 
 
 def test_gumbel_gates_are_open_or_closed_and_pass_a_gradient():
