@@ -165,11 +165,12 @@ def compact_trained(
         repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
         before = copied(narrow) if ranks.first and seconds_in(config.tune) else None
         steps = tuned(bench, narrow, timer, listener)
+        farther = bench.compaction.distance(narrow) if steps else distance
         if not ranks.first:
             meet(ranks)
             return None
         if before is not None:
-            narrow, steps = better_of(bench, before, narrow, steps, listener)
+            narrow, steps = better_of(bench, (before, distance), (narrow, farther), steps, listener)
         timer("write", "writing, and proving that what was written is what was made")
         told = dict(
             accuracy_before=bench.before,
@@ -229,19 +230,19 @@ DOUBT = 2.0  # standard errors of a difference beyond which it is not chance
 
 
 def better_of(
-    bench: Bench, before: nn.Module, after: nn.Module, steps: int, listener: Listener
+    bench: Bench, repaired: tuple[nn.Module, float], tuned: tuple[nn.Module, float], steps: int, listener: Listener
 ) -> tuple[nn.Module, int]:
     """The tuned network with its steps, or the one before, with none, where validation images say that too few steps
-    have done harm.
+    have done harm. repaired, tuned: the two, each with its distance from the untouched network.
 
     Accuracy decides where it moves by more than chance would move it; else which of the two says more nearly what the
     untouched network says: that tells apart what accuracy does not.
     """
+    (before, far), (after, farther) = repaired, tuned
     data = dataclasses.replace(bench.data, val=some(bench.data.val, JUDGED))
     was, now = (right_answers(model, data, bench.device).float() for model in (before, after))
     gained = now - was
     gain, chance = float(gained.mean()), DOUBT * float(gained.std()) / math.sqrt(len(gained))
-    far, farther = (bench.compaction.distance(model) for model in (before, after))
     if gain > chance or gain >= -chance and farther <= far:
         return after, steps
     listener.say(

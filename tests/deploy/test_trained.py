@@ -302,20 +302,18 @@ def test_a_curve_before_anybody_decides(weights, tmp_path):
 
 def test_tuning_that_does_harm_is_taken_back(model, data):
     """Validation images say so; of two networks that are as good, the tuned one is kept."""
-    said, full = [], copy.deepcopy(model)
+    said = []
     listener = Listener(say=said.append)
-    images, _ = next(data.eval_batches(data.val))
-    apart = SimpleNamespace(distance=lambda own: float((own(images) - full(images)).detach().abs().mean()))
-    bench = SimpleNamespace(data=data, device="cpu", compaction=apart)
+    bench = SimpleNamespace(data=data, device="cpu")
     ruined = copy.deepcopy(model)
     for parameter in ruined.parameters():
         parameter.data.mul_(torch.randn_like(parameter))
-    kept, steps = better_of(bench, model, ruined, 7, listener)
+    kept, steps = better_of(bench, (model, 0.0), (ruined, 1.0), 7, listener)
     assert kept is model and steps == 0 and "7 steps of tuning left" in said[0]
     assert "the network stays as it was repaired" in said[0]
     same = copy.deepcopy(model)
-    assert better_of(bench, model, same, 7, listener) == (same, 7) and len(said) == 1
-    assert better_of(bench, ruined, model, 7, listener) == (model, 7)
+    assert better_of(bench, (model, 0.0), (same, 0.0), 7, listener) == (same, 7) and len(said) == 1
+    assert better_of(bench, (ruined, 1.0), (model, 0.0), 7, listener) == (model, 7)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +333,6 @@ def test_accuracy_decides_where_it_is_no_chance_and_distance_where_it_is(
     answers = {"before": torch.arange(1000) < right_before, "after": torch.arange(1000) >= 1000 - right_after}
     monkeypatch.setattr(trained, "right_answers", lambda own, *_: answers[own])
     monkeypatch.setattr(trained, "some", lambda images, _: images)
-    far = SimpleNamespace(distance={"before": 0.5, "after": 0.5 + farther}.get)
-    bench = SimpleNamespace(data=load_data(Source("digits", image_size="8")), device="cpu", compaction=far)
-    assert better_of(bench, "before", "after", 9, Listener()) == (("after", 9) if kept else ("before", 0))
+    bench = SimpleNamespace(data=load_data(Source("digits", image_size="8")), device="cpu")
+    both = ("before", 0.5), ("after", 0.5 + farther)
+    assert better_of(bench, *both, 9, Listener()) == (("after", 9) if kept else ("before", 0))
