@@ -178,7 +178,7 @@ class GateSession:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with small_maps(self.device, self.bfloat16):
+            with small_maps(self.network, self.bfloat16):
                 yield
 
     # -- one step ------------------------------------------------------------------------------------------------------

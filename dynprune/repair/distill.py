@@ -187,7 +187,7 @@ def tune(
         peak = peak_of(lr, most, steps / done if steps else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done, peak)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), small_maps(device, quick):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), small_maps(narrow, quick):
             loss, bounded = lesson(narrow, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

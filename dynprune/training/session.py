@@ -284,7 +284,7 @@ class Session:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with small_maps(self.device, self.bfloat16):
+            with small_maps(self.model, self.bfloat16):
                 yield
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from dynprune.execution.convolutions import (
     wholly,
 )
 
-CPU = torch.device("cpu")
 SQUARE = [(256, 4), (512, 4), (256, 2), (128, 2), (1024, 1), (512, 8)]  # channels, and size of a map
 
 
@@ -131,9 +130,11 @@ def test_where_nothing_is_learned_or_precision_is_another_all_is_as_it_was(produ
     assert products(model, images)[0] == 0
 
 
-def test_only_processors_that_were_measured(monkeypatch):
+def test_only_processors_that_were_measured_and_networks_that_are_wide(monkeypatch):
+    wide, thin = Counted(), nn.Conv2d(64, 64, 3)
     for amx in (True, False):
         monkeypatch.setattr(convolutions.torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert isinstance(small_maps(CPU, True), SmallMaps) == amx
-        assert not isinstance(small_maps(CPU, False), SmallMaps)
-        assert not isinstance(small_maps(torch.device("cuda"), True), SmallMaps)
+        assert isinstance(small_maps(wide, True), SmallMaps) == amx
+        assert not isinstance(small_maps(wide, False), SmallMaps)
+        assert not isinstance(small_maps(thin, True), SmallMaps)
+        assert not isinstance(small_maps(Counted().to("meta"), True), SmallMaps)

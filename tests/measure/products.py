@@ -9,7 +9,6 @@ Needs a processor with AMX, as `dynprune.execution.convolutions` does.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dynprune import zoo
-from dynprune.execution.convolutions import SmallMaps
+from dynprune.execution.convolutions import small_maps
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def step_ms(name: str, given: argparse.Namespace) -> tuple[float, float]:
 
     def step(products: bool) -> float:
         began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16), SmallMaps() if products else contextlib.nullcontext():
+        with torch.autocast("cpu", torch.bfloat16), small_maps(model, products):
             scores = model(images)
         optimizer.zero_grad()
         F.cross_entropy(scores.float(), labels).backward()
