@@ -242,7 +242,7 @@ def better_of(
     data = dataclasses.replace(bench.data, val=some(bench.data.val, JUDGED))
     was, now = (right_answers(model, data, bench.device).float() for model in (before, after))
     gained = now - was
-    gain, chance = float(gained.mean()), DOUBT * float(gained.std()) / math.sqrt(len(gained))
+    gain, chance = float(gained.mean()), DOUBT * float(gained.std(correction=0)) / math.sqrt(len(gained))
     if gain > chance or gain >= -chance and farther <= far:
         return after, steps
     listener.say(

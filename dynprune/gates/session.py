@@ -18,7 +18,7 @@ It has the face of a `Session`, so that the training loop and its resume serve b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ from dynprune.data.loading import Data
 from dynprune.data.scores import fitting, logits
 from dynprune.deploy.export import check_classes, load_compact
 from dynprune.errors import DynpruneError
-from dynprune.execution.convolutions import small_maps
 from dynprune.execution.saliency import magnitude
 from dynprune.files import artifact
 from dynprune.gates import checkpoint, estimators, threshold
@@ -45,7 +44,14 @@ from dynprune.structure.tracing import trace
 from dynprune.training.checkpoint import History
 from dynprune.training.distributed import ALONE
 from dynprune.training.pace import Clock
-from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
+from dynprune.training.recipe import (
+    choose_device,
+    in_bfloat16,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    use_bfloat16,
+)
 from dynprune.training.session import PASSES
 from dynprune.zoo.weights import load_trained
 
@@ -175,11 +181,8 @@ class GateSession:
     def compile(self, _note: Callable[[str], None]) -> None:
         return None
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with small_maps(self.network, self.bfloat16):
-                yield
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return in_bfloat16(self.network, self.device, self.bfloat16)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

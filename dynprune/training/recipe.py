@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from dynprune.errors import DynpruneError
+from dynprune.execution.convolutions import small_maps
 from dynprune.runs.config import Recipe
 from dynprune.structure.tracing import first_line
 
@@ -35,6 +37,16 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and any(
         getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
+
+
+@contextlib.contextmanager
+def in_bfloat16(model: nn.Module, device: torch.device, wanted: bool) -> Iterator[None]:
+    """Inside, a model's training step computes in bfloat16 where that is wanted, in whatever way is quickest."""
+    if not wanted:
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), small_maps(model, wanted):
+        yield
 
 
 def make_optimizer(config: Recipe, parameters: Sequence[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from dynprune.budgets.latency import Report, silent
 from dynprune.data.loading import Data
 from dynprune.data.scores import fitting, logits
 from dynprune.errors import DynpruneError, ModelFails
-from dynprune.execution.convolutions import small_maps
 from dynprune.execution.dynamic import NARROW, Execution, growth_step
 from dynprune.execution.explore import Explorer
 from dynprune.execution.reservoir import Reservoir, scale_for_narrow_fan_in
@@ -42,7 +41,14 @@ from dynprune.training.checkpoint import History, fits
 from dynprune.training.compiling import try_compiling
 from dynprune.training.distributed import ALONE, Ranks, agree, average, same_everywhere, share_norms
 from dynprune.training.pace import Clock, Pace
-from dynprune.training.recipe import choose_device, learning_rate, make_optimizer, set_learning_rate, use_bfloat16
+from dynprune.training.recipe import (
+    choose_device,
+    in_bfloat16,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    use_bfloat16,
+)
 from dynprune.zoo.weights import Loaded, load_trained
 
 # a training step multiplies about three times as often as a forward pass: forward, and backward to inputs and to
@@ -281,11 +287,8 @@ class Session:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with small_maps(self.model, self.bfloat16):
-                yield
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return in_bfloat16(self.model, self.device, self.bfloat16)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: forward, loss, backward, reward, step, select. Returns the loss, still on the device.

@@ -1,4 +1,4 @@
-"""Weight gradients as products: the same sums, and only where they are meant to be."""
+"""Convolutions as products: the same sums, and only where they are meant to be."""
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -104,7 +105,9 @@ def test_torchrun_compacts_like_one_process(tmp_path):
     shared = json.loads(two.stdout)
     assert shared["widths"] == one["widths"] and shared["distance"] == pytest.approx(one["distance"], rel=0.02)
     found = json.loads(hurried.stdout)
-    assert found["pulls"] > 0 and found["seconds"]["tune"] > 1 and found["max_rel_diff"] < 1e-4
+    assert found["pulls"] > 0 and found["max_rel_diff"] < 1e-4
+    # this network knows nothing, so that what it learned in 2 s may be taken back
+    assert found["tune_steps"] > 0 or re.search(r"[1-9]\d* steps of tuning left", hurried.stderr)
 
 
 def test_a_search_in_bfloat16_measures_nearly_the_same(monkeypatch):
