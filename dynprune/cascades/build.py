@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from dynprune.budgets.latency import Report, run_ms, silent
-from dynprune.cascades.choice import Goal, Plan, choose, frontier, plans, static_at, steps_taken, weigh
+from dynprune.cascades.choice import Asked, Plan, choose, frontier, plans, static_at, steps_taken, weigh
 from dynprune.cascades.graph import joined
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
 from dynprune.data.loading import Data, image_name, some
@@ -91,19 +91,10 @@ class Sights:
 
 
 def make(
-    networks: Sequence[Network],
-    data: Data,
-    folder: Path,
-    *,
-    target: float | None = None,
-    max_drop: float | None = None,
-    min_accuracy: float | None = None,
-    threads: int = 1,
-    report: Report = silent,
+    networks: Sequence[Network], data: Data, folder: Path, asked: Asked, *, threads: int = 1, report: Report = silent
 ) -> tuple[CascadeResult, Sights]:
-    """Choose, write and measure. One of: target, mean MACs over those of the last network; max_drop, points of
-    validation accuracy below the last network; min_accuracy, percent of the validation images. Raises DynpruneError
-    before anything is written where no cascade does it, and leaves no file where the two disagree."""
+    """Choose, write and measure. Raises DynpruneError before anything is written where no cascade does what is asked,
+    and leaves no file where it and its parts disagree."""
     check_alike(networks)
     for network in networks:
         if network.classes != data.classes:
@@ -115,7 +106,7 @@ def make(
     val = answers(networks, data, data.val, "validation images", report)
     report("weighing thresholds", 0, 0)
     found = list(plans(val, macs))
-    best = choose(found, goal_of(val, target, max_drop, min_accuracy), macs, names)
+    best = choose(found, asked.goal(float(val.right[-1].mean())), macs, names)
     chosen = [networks[number] for number in best.chain]
     content = joined([own.proto for own in chosen], best.thresholds, facts_of(chosen, names, best, macs))
     difference, agreement = parity(content, best.thresholds, chosen, data, report)
@@ -167,26 +158,6 @@ def make(
     write_text(folder / "cascade.json", json.dumps(asdict(result), indent=2))
     curve = [weigh(plan.chain, plan.thresholds, test, macs) for plan in thinned(frontier(found))]
     return result, Sights(curve, test, step, best.chain)
-
-
-def goal_of(val: Said, target: float | None, max_drop: float | None, min_accuracy: float | None) -> Goal:
-    """Without any: as accurate as the last network."""
-    given = {"--target": target, "--max-drop": max_drop, "--min-accuracy": min_accuracy}
-    asked = [name for name, value in given.items() if value is not None]
-    if len(asked) > 1:
-        raise DynpruneError(f"A cascade got {' and '.join(asked)}. Expected one of them.")
-    if target is not None:
-        if not 0 < target <= 1:
-            raise DynpruneError(f"--target got {target:g}. Expected a share of the last network's cost in (0, 1].")
-        return Goal(target=target)
-    if min_accuracy is not None:
-        if not 0 < min_accuracy <= 100:
-            raise DynpruneError(f"--min-accuracy got {min_accuracy:g}. Expected percent in (0, 100].")
-        return Goal(accuracy=min_accuracy / 100)
-    drop = 0.0 if max_drop is None else max_drop
-    if not 0 <= drop < 100:
-        raise DynpruneError(f"--max-drop got {drop:g}. Expected points from 0 to 100.")
-    return Goal(accuracy=float(val.right[-1].mean()) - drop / 100 - 1e-9)
 
 
 def names_of(networks: Sequence[Network]) -> list[str]:

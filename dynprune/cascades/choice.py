@@ -1,7 +1,7 @@
 """Which networks, and from which margin on an image goes on to the next: chosen on validation images.
 
-An image goes on where the two best classes of a network are closer than a threshold. Every pair of the given networks,
-all three, and every one alone are weighed, with thresholds at quantiles of the margins seen. Pure arithmetic.
+An image goes on where the two best classes of a network are closer than a threshold. Every one of the given networks,
+every pair and every three of them are weighed, with thresholds at quantiles of the margins seen. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from dynprune.cascades.networks import Said
 from dynprune.errors import DynpruneError
 
-QUANTILES = {1: 256, 2: 64}  # thresholds that are tried, by their number
+LONGEST = 3  # networks in a chain
+PAIRS, THREES = 256, 60_000  # thresholds that are tried for a pair, and pairs of them for all threes together
 MARGIN = 0.99  # a cascade aims this far below the target, so that other images meet it too
 
 
@@ -26,6 +27,38 @@ class Goal:
 
     target: float | None = None
     accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a cascade may cost or lose, as a user says it: mean MACs over those of the last network, points of
+    validation accuracy below the last network, or percent of the validation images; at most one of them. Without any:
+    as accurate as the last network."""
+
+    target: float | None = None
+    max_drop: float | None = None
+    min_accuracy: float | None = None
+
+    def validate(self) -> Asked:
+        given = {"--target": self.target, "--max-drop": self.max_drop, "--min-accuracy": self.min_accuracy}
+        asked = [name for name, value in given.items() if value is not None]
+        if len(asked) > 1:
+            raise DynpruneError(f"A cascade got {' and '.join(asked)}. Expected one of them.")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise DynpruneError(f"--target got {self.target:g}. Expected a share of the last network's cost in (0, 1].")
+        if self.min_accuracy is not None and not 0 < self.min_accuracy <= 100:
+            raise DynpruneError(f"--min-accuracy got {self.min_accuracy:g}. Expected percent in (0, 100].")
+        if self.max_drop is not None and not 0 <= self.max_drop < 100:
+            raise DynpruneError(f"--max-drop got {self.max_drop:g}. Expected points from 0 to 100.")
+        return self
+
+    def goal(self, last: float) -> Goal:
+        """last: share of the validation images that the last network gets right."""
+        if self.target is not None:
+            return Goal(target=self.target)
+        if self.min_accuracy is not None:
+            return Goal(accuracy=self.min_accuracy / 100)
+        return Goal(accuracy=last - (self.max_drop or 0.0) / 100 - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -58,9 +91,10 @@ def weigh(chain: Sequence[int], thresholds: Sequence[float], said: Said, macs: S
 def plans(said: Said, macs: Sequence[int]) -> Iterator[Plan]:
     """Every cascade of these networks that is weighed, each network alone among them."""
     everyone = range(len(macs))
-    for length in range(1, len(macs) + 1):
+    of_each = {2: PAIRS, 3: min(64, int(math.sqrt(THREES / max(1, math.comb(len(macs), 3)))))}
+    for length in range(1, min(len(macs), LONGEST) + 1):
         for chain in itertools.combinations(everyone, length):
-            tried = [quantiles(said.margin[network], QUANTILES[length - 1]) for network in chain[:-1]]
+            tried = [quantiles(said.margin[network], of_each[length]) for network in chain[:-1]]
             for thresholds in itertools.product(*tried):
                 yield weigh(chain, thresholds, said, macs)
 

@@ -22,7 +22,7 @@ from dynprune.files.onnxfile import macs_in, metadata_of, open_session, opset_of
 from dynprune.files.onnxfile import run as execute
 from dynprune.runs.directory import GateRun, RunDirectory, open_any
 
-FEWEST, MOST = 2, 3  # networks
+FEWEST, MOST = 2, 8  # networks to choose from
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def open_network(target: str | Path) -> Network:
 def check_alike(networks: Sequence[Network]) -> None:
     """Raises DynpruneError for networks that no cascade can be made of."""
     if not FEWEST <= len(networks) <= MOST:
-        raise DynpruneError(f"A cascade got {len(networks)} network(s). Expected two or three, the smallest first.")
+        raise DynpruneError(
+            f"A cascade got {len(networks)} network(s). Expected {FEWEST} to {MOST}, the smallest first."
+        )
     first = networks[0]
     if len(first.classes) < 2:
         raise DynpruneError(f"{first.path} knows one class only: there is nothing to be unsure of.")

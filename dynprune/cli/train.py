@@ -28,7 +28,7 @@ from dynprune.cli.options import (
 )
 from dynprune.cli.process import BEGAN, finish, listening, refuse_missed, stoppable
 from dynprune.errors import DynpruneError
-from dynprune.runs.config import GateConfig, TrainConfig
+from dynprune.runs.config import CompactConfig, GateConfig, Task, TrainConfig
 
 
 def settings_of(given: dict) -> TrainConfig:
@@ -92,7 +92,8 @@ def gate(
         typer.Argument(
             metavar="[RUN]...",
             help="Finished and compacted run whose network gets the gates; its data settings are taken over. Without "
-            "it, a new network of --model. With --form cascade: two or three runs or ONNX files, the smallest first.",
+            "it, a new network of --model. With --form cascade: runs or ONNX files, the smallest first; without any, "
+            "compact networks are made of a trained one, --model with --weights.",
         ),
     ] = None,
     form: Annotated[
@@ -100,7 +101,7 @@ def gate(
         typer.Option(
             "--form",
             help="What decides: gates (predictors inside the network, which are trained), or cascade (a compact "
-            "network for every image, a larger one where it is unsure; nothing is trained).",
+            "network for every image, a larger one where it is unsure).",
         ),
     ] = "gates",
     max_drop: Annotated[
@@ -121,6 +122,21 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    shares: Annotated[
+        str,
+        typer.Option(
+            "--shares",
+            help="With --form cascade and --weights: shares of the multiply-accumulates for which compact networks are "
+            "made, such as 0.2,0.4; which of them are used is chosen on validation images. [default: around --target]",
+            show_default=False,
+        ),
+    ] = "",
+    search_time: Annotated[
+        str, typer.Option("--search-time", help="With --shares: how long each network's widths are searched for.")
+    ] = "30s",
+    tune: Annotated[
+        str, typer.Option("--tune", help="With --shares: how long each network learns from the untouched one.")
+    ] = "1m",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False),
@@ -133,18 +149,23 @@ def gate(
     """Let each image decide how much of a network, or which of several, to compute, at a mean cost.
 
     Gates are trained with the network; then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1`
-    nothing is closed: what to compare with. `--form cascade` trains nothing and writes one ONNX file.
+    nothing is closed: what to compare with. `--form cascade` trains no gates and writes one ONNX file, of networks that
+    are given or that it makes compact itself.
 
     Examples: `dynprune gate runs/mine --target 0.33 --epochs 10`,
-    `dynprune gate --form cascade runs/quarter runs/dense --target 0.4`
+    `dynprune gate --form cascade runs/quarter runs/dense --target 0.4`,
+    `dynprune gate --form cascade -m resnet20 -w resnet20.pt -d photos/ --target 0.33`
     """
     bases = base or []
+    made = Made(shares, search_time, tune)
     if form == "cascade":
-        return cascade(given, bases, max_drop, min_accuracy, out, overwrite, resume, json_output)
+        return cascade(given, bases, made, max_drop, min_accuracy, out, overwrite, resume, json_output)
     if form != "gates":
         raise DynpruneError(f'--form got "{form}". Expected gates or cascade.')
     if max_drop is not None or min_accuracy is not None:
         raise DynpruneError("--max-drop and --min-accuracy are of --form cascade. Gates have --target.")
+    if made != Made():
+        raise DynpruneError("--shares, --search-time and --tune are of --form cascade. Gates have --epochs.")
     if len(bases) > 1:
         raise DynpruneError(f"gate got {len(bases)} runs. Expected one whose network gets gates, or --form cascade.")
     if not (resume or bases):
@@ -171,13 +192,24 @@ def gate(
     )
 
 
-# settings of gates that a cascade has too: which images, and threads
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Which networks a cascade makes of a trained one, as it was typed."""
+
+    shares: str = ""
+    search_time: str = "30s"
+    tune: str = "1m"
+
+
+# settings of gates that a cascade has too: which images, and threads; and what a network that is made needs
 OF_A_CASCADE = ("data", "data_root", "val_fraction", "workers", "seed", "target", "threads")
+OF_TRAINED = tuple(field.name for field in dataclasses.fields(Task))
 
 
 def cascade(
     given: dict,
     networks: list[Path],
+    made: Made,
     max_drop: float | None,
     min_accuracy: float | None,
     out: Path | None,
@@ -185,25 +217,38 @@ def cascade(
     resume: bool,
     json_output: bool,
 ) -> None:
-    """`gate --form cascade`."""
-    foreign = sorted(set(not_of_file(given)) - set(OF_A_CASCADE)) + ["resume"] * resume
+    """`gate --form cascade`, of networks that are given, or of a trained one."""
+    making = not networks and "weights" in given
+    known = {"target", *(OF_TRAINED if making else OF_A_CASCADE)}
+    foreign = sorted(set(not_of_file(given)) - known) + ["resume"] * resume
     if foreign:
         raise DynpruneError(
-            f"--{foreign[0].replace('_', '-')} is for gates that are trained. A cascade trains nothing: leave it out."
+            f"--{foreign[0].replace('_', '-')} is for gates that are trained, and a cascade has none: leave it out."
+            if making or foreign[0] not in OF_TRAINED
+            else f"--{foreign[0].replace('_', '-')} is for a cascade that makes its networks of one trained network, "
+            "with --weights and no runs. Leave it out, or the runs."
         )
-    settings = GateConfig(**{name: value for name, value in given.items() if name in OF_A_CASCADE}).validate()
+    if not making and made != Made():
+        raise DynpruneError(
+            "--shares, --search-time and --tune make networks of a trained one: pass --model, --weights and --data, "
+            "and no runs."
+        )
+    settings = {name: value for name, value in given.items() if name in known - {"target"}}
+    what: list = [CompactConfig(**settings, search_time=made.search_time, tune=made.tune)] if making else networks
+    data = "" if making or "data" not in given else GateConfig(**settings).validate().source
     from dynprune.commands import cascade as verb
     from dynprune.display.tables import cascade_tables
 
     with listening() as listener:
         result = verb.cascade(
-            *networks,
+            *what,
             out=out,
             target=given.get("target"),
             max_drop=max_drop,
             min_accuracy=min_accuracy,
+            shares=numbers_in(made.shares),
             threads=given.get("threads", 1),
-            data=settings.source if "data" in given else "",
+            data=data,
             overwrite=overwrite,
             listener=listener,
         )
@@ -212,6 +257,14 @@ def cascade(
         dataclasses.asdict(result),
         lambda: [*cascade_tables(result), result.verdict, f"report: {result.page}"],
     )
+
+
+def numbers_in(text: str) -> list[float]:
+    """ "0.2,0.4" to numbers; nothing to none."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise DynpruneError(f'--shares got "{text}". Expected numbers separated by commas, such as 0.2,0.4.') from None
 
 
 @with_settings

@@ -5,26 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dynprune.cascades.build import CascadeResult, make
-from dynprune.cascades.networks import Network, check_alike, open_network
+from dynprune.cascades.choice import Asked
+from dynprune.cascades.networks import MOST, Network, check_alike, open_network
+from dynprune.commands.train import run_name
 from dynprune.data.loading import Data, Source, load_data
+from dynprune.deploy.several import compact_several
 from dynprune.errors import DynpruneError
 from dynprune.files.disk import write_text
 from dynprune.listener import SILENT, Listener
 from dynprune.pages.cascade import write_cascade_page
+from dynprune.runs.config import CompactConfig
 
-PAGE = "report.html"
+PAGE, NETWORKS = "report.html", "networks"
+PARTS = (0.5, 0.75, 1.0, 1.5)  # of the target: budgets of the compact networks
+SHARES = (0.15, 0.25, 0.4, 0.6)  # without a target
 
 
 def cascade(
-    *networks: str | Path,
+    *networks: str | Path | CompactConfig,
     out: str | Path | None = None,
     target: float | None = None,
     max_drop: float | None = None,
     min_accuracy: float | None = None,
+    shares: Sequence[float] = (),
     threads: int = 1,
     data: str | Data | Source = "",
     overwrite: bool = False,
@@ -33,49 +41,120 @@ def cascade(
     """Join two or three networks for the same classes, the smallest first, into one ONNX file: each image goes on to
     the next where the two best classes are closer than a threshold, chosen on validation images.
 
-    networks: compact or dense runs, or ONNX files that `export` wrote. out: the folder to write, with cascade.onnx,
-    cascade.csv, cascade.json and report.html. One of target (mean multiply-accumulates of an image, over those of the
-    last network), max_drop (points of validation accuracy below the last network) and min_accuracy (percent of the
-    validation images); as accurate as the last network if none is given. With three networks, two are taken where the
-    third is of no use. threads: of onnxruntime, for the times. data: where the runs' data lie now, or the data
-    themselves; files without a run need them.
+    networks: compact or dense runs, or ONNX files that `export` wrote, up to eight to choose from; or one
+    `CompactConfig` with a trained network, which is compacted to several budgets first. out: the folder to write, with
+    cascade.onnx, cascade.csv, cascade.json and report.html, and the networks where they were made here. One of target
+    (mean multiply-accumulates of an image, over those of the last network), max_drop (points of validation accuracy
+    below the last network) and min_accuracy (percent of the validation images); as accurate as the last network if none
+    is given. shares: of the multiply-accumulates, for which compact networks are made; without them some around the
+    target. threads: of onnxruntime, for the times. data: where the runs' data lie now, or the data themselves; files
+    without a run need them.
 
     Raises DynpruneError, before anything is written, for networks of other classes or inputs, and where one of them
     alone does as well.
 
     >>> dynprune.cascade("runs/quarter", "runs/dense", target=0.4).verdict
+    >>> dynprune.cascade(dynprune.CompactConfig("resnet20", "resnet20.pt", "photos/", tune="1m"), target=0.4).rows
     """
     if threads < 0:
         raise DynpruneError(f"--threads got {threads}. Expected a number of onnxruntime threads, 0 for its choice.")
+    asked = Asked(target, max_drop, min_accuracy).validate()
+    first, *others = networks or ("",)
+    if not isinstance(first, CompactConfig):
+        if shares:
+            raise DynpruneError("--shares is for a trained network that is compacted here. Leave it out.")
+        return of_networks([str(network) for network in networks], out, asked, threads, data, overwrite, listener)
+    if others or data:
+        raise DynpruneError(
+            "A cascade of a trained network got other networks or data too. Expected its settings alone."
+        )
+    return of_trained(first, out, asked, shares, threads, overwrite, listener)
+
+
+def of_networks(
+    networks: Sequence[str],
+    out: str | Path | None,
+    asked: Asked,
+    threads: int,
+    data: str | Data | Source,
+    overwrite: bool,
+    listener: Listener,
+) -> CascadeResult:
     found = [open_network(network) for network in networks]
     check_alike(found)
     folder = Path(out) if out else Path("runs") / f"{found[0].name}-{found[-1].name}-cascade"
     refuse_folder(folder, overwrite)
     try:
-        images = images_for(found, data, listener)
-        result, sights = make(
-            found,
-            images,
-            folder,
-            target=target,
-            max_drop=max_drop,
-            min_accuracy=min_accuracy,
-            threads=threads,
-            report=listener.work,
-        )
+        return written(found, images_for(found, data, listener), folder, asked, threads, listener)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was written
+
+
+def of_trained(
+    config: CompactConfig,
+    out: str | Path | None,
+    asked: Asked,
+    shares: Sequence[float],
+    threads: int,
+    overwrite: bool,
+    listener: Listener,
+) -> CascadeResult:
+    config = config.validate()
+    shares = check_shares(shares or shares_for(asked.target), asked.target)
+    folder = Path(out) if out else run_name(config, "cascade")
+    refuse_folder(folder, overwrite)
+    kept = folder / NETWORKS
+    shutil.rmtree(kept, ignore_errors=True)  # of a cascade that is replaced
+    try:
+        several = compact_several(config, shares, kept, listener)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was written
+    found = [open_network(run) for run in several.runs]
+    try:
+        return written(found, several.data, folder, asked, threads, listener)
+    except DynpruneError as error:
+        given = " ".join(str(run) for run in several.runs)
+        raise DynpruneError(f"{error} The networks stay: dynprune gate --form cascade {given}") from error
+
+
+def written(
+    networks: Sequence[Network], data: Data, folder: Path, asked: Asked, threads: int, listener: Listener
+) -> CascadeResult:
+    """The cascade of these networks with its files."""
+    result, sights = make(networks, data, folder, asked, threads=threads, report=listener.work)
     result = dataclasses.replace(result, page=str(folder / PAGE))
-    write_cascade_page(folder / PAGE, result, sights, images)
+    write_cascade_page(folder / PAGE, result, sights, data)
     write_text(folder / "cascade.json", json.dumps(dataclasses.asdict(result), indent=2))
     return result
 
 
+def shares_for(target: float | None) -> tuple[float, ...]:
+    """Budgets of the compact networks that a cascade chooses from."""
+    return tuple(round(target * part, 3) for part in PARTS if target * part < 1) if target else SHARES
+
+
+def check_shares(shares: Sequence[float], target: float | None) -> list[float]:
+    """In order. Raises DynpruneError for shares that no cascade can be made of."""
+    found = sorted(set(shares))
+    if not 1 <= len(found) < MOST or not all(0 < share < 1 for share in found):
+        raise DynpruneError(
+            f"--shares got {', '.join(f'{share:g}' for share in shares)}. Expected one to {MOST - 1} shares of the "
+            "multiply-accumulates between 0 and 1, such as 0.2,0.4."
+        )
+    if target is not None and found[0] >= target:
+        raise DynpruneError(
+            f"--shares begins at {found[0]:g} and --target is {target:g}, but every image passes the smallest network. "
+            "Give a smaller first share."
+        )
+    return found
+
+
 def refuse_folder(folder: Path, overwrite: bool) -> None:
     """Raises DynpruneError for a folder that is in use, or cannot be made."""
-    if folder.is_dir() and any(folder.iterdir()):
-        ours = (folder / "cascade.json").is_file()
+    if folder.is_dir() and (inside := {entry.name for entry in folder.iterdir()}):
+        ours = "cascade.json" in inside or inside == {NETWORKS}  # of a run that was stopped
         if not (ours and overwrite):
             raise DynpruneError(
                 f"{folder} exists. "

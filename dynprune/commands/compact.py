@@ -15,7 +15,8 @@ from dynprune.commands.train import run_name
 from dynprune.data.loading import Data
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compact import compact as make_compact
-from dynprune.deploy.trained import Curve, TrainedResult, compact_trained, draw_curve, refuse_shared
+from dynprune.deploy.several import Curve, draw_curve
+from dynprune.deploy.trained import TrainedResult, compact_trained, refuse_shared
 from dynprune.errors import DynpruneError
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.examples import Reader

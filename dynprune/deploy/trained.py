@@ -156,33 +156,40 @@ def compact_trained(
         bench = prepare(config, timer, listener, ranks)
         if config.max_drop:
             bench = within_drop(bench, timer, listener)
-            config = bench.config
-        found = find_widths(bench, seconds_in(config.search_time), timer, listener)
-        timer("repair", "cutting and repairing")
-        difference, unproven = prove_cut(bench, found.widths) if ranks.first else (0.0, [])
-        narrow = made(bench, found.widths)
-        distance = bench.compaction.distance(narrow)
-        repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
-        before = copied(narrow) if ranks.first and seconds_in(config.tune) else None
-        steps = tuned(bench, narrow, timer, listener)
-        farther = bench.compaction.distance(narrow) if steps else distance
-        if not ranks.first:
-            meet(ranks)
-            return None
-        if before is not None:
-            narrow, steps = better_of(bench, (before, distance), (narrow, farther), steps, listener)
-        timer("write", "writing, and proving that what was written is what was made")
-        told = dict(
-            accuracy_before=bench.before,
-            accuracy_repaired=repaired,
-            distance=distance,
-            tune_steps=steps,
-            max_rel_diff=difference,
-            mixed_groups=unproven,
-        )
-        written = write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+        return cut_and_write(bench, run_path, timer, overwrite=overwrite, listener=listener)
+
+
+def cut_and_write(
+    bench: Bench, run_path: Path, timer: Timer, *, overwrite: bool, listener: Listener
+) -> TrainedResult | None:
+    """Find widths for the bench's budget, cut, repair, tune, prove and write; see `compact_trained`."""
+    config, ranks = bench.config, bench.ranks
+    found = find_widths(bench, seconds_in(config.search_time), timer, listener)
+    timer("repair", "cutting and repairing")
+    difference, unproven = prove_cut(bench, found.widths) if ranks.first else (0.0, [])
+    narrow = made(bench, found.widths)
+    distance = bench.compaction.distance(narrow)
+    repaired = evaluate(narrow, bench.data, bench.data.test, bench.device) if ranks.first else math.nan
+    before = copied(narrow) if ranks.first and seconds_in(config.tune) else None
+    steps = tuned(bench, narrow, timer, listener)
+    farther = bench.compaction.distance(narrow) if steps else distance
+    if not ranks.first:
         meet(ranks)
-        return written
+        return None
+    if before is not None:
+        narrow, steps = better_of(bench, (before, distance), (narrow, farther), steps, listener)
+    timer("write", "writing, and proving that what was written is what was made")
+    told = dict(
+        accuracy_before=bench.before,
+        accuracy_repaired=repaired,
+        distance=distance,
+        tune_steps=steps,
+        max_rel_diff=difference,
+        mixed_groups=unproven,
+    )
+    written = write(CompactRun.create(run_path, config, overwrite), bench, narrow.cpu(), found, told, timer)
+    meet(ranks)
+    return written
 
 
 def refuse_shared(budget: Budget, ranks: Ranks, max_drop: float = 0.0) -> None:
@@ -341,90 +348,6 @@ def right_by_batch(model: nn.Module, data: Data, device: torch.device) -> Iterat
         with torch.no_grad():
             scores = logits(model(images.to(device, memory_format=torch.channels_last)))
         yield scores.argmax(1).cpu() == labels
-
-
-# -- several budgets at once, before anybody decides -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One budget: what it leaves, untuned. ms: in onnxruntime at batch 1 on one thread, beside dense_ms in turn."""
-
-    share: float
-    macs: int
-    params: int
-    val_accuracy: float
-    accuracy: float
-    ms: float
-    dense_ms: float
-    distance: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """accuracy_before: of the untouched network on the test images. plot: a PNG."""
-
-    points: list[CurvePoint]
-    macs: int
-    params: int
-    val_accuracy_before: float
-    accuracy_before: float
-    test_data: str
-    plot: str
-
-
-def draw_curve(config: CompactConfig, shares: list[float], path: Path, listener: Listener = SILENT) -> Curve:
-    """Accuracy, size and time at several shares of the multiply-accumulates, without tuning. Writes a plot."""
-    timer = Timer(listener)
-    points = []
-    with threads(config.threads), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        bench = prepare(dataclasses.replace(config, budget=(f"macs={max(shares)}",)), timer, listener)
-        data, device = bench.data, bench.device
-        val_before = float(right_answers(bench.full, data, device).float().mean())
-        bench.fitter.time_dense()
-        wider = None
-        for share in sorted(shares, reverse=True):
-            timer("curve", f"{share:g} of the MACs")
-            trial = with_budget(bench, share, wider)
-            found = find_widths(trial, seconds_in(config.search_time) / len(shares), None, listener)
-            wider = dataclasses.replace(trial, fit=Fit(found.widths))
-            narrow = made(trial, found.widths)
-            timed = bench.fitter.time(found.widths, copied(narrow).cpu())
-            points.append(
-                CurvePoint(
-                    share,
-                    bench.graph.macs(found.widths),
-                    bench.graph.params(found.widths),
-                    float(right_answers(narrow, data, device).float().mean()),
-                    evaluate(narrow, data, data.test, device),
-                    timed.measured_ms,
-                    timed.dense_ms,
-                    bench.compaction.distance(narrow),
-                )
-            )
-    graph = bench.graph
-    plot = plot_curve(points, bench.before, path)
-    return Curve(points, graph.macs({}), graph.params({}), val_before, bench.before, data.reports, plot)
-
-
-def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
-    """Test accuracy over multiply-accumulates and over milliseconds."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, field, label in zip(figure.subplots(1, 2), ("macs", "ms"), ("multiply-accumulates", "ms in onnxruntime")):
-        axes.plot([getattr(point, field) for point in points], [100 * point.accuracy for point in points], marker="o")
-        axes.axhline(100 * before, linestyle="--", label="untouched")
-        axes.set(xlabel=label, ylabel="test accuracy, %, untuned")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
-    return str(path)
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # these import torch
     from dynprune.deploy.export import ExportResult
     from dynprune.deploy.predict import Prediction
     from dynprune.deploy.quantize import Variant
-    from dynprune.deploy.trained import Curve, TrainedResult
+    from dynprune.deploy.several import Curve
+    from dynprune.deploy.trained import TrainedResult
     from dynprune.gates.bench import GatedBenchResult
     from dynprune.gates.export import GatedExportResult
     from dynprune.gates.stats import GateStats

@@ -13,7 +13,8 @@ from dynprune.deploy.bench import BenchResult, BenchRow, Latency
 from dynprune.deploy.compact import CompactResult
 from dynprune.deploy.compare import Comparison, PolicySummary
 from dynprune.deploy.export import ExportResult
-from dynprune.deploy.trained import Curve, CurvePoint, TrainedResult
+from dynprune.deploy.several import Curve, CurvePoint
+from dynprune.deploy.trained import TrainedResult
 from dynprune.display import tables
 from dynprune.gates.bench import GatedBenchResult, GatedRow
 from dynprune.gates.export import GatedExportResult

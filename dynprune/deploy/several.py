@@ -1,0 +1,173 @@
+"""One trained network at several budgets at once: measured before anybody decides, or made.
+
+It is calibrated once; the widths found for one budget are where the search for the next smaller one begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dynprune.budgets.fit import Fit
+from dynprune.data.loading import Data
+from dynprune.data.scores import evaluate
+from dynprune.deploy.export import export
+from dynprune.deploy.trained import (
+    Bench,
+    Timer,
+    cut_and_write,
+    find_widths,
+    made,
+    prepare,
+    right_answers,
+    with_budget,
+    write,
+)
+from dynprune.errors import DynpruneError
+from dynprune.listener import SILENT, Listener
+from dynprune.repair.widths import Found
+from dynprune.runs.config import CompactConfig, seconds_in
+from dynprune.runs.directory import CompactRun
+from dynprune.state.copies import copied
+from dynprune.training.train import threads
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One budget: what it leaves, untuned. ms: in onnxruntime at batch 1 on one thread, beside dense_ms in turn."""
+
+    share: float
+    macs: int
+    params: int
+    val_accuracy: float
+    accuracy: float
+    ms: float
+    dense_ms: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """accuracy_before: of the untouched network on the test images. plot: a PNG."""
+
+    points: list[CurvePoint]
+    macs: int
+    params: int
+    val_accuracy_before: float
+    accuracy_before: float
+    test_data: str
+    plot: str
+
+
+def draw_curve(config: CompactConfig, shares: list[float], path: Path, listener: Listener = SILENT) -> Curve:
+    """Accuracy, size and time at several shares of the multiply-accumulates, without tuning. Writes a plot."""
+    timer = Timer(listener)
+    points = []
+    with threads(config.threads), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        bench = prepare(dataclasses.replace(config, budget=(f"macs={max(shares)}",)), timer, listener)
+        data, device = bench.data, bench.device
+        val_before = float(right_answers(bench.full, data, device).float().mean())
+        bench.fitter.time_dense()
+        wider = None
+        for share in sorted(shares, reverse=True):
+            timer("curve", f"{share:g} of the MACs")
+            trial = with_budget(bench, share, wider)
+            found = find_widths(trial, seconds_in(config.search_time) / len(shares), None, listener)
+            wider = dataclasses.replace(trial, fit=Fit(found.widths))
+            narrow = made(trial, found.widths)
+            timed = bench.fitter.time(found.widths, copied(narrow).cpu())
+            points.append(
+                CurvePoint(
+                    share,
+                    bench.graph.macs(found.widths),
+                    bench.graph.params(found.widths),
+                    float(right_answers(narrow, data, device).float().mean()),
+                    evaluate(narrow, data, data.test, device),
+                    timed.measured_ms,
+                    timed.dense_ms,
+                    bench.compaction.distance(narrow),
+                )
+            )
+    graph = bench.graph
+    plot = plot_curve(points, bench.before, path)
+    return Curve(points, graph.macs({}), graph.params({}), val_before, bench.before, data.reports, plot)
+
+
+def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
+    """Test accuracy over multiply-accumulates and over milliseconds."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, field, label in zip(figure.subplots(1, 2), ("macs", "ms"), ("multiply-accumulates", "ms in onnxruntime")):
+        axes.plot([getattr(point, field) for point in points], [100 * point.accuracy for point in points], marker="o")
+        axes.axhline(100 * before, linestyle="--", label="untouched")
+        axes.set(xlabel=label, ylabel="test accuracy, %, untuned")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DynpruneError(f"Cannot write {path} ({error.strerror}). Choose another --out.") from error
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Several:
+    """runs: a run directory with an ONNX file for every share, the smallest first, and one of the network as it is.
+    data: as they take it."""
+
+    runs: list[Path]
+    data: Data
+
+
+def compact_several(
+    config: CompactConfig, shares: Sequence[float], folder: Path, listener: Listener = SILENT
+) -> Several:
+    """The network of `config` compacted to each share of its multiply-accumulates, searched and tuned for as long as
+    `config` says at each, and the network as it is; exported, in run directories in `folder`."""
+    timer, runs = Timer(listener), []
+    with threads(config.threads), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        bench = prepare(dataclasses.replace(config, budget=(f"macs={max(shares)}",)), timer, listener)
+        wider = None
+        for number, share in enumerate(sorted(shares, reverse=True)):
+            listener.say(f"compact network {number + 1} of {len(shares)}: {share:g} of the multiply-accumulates")
+            trial = with_budget(bench, share, wider)
+            result = cut_and_write(trial, folder / f"macs-{share:g}", timer, overwrite=False, listener=listener)
+            assert result is not None, "one process"
+            listener.say(
+                f"{100 * result.accuracy:.2f} % on {result.test_data}, {100 * result.accuracy_repaired:.2f} % untuned "
+                f"({100 * result.accuracy_before:.2f} % before)"
+            )
+            bench.full.to(bench.device)  # writing took it to the CPU
+            wider = dataclasses.replace(trial, fit=Fit(result.widths))
+            runs.append(Path(result.run))
+        runs.append(untouched(bench, folder / "untouched", timer))
+    for run in runs:
+        listener.note(f"exporting {run.name} to ONNX and comparing with torch")
+        export(CompactRun.open(run), data=bench.data)
+    return Several([*reversed(runs[:-1]), runs[-1]], bench.data)
+
+
+def untouched(bench: Bench, path: Path, timer: Timer) -> Path:
+    """A run directory of the network as it is."""
+    timer("write", "writing the network as it is")
+    config = dataclasses.replace(bench.config, budget=("macs=1",), search="none", tune="0", no_repair=True)
+    cost = bench.fitter.cost
+    found = Found(dict(zip(cost.names, map(int, cost.arms))), 0.0, [(0.0, 0.0)])
+    told = dict(
+        accuracy_before=bench.before,
+        accuracy_repaired=bench.before,
+        distance=0.0,
+        tune_steps=0,
+        max_rel_diff=0.0,
+        mixed_groups=[],
+    )
+    whole = dataclasses.replace(bench, config=config)
+    return Path(write(CompactRun.create(path, config, False), whole, copied(bench.full).cpu(), found, told, timer).run)

@@ -1,0 +1,162 @@
+"""Cascades of one trained network: what is made of it, what is chosen, and what is refused before long work."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+import dynprune
+from dynprune.cascades.choice import plans
+from dynprune.cli.program import app
+from dynprune.commands.cascade import shares_for
+from dynprune.data.loading import Source, load_data
+from dynprune.data.scores import evaluate
+from dynprune.errors import DynpruneError
+from dynprune.runs.directory import open_any
+from tests.cascades.test_cascades import invented
+from tests.models import tiny
+
+NET = ["--model", "tests.models:tiny", "--image-size", "8", "--data", "digits"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(Source("digits", image_size="8"))
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    torch.manual_seed(0)
+    model = tiny(10)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for epoch in range(8):
+        for images, labels in data.train_batches(64, 0, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+def settings(weights, **more):
+    return dynprune.CompactConfig(
+        data="digits",
+        model="tests.models:tiny",
+        weights=weights,
+        image_size="8",
+        **{"search": "none", "tune": "0", **more},
+    )
+
+
+@pytest.fixture(scope="module")
+def made(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cascades") / "out"
+    return dynprune.cascade(settings(weights, no_repair=True), out=out, target=0.8, shares=(0.3, 0.6, 0.15)), out
+
+
+def test_networks_are_made_at_the_shares_and_joined(made, model, data):
+    result, out = made
+    names = ["macs-0.15", "macs-0.3", "macs-0.6", "untouched"]
+    assert [row.name for row in result.rows] == [*names, "cascade"]
+    full = result.rows[3]
+    for row, share in zip(result.rows, (0.15, 0.3, 0.6, 1)):
+        assert (
+            0.7 * share * full.macs < row.macs <= share * full.macs * 1.001
+        )  # the file's and the graph's differ a bit
+    assert full.accuracy == pytest.approx(evaluate(model, data, data.test), abs=0.003)
+    assert result.val_share <= 0.8 and 2 <= len(result.chain) <= 3 and set(result.chain) <= set(names)
+    assert all((out / name).is_file() for name in ("cascade.onnx", "cascade.csv", "cascade.json", "report.html"))
+    for name in names:
+        run = open_any(out / "networks" / name)
+        assert run.compact_file.is_file() and run.onnx_file.is_file()
+
+
+def test_the_networks_join_again_for_another_target(made, tmp_path):
+    _, out = made
+    networks = sorted((out / "networks").iterdir())
+    other = dynprune.cascade(*networks, out=tmp_path / "again", target=0.5)
+    assert other.val_share <= 0.5
+
+
+def test_where_one_is_best_alone_the_networks_stay(weights, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(DynpruneError, match=r"The networks stay: dynprune gate --form cascade .*macs-0.5 .*untouched"):
+        dynprune.cascade(settings(weights), out=out, shares=(0.5,), min_accuracy=20.0)
+    assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.5", "untouched"}
+    with pytest.raises(DynpruneError, match="--overwrite"):
+        dynprune.cascade(settings(weights), out=out, shares=(0.5,), min_accuracy=20.0)
+    with pytest.raises(DynpruneError, match="The networks stay"):
+        dynprune.cascade(settings(weights), out=out, shares=(0.6,), min_accuracy=20.0, overwrite=True)
+    assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.6", "untouched"}
+
+
+def test_the_command_makes_them_too(weights, tmp_path):
+    out = tmp_path / "out"
+    asked = ["gate", "--form", "cascade", *NET, "--weights", weights, "--shares", "0.15,0.5", "--max-drop", "1"]
+    done = CliRunner().invoke(app, [*asked, "--search-time", "1s", "--tune", "0", "--out", str(out), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["rows"]] == ["macs-0.15", "macs-0.5", "untouched", "cascade"]
+    assert result["val_accuracy"] >= result["rows"][2]["val_accuracy"] - 0.01
+    assert "compact network 2 of 2" in done.stderr and "search" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shares", "0.5,much"], "--shares got"),
+        (["--shares", "0.5,1.5"], "--shares got"),
+        (["--shares", "0.5", "--target", "0.4"], "smallest network"),
+        (["--target", "0.4", "--max-drop", "1"], "one of them"),
+        (["--target", "nan"], "--target"),
+        (["--tune", "soon"], "--tune got soon"),
+        (["--epochs", "3"], "--epochs is for gates"),
+        (["--shares", ",".join(str(number / 10) for number in range(1, 10))], "--shares got"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_read(options, said, tmp_path):
+    asked = ["gate", "--form", "cascade", *NET, "--weights", "nowhere.pt", "--out", str(tmp_path / "out"), *options]
+    error = CliRunner().invoke(app, asked).exception
+    assert isinstance(error, DynpruneError) and said in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["a", "b", "--weights", "w.pt", "--form", "cascade"], "--weights is for a cascade that makes its networks"),
+        (["a", "b", "--shares", "0.5", "--form", "cascade"], "no runs"),
+        (["--form", "cascade", "--model", "resnet20"], "with --weights"),
+        (["a", "--tune", "3m"], "--form cascade"),
+    ],
+)
+def test_options_of_networks_that_are_made_belong_to_weights(options, said):
+    error = CliRunner().invoke(app, ["gate", *options]).exception
+    assert isinstance(error, DynpruneError) and said in str(error)
+
+
+def test_a_missing_checkpoint_leaves_nothing(tmp_path):
+    with pytest.raises(DynpruneError, match=r"nowhere\.pt"):
+        dynprune.cascade(settings(str(tmp_path / "nowhere.pt")), out=tmp_path / "out", target=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_lie_around_the_target():
+    for target in (0.05, 0.25, 0.5, 0.66, 1.0):
+        shares = shares_for(target)
+        assert shares[0] < target and all(0 < share < 1 for share in shares) and len(shares) >= 2
+    assert len(shares_for(None)) > 2
+
+
+def test_of_many_networks_chains_of_up_to_three_are_weighed():
+    found = list(plans(invented(8), tuple(range(10, 90, 10))))
+    assert {len(plan.chain) for plan in found} == {1, 2, 3} and len(found) < 100_000
+    assert len({plan.chain for plan in found}) == 8 + 28 + 56
