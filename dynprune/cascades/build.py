@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from dynprune.budgets.latency import Report, run_ms, silent
-from dynprune.cascades.choice import Asked, Plan, choose, frontier, plans, static_at, steps_taken, weigh
+from dynprune.cascades.choice import Asked, Plan, choose, cost_at, frontier, plans, static_at, steps_taken, weigh
 from dynprune.cascades.graph import joined
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
 from dynprune.data.loading import Data, image_name, some
@@ -37,23 +37,24 @@ ALIKE = 0.99  # of the images are answered by the same network: one exactly at a
 @dataclass(frozen=True)
 class Row:
     """One network of the cascade, or the whole. accuracy: on test images. images_share: of the test images, those that
-    it has the last word on. Milliseconds: over single test images, each the median of its repeats; None of a network
-    that the cascade leaves out."""
+    it has the last word on. Milliseconds: over single test images, each the median of its repeats."""
 
     name: str
     macs: float
     val_accuracy: float
     accuracy: float
     images_share: float
-    mean_ms: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
 
 
 @dataclass(frozen=True)
 class CascadeResult:
     """rows: every network given, then the cascade. share: mean MACs of a test image over the last network's.
-    static_accuracy: on test images, of a static network of this cost: on the straight lines between the networks given.
+    static_accuracy: on test images, of a static network of this cost: on the straight lines between the networks given;
+    static_ms: mean of a static network of this accuracy, on the lines between their times; None where none is as
+    accurate.
     goes_on: of the test images of each class, the share that the first network is not trusted with. agreement: share
     of the images for which the ONNX file's class and step are those of its parts. page: what the command writes on
     top; "" before."""
@@ -67,6 +68,7 @@ class CascadeResult:
     accuracy: float
     val_accuracy: float
     static_accuracy: float
+    static_ms: float | None
     rows: list[Row]
     goes_on: dict[str, float]
     max_abs_diff: float
@@ -113,7 +115,7 @@ def make(
     test = answers(networks, data, data.test, "test images", report)
     reached = weigh(best.chain, best.thresholds, test, macs)
     step = steps_taken(best.chain, best.thresholds, test)
-    times = timed([open_session(own.path, threads) for own in chosen], open_session(content, threads), data, report)
+    times = timed([open_session(own.path, threads) for own in networks], open_session(content, threads), data, report)
     rows = [
         Row(
             name,
@@ -121,12 +123,14 @@ def make(
             float(val.right[number].mean()),
             float(test.right[number].mean()),
             float((step == best.chain.index(number)).mean()) if number in best.chain else 0.0,
-            *(spread(times[best.chain.index(number)]) if number in best.chain else ()),
+            *spread(times[number]),
         )
         for number, name in enumerate(names)
     ]
     rows.append(Row("cascade", reached.macs, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
-    static = static_at(reached.macs, macs, [row.accuracy for row in rows[:-1]])
+    accuracies = [row.accuracy for row in rows[:-1]]
+    static = static_at(reached.macs, macs, accuracies)
+    static_ms = cost_at(reached.accuracy, [row.mean_ms for row in rows[:-1]], accuracies)
     path = folder / "cascade.onnx"
     on = {
         name: float((step[test.labels == number] > 0).mean())
@@ -143,6 +147,7 @@ def make(
         reached.accuracy,
         best.accuracy,
         static,
+        static_ms,
         rows,
         on,
         difference,
@@ -150,7 +155,7 @@ def make(
         len(step),
         data.chooses,
         data.reports,
-        verdict(rows, reached.macs / macs[-1], static),
+        verdict(rows, reached.macs / macs[-1], static, static_ms),
         {**environment(), "threads": threads},
     )
     write_bytes(path, content)
@@ -225,8 +230,8 @@ def spread(samples: np.ndarray) -> tuple[float, float, float]:
     return float(samples.mean()), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
 
 
-def verdict(rows: Sequence[Row], share: float, static: float) -> str:
-    """One honest line: beside the last network, and beside a static one of this cost."""
+def verdict(rows: Sequence[Row], share: float, static: float, static_ms: float | None) -> str:
+    """One honest line: beside the last network, and beside static ones of this cost and of this accuracy."""
     *parts, own = rows
     last = parts[-1]
     gain = 100 * (own.accuracy - static)
@@ -235,9 +240,8 @@ def verdict(rows: Sequence[Row], share: float, static: float) -> str:
         f"({last.name}: {100 * last.accuracy:.2f} %); a static network of this cost: {100 * static:.2f} %, so the "
         f"cascade {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points"
     )
-    if own.mean_ms and last.mean_ms:
-        said += f"; {digits(own.mean_ms)} ms in the mean, {digits(last.mean_ms)} of {last.name}"
-    return said
+    alike = f"{digits(static_ms)} of a static network as accurate, " if static_ms else ""
+    return f"{said}; {digits(own.mean_ms)} ms in the mean, {alike}{digits(last.mean_ms)} of {last.name}"
 
 
 def table_of(data: Data, test: Said, best: Plan, names: Sequence[str], step: np.ndarray) -> str:

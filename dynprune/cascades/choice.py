@@ -153,3 +153,15 @@ def static_at(cost: float, macs: Sequence[int], accuracy: Sequence[float]) -> fl
     """Accuracy of a static network of this cost, read off the straight lines between the networks given; of the first
     or the last beyond them."""
     return float(np.interp(cost, macs, accuracy))
+
+
+def cost_at(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> float | None:
+    """What a static network of this accuracy costs, read off the straight lines between those of the networks given
+    that no other beats in both; None where none is as accurate."""
+    kept: list[tuple[float, float]] = []
+    for cost, own in sorted(zip(costs, accuracies), key=lambda pair: (pair[0], -pair[1])):
+        if not kept or own > kept[-1][1]:
+            kept.append((cost, own))
+    if accuracy > kept[-1][1]:
+        return None
+    return float(np.interp(accuracy, [own for _, own in kept], [cost for cost, _ in kept]))

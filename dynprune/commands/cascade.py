@@ -22,7 +22,7 @@ from dynprune.pages.cascade import write_cascade_page
 from dynprune.runs.config import CompactConfig
 
 PAGE, NETWORKS = "report.html", "networks"
-PARTS = (0.5, 0.75, 1.0, 1.5)  # of the target: budgets of the compact networks
+PARTS = (0.45, 0.75, 1.0, 1.5, 2.0)  # of the target: budgets of the compact networks
 SHARES = (0.15, 0.25, 0.4, 0.6)  # without a target
 
 

@@ -395,7 +395,7 @@ def cascade_tables(result: CascadeResult) -> list[Table]:
             million(row.macs),
             percent(row.accuracy),
             "left out" if row.name in result.left_out else percent(row.images_share),
-            *("-" if value is None else digits(value) for value in (row.mean_ms, row.p95_ms)),
+            *(digits(value) for value in (row.mean_ms, row.p95_ms)),
         )
     ranked = sorted(result.goes_on.items(), key=lambda item: -item[1])
     some = ranked if len(ranked) <= 4 else [*ranked[:2], *ranked[-2:]]

@@ -29,7 +29,7 @@ def write_cascade_page(path: Path, result: CascadeResult, sights: Sights, data: 
         ("network", "MACs", "share", "test accuracy", "validation", "has the last word on", "mean ms", "p95 ms")
     ]
     for row in result.rows:
-        ms = ["-" if value is None else digits(value) for value in (row.mean_ms, row.p95_ms)]
+        ms = [digits(value) for value in (row.mean_ms, row.p95_ms)]
         rows.append(
             (
                 row.name,

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dynprune
-from dynprune.cascades.choice import Goal, Plan, choose, plans, quantiles, steps_taken, weigh
+from dynprune.cascades.choice import Goal, Plan, choose, cost_at, plans, quantiles, steps_taken, weigh
 from dynprune.cascades.networks import Said, margin_of, open_network
 from dynprune.cli.program import app
 from dynprune.data.loading import Source, load_data
@@ -128,6 +128,14 @@ def test_one_network_that_is_best_alone_is_said():
     worse = Said(said.margin, np.stack([said.labels, said.said[1]]), said.labels)
     with pytest.raises(DynpruneError, match="a alone is the best of these"):
         choose(list(plans(worse, (10, 100))), Goal(accuracy=0.5), (10, 100), "ab")
+
+
+def test_a_static_network_as_accurate_is_read_off_the_best_ones():
+    costs, accuracies = [1.0, 2.0, 3.0, 5.0], [0.6, 0.5, 0.8, 0.9]  # the second costs more for less
+    assert cost_at(0.7, costs, accuracies) == pytest.approx(2.0)
+    assert cost_at(0.85, costs, accuracies) == pytest.approx(4.0)
+    assert cost_at(0.3, costs, accuracies) == 1.0 and cost_at(0.9, costs, accuracies) == 5.0
+    assert cost_at(0.91, costs, accuracies) is None
 
 
 def parts(paths, pixels):
