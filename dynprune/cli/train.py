@@ -220,7 +220,7 @@ def cascade(
     """`gate --form cascade`, of networks that are given, or of a trained one."""
     making = not networks and "weights" in given
     known = {"target", *(OF_TRAINED if making else OF_A_CASCADE)}
-    foreign = sorted(set(not_of_file(given)) - known) + ["resume"] * resume
+    foreign = sorted(set(not_of_file(given)) - known) + ["resume"] * (resume and not making)
     if foreign:
         raise DynpruneError(
             f"--{foreign[0].replace('_', '-')} is for gates that are trained, and a cascade has none: leave it out."
@@ -250,6 +250,7 @@ def cascade(
             threads=given.get("threads", 1),
             data=data,
             overwrite=overwrite,
+            resume=resume,
             listener=listener,
         )
     finish(

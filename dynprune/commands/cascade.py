@@ -36,6 +36,7 @@ def cascade(
     threads: int = 1,
     data: str | Data | Source = "",
     overwrite: bool = False,
+    resume: bool = False,
     listener: Listener = SILENT,
 ) -> CascadeResult:
     """Join two or three networks for the same classes, the smallest first, into one ONNX file: each image goes on to
@@ -47,8 +48,8 @@ def cascade(
     (mean multiply-accumulates of an image, over those of the last network), max_drop (points of validation accuracy
     below the last network) and min_accuracy (percent of the validation images); as accurate as the last network if none
     is given. shares: of the multiply-accumulates, for which compact networks are made; without them some around the
-    target. threads: of onnxruntime, for the times. data: where the runs' data lie now, or the data themselves; files
-    without a run need them.
+    target. resume: those of them that are in `out` already stay. threads: of onnxruntime, for the times. data: where
+    the runs' data lie now, or the data themselves; files without a run need them.
 
     Raises DynpruneError, before anything is written, for networks of other classes or inputs, and where one of them
     alone does as well.
@@ -61,14 +62,16 @@ def cascade(
     asked = Asked(target, max_drop, min_accuracy).validate()
     first, *others = networks or ("",)
     if not isinstance(first, CompactConfig):
-        if shares:
-            raise DynpruneError("--shares is for a trained network that is compacted here. Leave it out.")
+        if shares or resume:
+            raise DynpruneError(
+                "--shares and --resume are for a trained network that is compacted here. Leave them out."
+            )
         return of_networks([str(network) for network in networks], out, asked, threads, data, overwrite, listener)
     if others or data:
         raise DynpruneError(
             "A cascade of a trained network got other networks or data too. Expected its settings alone."
         )
-    return of_trained(first, out, asked, shares, threads, overwrite, listener)
+    return of_trained(first, out, asked, shares, threads, overwrite, resume, listener)
 
 
 def of_networks(
@@ -98,16 +101,18 @@ def of_trained(
     shares: Sequence[float],
     threads: int,
     overwrite: bool,
+    resume: bool,
     listener: Listener,
 ) -> CascadeResult:
     config = config.validate()
     shares = check_shares(shares or shares_for(asked.target), asked.target)
     folder = Path(out) if out else run_name(config, "cascade")
-    refuse_folder(folder, overwrite)
+    refuse_folder(folder, overwrite or resume)
     kept = folder / NETWORKS
-    shutil.rmtree(kept, ignore_errors=True)  # of a cascade that is replaced
+    if not resume:
+        shutil.rmtree(kept, ignore_errors=True)  # of a cascade that is replaced
     try:
-        several = compact_several(config, shares, kept, listener)
+        several = compact_several(config, shares, kept, resume=resume, listener=listener)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was written
@@ -158,6 +163,7 @@ def refuse_folder(folder: Path, overwrite: bool) -> None:
         if not (ours and overwrite):
             raise DynpruneError(
                 f"{folder} exists. "
+                + ("--resume goes on with its networks. " if ours and NETWORKS in inside else "")
                 + ("Pass --overwrite to replace it, or " if ours else "It is not a cascade's: pass ")
                 + "--out for another place."
             )

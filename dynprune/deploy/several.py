@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dynprune.budgets.fit import Fit
 from dynprune.data.loading import Data
@@ -28,12 +29,17 @@ from dynprune.deploy.trained import (
     write,
 )
 from dynprune.errors import DynpruneError
+from dynprune.files import artifact
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.widths import Found
 from dynprune.runs.config import CompactConfig, seconds_in
 from dynprune.runs.directory import CompactRun
 from dynprune.state.copies import copied
+from dynprune.state.tensors import named_tensors
 from dynprune.training.train import threads
+from dynprune.zoo import runs_code
+
+MAY_DIFFER = ("weights", "workers", "threads", "device")  # settings that change no network
 
 
 @dataclass(frozen=True)
@@ -119,44 +125,90 @@ def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Several:
-    """runs: a run directory with an ONNX file for every share, the smallest first, and one of the network as it is.
-    data: as they take it."""
+    """runs: directories with an ONNX file for every share, the smallest first, and one of the network as it is. data:
+    as they take it."""
 
     runs: list[Path]
     data: Data
 
 
 def compact_several(
-    config: CompactConfig, shares: Sequence[float], folder: Path, listener: Listener = SILENT
+    config: CompactConfig, shares: Sequence[float], folder: Path, *, resume: bool = False, listener: Listener = SILENT
 ) -> Several:
     """The network of `config` compacted to each share of its multiply-accumulates, searched and tuned for as long as
-    `config` says at each, and the network as it is; exported, in run directories in `folder`."""
-    timer, runs = Timer(listener), []
+    `config` says at each, and the network as it is; exported, in run directories in `folder`.
+
+    resume: networks that are there are kept. Raises DynpruneError where they are of other weights or settings.
+    """
     with threads(config.threads), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        bench = prepare(dataclasses.replace(config, budget=(f"macs={max(shares)}",)), timer, listener)
-        wider = None
+        first = dataclasses.replace(config, budget=(f"macs={max(shares)}",))
+        bench = prepare(first, Timer(listener), listener)
+        whole = CompactRun(folder / "untouched")
+        if resume and whole.compact_file.is_file():
+            refuse_other(whole, bench.full)
+        else:
+            write_untouched(bench, whole.path, listener)
+        runs, wider = [whole], None
         for number, share in enumerate(sorted(shares, reverse=True)):
             listener.say(f"compact network {number + 1} of {len(shares)}: {share:g} of the multiply-accumulates")
-            trial = with_budget(bench, share, wider)
-            result = cut_and_write(trial, folder / f"macs-{share:g}", timer, overwrite=False, listener=listener)
-            assert result is not None, "one process"
-            listener.say(
-                f"{100 * result.accuracy:.2f} % on {result.test_data}, {100 * result.accuracy_repaired:.2f} % untuned "
-                f"({100 * result.accuracy_before:.2f} % before)"
-            )
-            bench.full.to(bench.device)  # writing took it to the CPU
-            wider = dataclasses.replace(trial, fit=Fit(result.widths))
-            runs.append(Path(result.run))
-        runs.append(untouched(bench, folder / "untouched", timer))
+            trial, run = with_budget(bench, share, wider), CompactRun(folder / f"macs-{share:g}")
+            if resume and run.compact_file.is_file():
+                widths = kept_widths(run, trial.config)
+                listener.say(f"{run.path} is there: it stays")
+            else:
+                widths = one_of_several(trial, run.path, listener)
+            wider = dataclasses.replace(trial, fit=Fit(widths))
+            runs.append(run)
     for run in runs:
-        listener.note(f"exporting {run.name} to ONNX and comparing with torch")
-        export(CompactRun.open(run), data=bench.data)
-    return Several([*reversed(runs[:-1]), runs[-1]], bench.data)
+        if not run.onnx_file.is_file():
+            listener.note(f"exporting {run.path.name} to ONNX and comparing with torch")
+            export(run, data=bench.data)
+    return Several([run.path for run in [*reversed(runs[1:]), whole]], bench.data)
 
 
-def untouched(bench: Bench, path: Path, timer: Timer) -> Path:
+def one_of_several(bench: Bench, path: Path, listener: Listener) -> dict[str, int]:
+    """Make one network, and say how good it is. Returns its widths."""
+    result = cut_and_write(bench, path, Timer(listener), overwrite=True, listener=listener)
+    assert result is not None, "one process"
+    bench.full.to(bench.device)  # writing took it to the CPU
+    listener.say(
+        f"{100 * result.accuracy:.2f} % on {result.test_data}, {100 * result.accuracy_repaired:.2f} % untuned "
+        f"({100 * result.accuracy_before:.2f} % before)"
+    )
+    return result.widths
+
+
+def refuse_other(run: CompactRun, full: nn.Module) -> None:
+    """Raises DynpruneError where the network that is kept is not the one that was given."""
+    kept = named_tensors(artifact.load(run.compact_file, copied(full).cpu()))
+    given = named_tensors(full)
+    if kept.keys() != given.keys() or not all(torch.equal(kept[name], given[name].cpu()) for name in kept):
+        raise DynpruneError(
+            f"{run.path} was made of other weights than those given now. Pass --overwrite to begin anew, or --out for "
+            "another place."
+        )
+
+
+def kept_widths(run: CompactRun, config: CompactConfig) -> dict[str, int]:
+    """The widths of a network that is there. Raises DynpruneError where it was made with other settings."""
+    before = run.config
+    other = [
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(before, field.name) != getattr(config, field.name) and field.name not in MAY_DIFFER
+    ]
+    if other:
+        raise DynpruneError(
+            f"{run.path} was made with --{other[0].replace('_', '-')} {getattr(before, other[0])}, and now it is "
+            f"{getattr(config, other[0])}. Pass --overwrite to begin anew, or --out for another place."
+        )
+    return artifact.load_with_facts(run.compact_file, trust=runs_code(config.model))[1].widths
+
+
+def write_untouched(bench: Bench, path: Path, listener: Listener) -> None:
     """A run directory of the network as it is."""
+    timer = Timer(listener)
     timer("write", "writing the network as it is")
     config = dataclasses.replace(bench.config, budget=("macs=1",), search="none", tune="0", no_repair=True)
     cost = bench.fitter.cost
@@ -170,4 +222,5 @@ def untouched(bench: Bench, path: Path, timer: Timer) -> Path:
         mixed_groups=[],
     )
     whole = dataclasses.replace(bench, config=config)
-    return Path(write(CompactRun.create(path, config, False), whole, copied(bench.full).cpu(), found, told, timer).run)
+    write(CompactRun.create(path, config, True), whole, copied(bench.full).cpu(), found, told, timer)
+    bench.full.to(bench.device)

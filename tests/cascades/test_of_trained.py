@@ -14,6 +14,7 @@ from dynprune.commands.cascade import shares_for
 from dynprune.data.loading import Source, load_data
 from dynprune.data.scores import evaluate
 from dynprune.errors import DynpruneError
+from dynprune.listener import Listener
 from dynprune.runs.directory import open_any
 from tests.cascades.test_cascades import invented
 from tests.models import tiny
@@ -96,6 +97,40 @@ def test_where_one_is_best_alone_the_networks_stay(weights, tmp_path):
     with pytest.raises(DynpruneError, match="The networks stay"):
         dynprune.cascade(settings(weights), out=out, shares=(0.6,), min_accuracy=20.0, overwrite=True)
     assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.6", "untouched"}
+
+
+def test_a_stopped_one_goes_on_with_the_networks_that_are_there(weights, model, tmp_path):
+    out, said = tmp_path / "out", []
+    listener = Listener(say=said.append)
+    asked = {"out": out, "shares": (0.2, 0.5), "max_drop": 20.0}
+
+    def stop(words):
+        said.append(words)
+        if "network 2 of 2" in words:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dynprune.cascade(settings(weights, no_repair=True), **asked, listener=Listener(say=stop))
+    networks = out / "networks"
+    assert {path.name for path in networks.iterdir()} == {"macs-0.5", "untouched"}
+    before = {path.name: (path / "compact.safetensors").stat().st_mtime_ns for path in networks.iterdir()}
+    with pytest.raises(DynpruneError, match="--resume goes on"):
+        dynprune.cascade(settings(weights, no_repair=True), **asked)
+    with pytest.raises(DynpruneError, match="was made with --seed 0, and now it is 1"):
+        dynprune.cascade(settings(weights, no_repair=True, seed=1), **asked, resume=True)
+    other = tmp_path / "other.pt"
+    torch.save(
+        {name: value * 1.01 if value.is_floating_point() else value for name, value in model.state_dict().items()},
+        other,
+    )
+    with pytest.raises(DynpruneError, match="was made of other weights"):
+        dynprune.cascade(settings(str(other), no_repair=True), **asked, resume=True)
+    said.clear()
+    result = dynprune.cascade(settings(weights, no_repair=True), **asked, resume=True, listener=listener)
+    assert any("macs-0.5 is there: it stays" in words for words in said)
+    after = {path.name: (path / "compact.safetensors").stat().st_mtime_ns for path in networks.iterdir()}
+    assert set(after) == {"macs-0.2", "macs-0.5", "untouched"} and before.items() <= after.items()
+    assert [row.name for row in result.rows] == ["macs-0.2", "macs-0.5", "untouched", "cascade"]
 
 
 def test_the_command_makes_them_too(weights, tmp_path):
