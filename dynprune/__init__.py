@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dynprune.commands.save import save
     from dynprune.commands.train import train
     from dynprune.execution.dynamic import DynamicExecution
+    from dynprune.execution.quick import quick_layers
     from dynprune.gates.file import load
     from dynprune.runs.config import CompactConfig, GateConfig, TrainConfig
     from dynprune.structure.tracing import trace
@@ -45,6 +46,7 @@ WHERE = {
     "cascade": "commands.cascade",
     "compare": "commands.compare",
     "DynamicExecution": "execution.dynamic",
+    "quick_layers": "execution.quick",
     "Budget": "budgets.limits",
     "CompactConfig": "runs.config",
     "TrainConfig": "runs.config",
@@ -68,6 +70,7 @@ __all__ = [
     "load",
     "plan",
     "predict",
+    "quick_layers",
     "report",
     "save",
     "trace",

@@ -46,9 +46,9 @@ from dynprune.training.distributed import ALONE
 from dynprune.training.pace import Clock
 from dynprune.training.recipe import (
     choose_device,
-    in_bfloat16,
     learning_rate,
     make_optimizer,
+    quick_step,
     set_learning_rate,
     use_bfloat16,
 )
@@ -182,7 +182,7 @@ class GateSession:
         return None
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return in_bfloat16(self.network, self.device, self.bfloat16)
+        return quick_step(self.network, self.device, self.bfloat16)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

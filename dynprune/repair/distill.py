@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynprune.errors import DynpruneError
-from dynprune.execution.convolutions import small_maps
+from dynprune.execution.quick import quick_layers
 from dynprune.repair.says import SCORES, Said, Says, apart, are_scores
 from dynprune.structure.merging import merged
 
@@ -178,7 +179,7 @@ def tune(
         fused=device.type in ("cpu", "cuda"),
     )
     lesson.begin(narrow)
-    quick = bfloat16 and not lesson.scaled  # a user's own loss may be differentiated twice
+    once = not lesson.scaled  # a user's own loss may be differentiated twice
     began, steps = clock(), 0
     for batch in batches:
         done = (clock() - began) / seconds
@@ -187,7 +188,8 @@ def tune(
         peak = peak_of(lr, most, steps / done if steps else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done, peak)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), small_maps(narrow, quick):
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        with precision, quick_layers(narrow, bfloat16=bfloat16) if once else nullcontext():
             loss, bounded = lesson(narrow, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

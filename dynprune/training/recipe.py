@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dynprune.errors import DynpruneError
-from dynprune.execution.convolutions import small_maps
+from dynprune.execution.quick import quick_layers
 from dynprune.runs.config import Recipe
 from dynprune.structure.tracing import first_line
 
@@ -40,12 +40,10 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def in_bfloat16(model: nn.Module, device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, a model's training step computes in bfloat16 where that is wanted, in whatever way is quickest."""
-    if not wanted:
-        yield
-        return
-    with torch.autocast(device.type, torch.bfloat16), small_maps(model, wanted):
+def quick_step(model: nn.Module, device: torch.device, bfloat16: bool) -> Iterator[None]:
+    """Inside, a model's training step computes in whatever way is quickest, in bfloat16 where that is wanted."""
+    precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+    with precision, quick_layers(model, bfloat16=bfloat16):
         yield
 
 

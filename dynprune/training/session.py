@@ -43,9 +43,9 @@ from dynprune.training.distributed import ALONE, Ranks, agree, average, same_eve
 from dynprune.training.pace import Clock, Pace
 from dynprune.training.recipe import (
     choose_device,
-    in_bfloat16,
     learning_rate,
     make_optimizer,
+    quick_step,
     set_learning_rate,
     use_bfloat16,
 )
@@ -288,7 +288,7 @@ class Session:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return in_bfloat16(self.model, self.device, self.bfloat16)
+        return quick_step(self.model, self.device, self.bfloat16)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step: forward, loss, backward, reward, step, select. Returns the loss, still on the device.

@@ -12,6 +12,7 @@ from dynprune import zoo
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
 from dynprune.execution.explore import Explorer
+from dynprune.execution.quick import quick_layers
 from dynprune.execution.reservoir import by_tensor
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
@@ -96,8 +97,9 @@ class Plain:
     def step(self, images, labels, rate):
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images.contiguous(memory_format=torch.channels_last)), labels)
-        loss.backward()
+        with quick_layers(self.model):
+            scores = self.model(images.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(scores, labels).backward()
         self.optimizer.step()
 
 
