@@ -132,14 +132,25 @@ def gate(
         ),
     ] = "",
     search_time: Annotated[
-        str, typer.Option("--search-time", help="With --shares: how long each network's widths are searched for.")
+        str,
+        typer.Option(
+            "--search-time", help="With --form cascade and --weights: how long each network's widths are searched for."
+        ),
     ] = "30s",
     tune: Annotated[
-        str, typer.Option("--tune", help="With --shares: how long each network learns from the untouched one.")
+        str,
+        typer.Option(
+            "--tune", help="With --form cascade and --weights: how long each network learns from the untouched one."
+        ),
     ] = "1m",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Run directory to write. [default: runs/MODEL-DATA-gate]", show_default=False),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Run directory to write. [default: runs/MODEL-DATA-gate, or -cascade]",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,

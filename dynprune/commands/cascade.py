@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,8 +108,6 @@ def of_trained(
     folder = Path(out) if out else run_name(config, "cascade")
     refuse_folder(folder, overwrite or resume)
     kept = folder / NETWORKS
-    if not resume:
-        shutil.rmtree(kept, ignore_errors=True)  # of a cascade that is replaced
     try:
         several = compact_several(config, shares, kept, resume=resume, listener=listener)
     finally:

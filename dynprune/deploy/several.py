@@ -6,6 +6,7 @@ It is calibrated once; the widths found for one budget are where the search for 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,8 @@ def compact_several(
         torch.manual_seed(config.seed)
         first = dataclasses.replace(config, budget=(f"macs={max(shares)}",))
         bench = prepare(first, Timer(listener), listener)
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)  # of what is replaced, now that this can be made
         whole = CompactRun(folder / "untouched")
         if resume and whole.compact_file.is_file():
             refuse_other(whole, bench.full)

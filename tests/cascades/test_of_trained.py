@@ -94,6 +94,9 @@ def test_where_one_is_best_alone_the_networks_stay(weights, tmp_path):
     assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.5", "untouched"}
     with pytest.raises(DynpruneError, match="--overwrite"):
         dynprune.cascade(settings(weights), out=out, shares=(0.5,), min_accuracy=20.0)
+    with pytest.raises(DynpruneError, match="nowhere"):  # nothing of the old one is lost before the new one can be made
+        dynprune.cascade(settings("nowhere.pt"), out=out, shares=(0.6,), min_accuracy=20.0, overwrite=True)
+    assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.5", "untouched"}
     with pytest.raises(DynpruneError, match="The networks stay"):
         dynprune.cascade(settings(weights), out=out, shares=(0.6,), min_accuracy=20.0, overwrite=True)
     assert {path.name for path in (out / "networks").iterdir()} == {"macs-0.6", "untouched"}
