@@ -48,13 +48,13 @@ Factory = Callable[[int], object]
 def build(name: str, classes: int, seed: int | None = None, *, size: Sequence[int] | None = None) -> nn.Module:
     """A new network for `classes` classes, in float32. With a seed, its initial weights are reproducible; the global
     generators are left as they were either way. size: channels, height and width of an input, by which lazy layers find
-    their own sizes.
+    their own sizes, and for which transformers of torchvision and timm with a fixed number of patches are built.
 
     Raises DynpruneError for names that lead to no network, and where building it fails.
     """
     base, options = parse_name(name)
     with torch.device("cpu"):  # what modules make as they are imported outlives this call, and so a caller's device
-        factory = find_factory(base, options)
+        factory = find_factory(base, options, size)
     with same_randomness(seed):
         try:
             model = factory(classes)
@@ -125,8 +125,8 @@ def parse_name(name: str) -> tuple[str, dict[str, object]]:
     return base, options
 
 
-def find_factory(name: str, options: dict[str, object] | None = None) -> Factory:
-    """What builds the network of this name, given the number of classes."""
+def find_factory(name: str, options: dict[str, object] | None = None, size: Sequence[int] | None = None) -> Factory:
+    """What builds the network of this name, given the number of classes. size: see `build`."""
     options = options or {}
     if name in ZOO:
         if options:
@@ -142,9 +142,9 @@ def find_factory(name: str, options: dict[str, object] | None = None) -> Factory
                 f'"{name}" got {fetching[0]}, which would read files or the network. Start from '
                 f"trained weights with --weights FILE."
             )
-        return {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}[source](
-            rest, options
-        )
+        if source == "transformers":
+            return transformers_factory(rest, options)
+        return (torchvision_factory if source == "torchvision" else timm_factory)(rest, options, size)
     return user_factory(source, rest, options)
 
 
@@ -207,7 +207,7 @@ def suggestion(name: str) -> str:
     return f"Did you mean {close[0] if close[0] in ZOO else 'torchvision:' + close[0]}? " if close else ""
 
 
-def torchvision_factory(name: str, options: dict[str, object]) -> Factory:
+def torchvision_factory(name: str, options: dict[str, object], size: Sequence[int] | None) -> Factory:
     import torchvision
 
     known = [model for model in torchvision.models.list_models() if not model.startswith("quantized_")]
@@ -219,12 +219,14 @@ def torchvision_factory(name: str, options: dict[str, object]) -> Factory:
         module=torchvision.models.detection
     ):
         extra["weights_backbone"] = None
+    if name.startswith("vit_") and size and size[1] == size[2]:
+        extra["image_size"] = size[1]
     return lambda classes: torchvision.models.get_model(
         name, weights=None, **{"num_classes": classes, **extra, **options}
     )
 
 
-def timm_factory(name: str, options: dict[str, Any]) -> Factory:
+def timm_factory(name: str, options: dict[str, Any], size: Sequence[int] | None) -> Factory:
     try:
         import timm
     except ImportError as error:
@@ -234,7 +236,20 @@ def timm_factory(name: str, options: dict[str, Any]) -> Factory:
     if not timm.is_model(name):
         close = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "see timm.list_models()"
         raise DynpruneError(f'timm has no model "{name}". Close to it: {close}.')
-    return lambda classes: timm.create_model(name, pretrained=False, **{"num_classes": classes, **options})
+    usual, sized = timm.get_pretrained_cfg(name), {}
+    if size and usual and usual.fixed_input_size and tuple(size[1:]) != tuple(usual.input_size[1:]):
+        sized["img_size"] = tuple(size[1:])
+
+    def built(classes: int) -> nn.Module:
+        def create(**more: object) -> nn.Module:
+            return timm.create_model(name, pretrained=False, **{"num_classes": classes, **more, **options})
+
+        try:
+            return create(**sized)
+        except TypeError:  # a few have no argument for it
+            return create()
+
+    return built
 
 
 def transformers_factory(name: str, options: dict[str, object]) -> Factory:

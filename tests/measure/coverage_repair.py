@@ -24,7 +24,7 @@ from dynprune.data.scores import logits
 from dynprune.repair.trained import Compaction, Images
 from dynprune.structure.tracing import lively, trace
 
-LARGER = {"inception_v3": 299, "vit_h_14": 518}
+LARGER = {"inception_v3": 299}
 SECONDS = 1800
 
 
