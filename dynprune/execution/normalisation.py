@@ -70,6 +70,8 @@ def positions_together(images: Tensor, *parameters: Tensor | None) -> int:
     """How many positions are taken at once in training; 0 where BatchNorm should be as it is."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 0
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return 0  # torch.utils.checkpoint would compute it again without, and find other tensors
     if images.ndim != 4 or images.device.type != "cpu" or images.dtype not in (torch.bfloat16, torch.float32):
         return 0
     channels = images.shape[1]
@@ -95,9 +97,11 @@ def rows(values: Tensor, together: int) -> Tensor:
 
 
 def images_of(values: Tensor, shape: torch.Size) -> Tensor:
-    """The way back; shape: (n, c, h, w)."""
-    count, channels, height, width = shape
-    return values.view(count, height, width, channels).permute(0, 3, 1, 2)
+    """The way back, of rows in memory of their own; shape: (n, c, h, w). No view of them: layers that change their
+    inputs in place refuse views that a function returns."""
+    _, channels, height, width = shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    return values.new_empty(0).set_(values.untyped_storage(), values.storage_offset(), shape, strides)
 
 
 def scaled(read: Tensor, channels: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, together: int) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dynprune.execution import normalisation
 from dynprune.execution.normalisation import FewChannels, Normalisation, few_channels, positions_together
@@ -76,6 +77,39 @@ def test_it_is_what_torch_computes(channels, dtype, ways, used, monkeypatch):
         assert (own - their).abs().max() <= CLOSE[dtype] * most
     for own, their in zip(one.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(own, their, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.ReLU6(inplace=True), nn.Hardswish(inplace=True)])
+def test_layers_behind_it_may_change_what_it_says(after, used):
+    torch.manual_seed(0)
+    x, gradients = images(8, dtype=torch.bfloat16), []
+    one = layer(8)
+    for mode in (FewChannels(), torch.autograd.set_grad_enabled(True)):
+        own = copy.deepcopy(one)
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with mode:
+            said = own(inputs)
+            said += 1
+            said = after(said)
+        assert said.is_contiguous(memory_format=torch.channels_last)
+        said.float().square().sum().backward()
+        gradients.append([inputs.grad, *(value.grad for value in own.parameters())])
+    assert len(used) == 1
+    for own, other in zip(*gradients, strict=True):
+        assert (own - other).abs().max() <= 2e-2 * other.abs().max()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_again_in_the_backward_pass_is_as_it_was(reentrant, used):
+    part = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), layer(8), nn.ReLU(inplace=True))
+    x = images(3, size=32).requires_grad_()
+    with FewChannels():
+        said = checkpoint(part, x, use_reentrant=reentrant)
+    said.square().sum().backward()
+    assert not used and x.grad.abs().sum() > 0
+    with FewChannels():
+        part(x)
+    assert used
 
 
 def test_means_far_from_zero_cost_no_precision(used):
