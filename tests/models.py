@@ -110,3 +110,16 @@ class Multiplied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn2(self.twice(F.relu(self.bn(self.stem(x))))))
         return self.head(F.relu(self.thrice(F.relu(self.mix(x)))).mean((2, 3)))
+
+
+def learned_tiny(data, epochs):
+    """The tiny network after so many epochs of digits at 8 pixels; 12 bring it to some 95 %."""
+    torch.manual_seed(0)
+    model = tiny(10)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for epoch in range(epochs):
+        for images, labels in data.train_batches(64, 0, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model.eval()

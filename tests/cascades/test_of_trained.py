@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import dynprune
@@ -17,7 +16,7 @@ from dynprune.errors import DynpruneError
 from dynprune.listener import Listener
 from dynprune.runs.directory import open_any
 from tests.cascades.test_cascades import invented
-from tests.models import tiny
+from tests.models import learned_tiny
 
 NET = ["--model", "tests.models:tiny", "--image-size", "8", "--data", "digits"]
 
@@ -29,15 +28,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def model(data):
-    torch.manual_seed(0)
-    model = tiny(10)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for epoch in range(8):
-        for images, labels in data.train_batches(64, 0, epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return model.eval()
+    return learned_tiny(data, 8)
 
 
 @pytest.fixture(scope="module")
