@@ -51,7 +51,7 @@ def cascade(
     the runs' data lie now, or the data themselves; files without a run need them.
 
     Raises DynpruneError, before anything is written, for networks of other classes or inputs, and where one of them
-    alone does as well.
+    alone does as well; networks that were made here stay then.
 
     >>> dynprune.cascade("runs/quarter", "runs/dense", target=0.4).verdict
     >>> dynprune.cascade(dynprune.CompactConfig("resnet20", "resnet20.pt", "photos/", tune="1m"), target=0.4).rows

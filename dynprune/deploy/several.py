@@ -149,7 +149,7 @@ def compact_several(
             shutil.rmtree(folder, ignore_errors=True)  # of what is replaced, now that this can be made
         whole = CompactRun(folder / "untouched")
         if resume and whole.compact_file.is_file():
-            refuse_other(whole, bench.full)
+            refuse_other(whole, bench.full, trust=runs_code(config.model))
         else:
             write_untouched(bench, whole.path, listener)
         runs, wider = [whole], None
@@ -182,9 +182,10 @@ def one_of_several(bench: Bench, path: Path, listener: Listener) -> dict[str, in
     return result.widths
 
 
-def refuse_other(run: CompactRun, full: nn.Module) -> None:
-    """Raises DynpruneError where the network that is kept is not the one that was given."""
-    kept = named_tensors(artifact.load(run.compact_file, copied(full).cpu()))
+def refuse_other(run: CompactRun, full: nn.Module, *, trust: bool) -> None:
+    """Raises DynpruneError where the network that is kept is not the one that was given. trust: its code, which the
+    settings name."""
+    kept = named_tensors(artifact.load(run.compact_file, trust=trust))
     given = named_tensors(full)
     if kept.keys() != given.keys() or not all(torch.equal(kept[name], given[name].cpu()) for name in kept):
         raise DynpruneError(

@@ -127,6 +127,15 @@ def test_a_stopped_one_goes_on_with_the_networks_that_are_there(weights, model, 
     assert [row.name for row in result.rows] == ["macs-0.2", "macs-0.5", "untouched", "cascade"]
 
 
+def test_a_compact_file_can_be_what_is_made_smaller(made, tmp_path):
+    """What was cut before is no other network when it is taken up again."""
+    start = str(made[1] / "networks" / "macs-0.6" / "compact.safetensors")
+    asked = {"out": tmp_path / "out", "shares": (0.3, 0.6), "max_drop": 30.0}
+    first = dynprune.cascade(settings(start, no_repair=True), **asked)
+    again = dynprune.cascade(settings(start, no_repair=True), **asked, resume=True)
+    assert [row.macs for row in again.rows[:-1]] == [row.macs for row in first.rows[:-1]]
+
+
 def test_the_command_makes_them_too(weights, tmp_path):
     out = tmp_path / "out"
     asked = ["gate", "--form", "cascade", *NET, "--weights", weights, "--shares", "0.15,0.5", "--max-drop", "1"]

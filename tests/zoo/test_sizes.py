@@ -34,6 +34,13 @@ def test_timms_follow_it_too(name, size):
     assert model.eval()(torch.zeros(2, 3, *size)).shape == (2, 5)
 
 
+def test_a_timm_network_that_takes_any_size_stays_as_its_weights_are():
+    pytest.importorskip("timm")
+    model = zoo.build("timm:vit_tiny_patch16_224?dynamic_img_size=True", 5, size=(3, 64, 64))
+    assert model.pos_embed.shape[1] == 14 * 14 + 1
+    assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
 def test_convolutional_networks_are_as_they_were():
     pytest.importorskip("timm")
     for name in ("timm:resnet18", "torchvision:resnet18"):
