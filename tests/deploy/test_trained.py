@@ -53,7 +53,8 @@ def weights(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compacted(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "small"
-    done = command("compact", *NET, "--weights", weights, "--budget", 0.5, "--out", path, *SHORT, "--json")
+    longer = ["--tune", "5s"]  # enough steps to be worth keeping on a busy machine
+    done = command("compact", *NET, "--weights", weights, "--budget", 0.5, "--out", path, *SHORT, *longer, "--json")
     return path, json.loads(done.stdout), done.stderr
 
 
@@ -64,8 +65,8 @@ def test_compact_of_weights_keeps_accuracy_within_the_budget(compacted, data, mo
         result["accuracy_before"] == pytest.approx(evaluate(model, data, data.test)) and result["accuracy_before"] > 0.9
     )
     assert result["accuracy"] > result["accuracy_before"] - 0.05
-    assert result["pulls"] > 0 and result["distance"] < 1 and result["max_rel_diff"] < 1e-5
-    assert result["tune_steps"] > 0 or "the network stays as it was repaired" in progress  # few steps on a busy machine
+    assert result["pulls"] > 0 and result["distance"] < 1 and result["tune_steps"] > 0
+    assert result["max_rel_diff"] < 1e-5
     for phase in ("calibrating", "searching", "repairing", "tuning"):
         assert phase in progress
     loaded = dynprune.load(path / "compact.safetensors", tiny(10))
