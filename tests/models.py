@@ -97,6 +97,12 @@ def tiny(num_classes: int = 10) -> nn.Module:
     return Tiny(num_classes)
 
 
+def normed(num_classes: int = 10) -> nn.Module:
+    """Every channel is normalised by all of them."""
+    layers = [nn.Conv2d(3, 16, 3), nn.GroupNorm(1, 16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.GroupNorm(1, 24), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, num_classes))
+
+
 class Multiplied(nn.Module):
     """A depthwise convolution that makes two channels, another three, of each that it reads."""
 

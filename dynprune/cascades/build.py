@@ -17,9 +17,22 @@ import numpy as np
 import onnxruntime
 
 from dynprune.budgets.latency import Report, run_ms, silent
-from dynprune.cascades.choice import Asked, Plan, choose, cost_at, frontier, plans, static_at, steps_taken, weigh
+from dynprune.cascades.choice import (
+    Added,
+    Asked,
+    Goal,
+    Plan,
+    choose,
+    cost_at,
+    costs_of,
+    frontier,
+    plans,
+    static_at,
+    steps_taken,
+    weigh,
+)
 from dynprune.cascades.graph import joined
-from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of
+from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of, nested_in
 from dynprune.data.loading import Data, image_name, some
 from dynprune.deploy.answers import normalised
 from dynprune.deploy.modules import TOLERANCE
@@ -54,7 +67,9 @@ class CascadeResult:
     """rows: every network given, then the cascade. share: mean MACs of a test image over the last network's.
     static_accuracy: on test images, of a static network of this cost: on the straight lines between the networks given;
     static_ms: mean of a static network of this accuracy, on the lines between their times; None where none is as
-    accurate.
+    accurate. goes_on_from: the network that another goes on from, since it lies inside of it; "" where none does.
+    cascade_accuracy: then, on test images, of the best cascade of the others for the same goal; None where there is
+    none.
     goes_on: of the test images of each class, the share that the first network is not trusted with. agreement: share
     of the images for which the ONNX file's class and step are those of its parts. page: what the command writes on
     top; "" before."""
@@ -69,6 +84,8 @@ class CascadeResult:
     val_accuracy: float
     static_accuracy: float
     static_ms: float | None
+    goes_on_from: str
+    cascade_accuracy: float | None
     rows: list[Row]
     goes_on: dict[str, float]
     max_abs_diff: float
@@ -93,11 +110,20 @@ class Sights:
 
 
 def make(
-    networks: Sequence[Network], data: Data, folder: Path, asked: Asked, *, threads: int = 1, report: Report = silent
+    networks: Sequence[Network],
+    data: Data,
+    folder: Path,
+    asked: Asked,
+    *,
+    threads: int = 1,
+    nested: bool = False,
+    report: Report = silent,
 ) -> tuple[CascadeResult, Sights]:
-    """Choose, write and measure. Raises DynpruneError before anything is written where no cascade does what is asked,
-    and leaves no file where it and its parts disagree."""
-    check_alike(networks)
+    """Choose, write and measure. nested: a network that holds another must go on from it. Raises DynpruneError before
+    anything is written where no cascade does what is asked, and leaves no file where it and its parts disagree."""
+    added = nested_in(networks)
+    wide = {outer for _, outer in added}
+    check_alike(networks, wide)
     for network in networks:
         if network.classes != data.classes:
             raise DynpruneError(
@@ -107,13 +133,18 @@ def make(
     names, macs = names_of(networks), [network.macs for network in networks]
     val = answers(networks, data, data.val, "validation images", report)
     report("weighing thresholds", 0, 0)
-    found = list(plans(val, macs))
-    best = choose(found, asked.goal(float(val.right[-1].mean())), macs, names)
+    goal = asked.goal(float(val.right[-1].mean()))
+    every = list(plans(val, macs, added))
+    found = [plan for plan in every if len(plan.chain) == 1 or goes_on(plan, macs, added)] if nested else every
+    best = choose(found, goal, macs, names)
     chosen = [networks[number] for number in best.chain]
     content = joined([own.proto for own in chosen], best.thresholds, facts_of(chosen, names, best, macs))
     difference, agreement = parity(content, best.thresholds, chosen, data, report)
     test = answers(networks, data, data.test, "test images", report)
-    reached = weigh(best.chain, best.thresholds, test, macs)
+    reached = weigh(best.chain, best.thresholds, test, macs, added)
+    inner = goes_on(best, macs, added)
+    others = [plan for plan in every if not goes_on(plan, macs, added)]
+    rival = rival_of(others, goal, macs, names) if inner else None
     step = steps_taken(best.chain, best.thresholds, test)
     times = timed([open_session(own.path, threads) for own in networks], open_session(content, threads), data, report)
     rows = [
@@ -128,9 +159,11 @@ def make(
         for number, name in enumerate(names)
     ]
     rows.append(Row("cascade", reached.macs, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
-    accuracies = [row.accuracy for row in rows[:-1]]
-    static = static_at(reached.macs, macs, accuracies)
-    static_ms = cost_at(reached.accuracy, [row.mean_ms for row in rows[:-1]], accuracies)
+    alone = [row for number, row in enumerate(rows[:-1]) if number not in wide]
+    accuracies = [row.accuracy for row in alone]
+    static = static_at(reached.macs, [row.macs for row in alone], accuracies)
+    static_ms = cost_at(reached.accuracy, [row.mean_ms for row in alone], accuracies)
+    cascade = weigh(rival.chain, rival.thresholds, test, macs).accuracy if rival else None
     path = folder / "cascade.onnx"
     on = {
         name: float((step[test.labels == number] > 0).mean())
@@ -148,6 +181,8 @@ def make(
         best.accuracy,
         static,
         static_ms,
+        names[inner[0]] if inner else "",
+        cascade,
         rows,
         on,
         difference,
@@ -155,14 +190,29 @@ def make(
         len(step),
         data.chooses,
         data.reports,
-        verdict(rows, reached.macs / macs[-1], static, static_ms),
+        verdict(rows, reached.macs / macs[-1], static, static_ms, cascade),
         {**environment(), "threads": threads},
     )
     write_bytes(path, content)
     write_text(folder / "cascade.csv", table_of(data, test, best, names, step))
     write_text(folder / "cascade.json", json.dumps(asdict(result), indent=2))
-    curve = [weigh(plan.chain, plan.thresholds, test, macs) for plan in thinned(frontier(found))]
+    curve = [weigh(plan.chain, plan.thresholds, test, macs, added) for plan in thinned(frontier(found))]
     return result, Sights(curve, test, step, best.chain)
+
+
+def goes_on(plan: Plan, macs: Sequence[int], added: Added) -> tuple[int, int] | None:
+    """The first pair of networks of the chain of which the second goes on from the first."""
+    costs = costs_of(plan.chain, macs, added)
+    pairs = zip(plan.chain, plan.chain[1:], costs[1:])
+    return next(((inner, outer) for inner, outer, cost in pairs if cost != macs[outer]), None)
+
+
+def rival_of(found: Sequence[Plan], goal: Goal, macs: Sequence[int], names: Sequence[str]) -> Plan | None:
+    """The best cascade of these for the goal, if there is one."""
+    try:
+        return choose(found, goal, macs, names)
+    except DynpruneError:
+        return None
 
 
 def names_of(networks: Sequence[Network]) -> list[str]:
@@ -230,8 +280,11 @@ def spread(samples: np.ndarray) -> tuple[float, float, float]:
     return float(samples.mean()), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
 
 
-def verdict(rows: Sequence[Row], share: float, static: float, static_ms: float | None) -> str:
-    """One honest line: beside the last network, and beside static ones of this cost and of this accuracy."""
+def verdict(
+    rows: Sequence[Row], share: float, static: float, static_ms: float | None, cascade: float | None = None
+) -> str:
+    """One honest line: beside the last network, beside static ones of this cost and of this accuracy, and, of networks
+    that lie in one another, beside a cascade."""
     *parts, own = rows
     last = parts[-1]
     gain = 100 * (own.accuracy - static)
@@ -240,6 +293,8 @@ def verdict(rows: Sequence[Row], share: float, static: float, static_ms: float |
         f"({last.name}: {100 * last.accuracy:.2f} %); a static network of this cost: {100 * static:.2f} %, so the "
         f"cascade {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points"
     )
+    if cascade is not None:
+        said += f"; a cascade of networks that do not lie in one another: {100 * cascade:.2f} %"
     alike = f"{digits(static_ms)} of a static network as accurate, " if static_ms else ""
     return f"{said}; {digits(own.mean_ms)} ms in the mean, {alike}{digits(last.mean_ms)} of {last.name}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,10 @@ from dynprune.errors import DynpruneError
 LONGEST = 3  # networks in a chain
 PAIRS, THREES = 256, 60_000  # thresholds that are tried for a pair, and pairs of them for all threes together
 MARGIN = 0.99  # a cascade aims this far below the target, so that other images meet it too
+
+# of pairs of networks of which the second holds the first: the MACs that it adds
+Added = Mapping[tuple[int, int], int]
+NOTHING: Added = {}
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,27 @@ def steps_taken(chain: Sequence[int], thresholds: Sequence[float], said: Said) -
     return step
 
 
-def weigh(chain: Sequence[int], thresholds: Sequence[float], said: Said, macs: Sequence[int]) -> Plan:
+def costs_of(chain: Sequence[int], macs: Sequence[int], added: Added) -> list[int]:
+    """What an image costs in each network of the chain that it reaches. One that goes on from the network before it
+    costs what it adds, unless that went on from another itself."""
+    costs, goes_on = [macs[chain[0]]], False
+    for pair in itertools.pairwise(chain):
+        goes_on = not goes_on and pair in added
+        costs.append(added[pair] if goes_on else macs[pair[1]])
+    return costs
+
+
+def weigh(
+    chain: Sequence[int], thresholds: Sequence[float], said: Said, macs: Sequence[int], added: Added = NOTHING
+) -> Plan:
     """What this cascade comes to on these images; the passes of the smaller networks are counted."""
     step = steps_taken(chain, thresholds, said)
-    cost = sum(macs[network] * float((step >= number).mean()) for number, network in enumerate(chain))
+    cost = sum(own * float((step >= number).mean()) for number, own in enumerate(costs_of(chain, macs, added)))
     right = said.right[np.array(chain)[step], np.arange(len(step))]
     return Plan(tuple(chain), tuple(map(float, thresholds)), cost, float(right.mean()))
 
 
-def plans(said: Said, macs: Sequence[int]) -> Iterator[Plan]:
+def plans(said: Said, macs: Sequence[int], added: Added = NOTHING) -> Iterator[Plan]:
     """Every cascade of these networks that is weighed, each network alone among them."""
     everyone = range(len(macs))
     of_each = {2: PAIRS, 3: min(64, int(math.sqrt(THREES / max(1, math.comb(len(macs), 3)))))}
@@ -96,7 +112,7 @@ def plans(said: Said, macs: Sequence[int]) -> Iterator[Plan]:
         for chain in itertools.combinations(everyone, length):
             tried = [quantiles(said.margin[network], of_each[length]) for network in chain[:-1]]
             for thresholds in itertools.product(*tried):
-                yield weigh(chain, thresholds, said, macs)
+                yield weigh(chain, thresholds, said, macs, added)
 
 
 def quantiles(margin: np.ndarray, count: int) -> list[float]:
@@ -149,7 +165,7 @@ def frontier(found: Sequence[Plan]) -> list[Plan]:
     return kept
 
 
-def static_at(cost: float, macs: Sequence[int], accuracy: Sequence[float]) -> float:
+def static_at(cost: float, macs: Sequence[float], accuracy: Sequence[float]) -> float:
     """Accuracy of a static network of this cost, read off the straight lines between the networks given; of the first
     or the last beyond them."""
     return float(np.interp(cost, macs, accuracy))

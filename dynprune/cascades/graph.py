@@ -1,14 +1,16 @@
 """One ONNX graph that holds a whole cascade, for stock onnxruntime.
 
 Takes the graphs of the networks and the thresholds between them. Of a batch, the images that the first is unsure of are
-gathered and given to the next, inside an `If`: where there are none, nothing of it runs. The outputs are `logits`, and
-`step`: which network had the last word, from 0.
+gathered and given to the next, inside an `If`: where there are none, nothing of it runs. A network that holds the one
+before it computes what that did not, from what that has. The outputs are `logits`, and `step`: which network had the
+last word, from 0.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import onnx
 from onnx import TensorProto, compose, helper, inliner, numpy_helper
 
 from dynprune.errors import DynpruneError
+from dynprune.files.nested import Wider, wider
 from dynprune.structure.tracing import first_line
 
 OUTPUTS = ("logits", "step")
@@ -47,17 +50,36 @@ class Steps:
         return graph.output[0].name
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One network of a cascade. more: where it holds the one before it, what it adds, and where in the graph the names
+    of that one's tensors are: behind `before`."""
+
+    graph: onnx.GraphProto
+    more: Wider | None = None
+    before: str = ""
+
+
+def stages_of(protos: Sequence[onnx.ModelProto]) -> list[Stage]:
+    """The networks in turn. One that holds the one before it goes on from there, unless that does so itself."""
+    found: list[Stage] = []
+    flat = [inliner.inline_local_functions(proto) for proto in protos]
+    for number, proto in enumerate(flat):
+        graph = compose.add_prefix(proto, f"network{number}/").graph
+        del graph.value_info[:]  # they speak of the whole batch
+        alone = not found or found[-1].more is not None
+        more = None if alone else wider(flat[number - 1], proto, f"network{number}")
+        found.append(Stage(graph, more, f"network{number - 1}/"))
+    return found
+
+
 def joined(protos: Sequence[onnx.ModelProto], thresholds: Sequence[float], facts: Mapping[str, str]) -> bytes:
     """The file, of networks of one opset. facts: metadata. Raises DynpruneError for graphs that cannot stand in one
     file."""
-    graphs = []
-    for number, proto in enumerate(protos):
-        graph = compose.add_prefix(inliner.inline_local_functions(proto), f"network{number}/").graph
-        del graph.value_info[:]  # they speak of the whole batch
-        graphs.append(graph)
+    stages = stages_of(protos)
     taken = protos[0].graph.input[0]
     top = Steps("cascade")
-    logits, step = cascade(top, graphs, list(thresholds), taken.name)
+    logits, step = cascade(top, stages, list(thresholds), top.network(stages[0].graph, taken.name), taken.name)
     top("Identity", logits, output=OUTPUTS[0])
     top("Identity", step, output=OUTPUTS[1])
     sizes = taken.type.tensor_type.shape.dim
@@ -92,12 +114,11 @@ def joined(protos: Sequence[onnx.ModelProto], thresholds: Sequence[float], facts
     return made.SerializeToString()
 
 
-def cascade(steps: Steps, graphs: Sequence[onnx.GraphProto], thresholds: list[float], x: str) -> tuple[str, str]:
-    """The first network on all of x, the rest on what it is unsure of; names of scores and steps."""
-    scores = steps.network(graphs[0], x)
+def cascade(steps: Steps, stages: Sequence[Stage], thresholds: list[float], scores: str, x: str) -> tuple[str, str]:
+    """What the first network said of x, and the rest of what it is unsure of; names of scores and steps."""
     rows = steps("Shape", scores, end=1)
     first = steps("ConstantOfShape", rows, value=numpy_helper.from_array(np.array([0], np.int64)))
-    if len(graphs) == 1:
+    if len(stages) == 1:
         return scores, first
     chances = steps("Softmax", scores, axis=1)
     best, _ = two_best(steps, chances)
@@ -108,7 +129,15 @@ def cascade(steps: Steps, graphs: Sequence[onnx.GraphProto], thresholds: list[fl
 
     def going_on(inner: Steps) -> tuple[str, str]:
         flat = inner("Reshape", where, inner.constant([-1], np.int64))
-        again, later = cascade(inner, graphs[1:], thresholds[1:], inner("Gather", x, flat, axis=0))
+        following = stages[1]
+        own = x if all(stage.more for stage in stages[1:]) else inner("Gather", x, flat, axis=0)
+        if following.more:
+            for twin, name in following.more.seen.items():
+                inner("Gather", following.before + twin, flat, axis=0, output=name)
+            inner.nodes += following.more.nodes
+            inner.constants += following.more.constants
+        again = following.more.scores if following.more else inner.network(following.graph, own)
+        again, later = cascade(inner, stages[1:], thresholds[1:], again, own)
         later = inner("Add", later, inner.constant(1, np.int64))
         return inner("ScatterND", scores, where, again), inner("ScatterND", first, where, later)
 

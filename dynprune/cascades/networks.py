@@ -5,19 +5,22 @@ Takes paths of ONNX files or of runs; returns what each costs, and how sure it i
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import inliner
 
 from dynprune.budgets.latency import Report
 from dynprune.data.loading import Data, Images
 from dynprune.data.preprocess import Preprocess
 from dynprune.deploy.answers import normalised
 from dynprune.errors import DynpruneError
+from dynprune.files.nested import wider
 from dynprune.files.onnxfile import macs_in, metadata_of, open_session, opset_of
 from dynprune.files.onnxfile import run as execute
 from dynprune.runs.directory import GateRun, RunDirectory, open_any
@@ -85,8 +88,19 @@ def open_network(target: str | Path) -> Network:
     return Network(name, path, proto, macs_in(proto), classes, preprocess, dict(facts), run)
 
 
-def check_alike(networks: Sequence[Network]) -> None:
-    """Raises DynpruneError for networks that no cascade can be made of."""
+def nested_in(networks: Sequence[Network]) -> dict[tuple[int, int], int]:
+    """Pairs of networks of which the second holds the first, and the multiply-accumulates that it adds."""
+    flat = [inliner.inline_local_functions(network.proto) for network in networks]
+    found = {}
+    for inner, outer in itertools.combinations(range(len(networks)), 2):
+        if networks[inner].macs < networks[outer].macs and (more := wider(flat[inner], flat[outer], "")):
+            found[inner, outer] = more.macs
+    return found
+
+
+def check_alike(networks: Sequence[Network], wide: Collection[int] = ()) -> None:
+    """Raises DynpruneError for networks that no cascade can be made of. wide: those that hold another; they may cost as
+    much as their neighbours."""
     if not FEWEST <= len(networks) <= MOST:
         raise DynpruneError(
             f"A cascade got {len(networks)} network(s). Expected {FEWEST} to {MOST}, the smallest first."
@@ -94,7 +108,7 @@ def check_alike(networks: Sequence[Network]) -> None:
     first = networks[0]
     if len(first.classes) < 2:
         raise DynpruneError(f"{first.path} knows one class only: there is nothing to be unsure of.")
-    for before, own in zip(networks, networks[1:]):
+    for number, (before, own) in enumerate(zip(networks, networks[1:])):
         if own.classes != first.classes:
             raise DynpruneError(
                 f"{first.path} knows the classes {', '.join(first.classes[:5])}; {own.path} "
@@ -111,7 +125,7 @@ def check_alike(networks: Sequence[Network]) -> None:
                 f"{first.path} is of opset {opset_of(first.proto)}, {own.path} of {opset_of(own.proto)}. Expected one: "
                 "export them with the same --opset."
             )
-        if own.macs <= before.macs:
+        if own.macs < before.macs or own.macs == before.macs and not {number, number + 1} & set(wide):
             raise DynpruneError(
                 f"{before.path} takes {before.macs / 1e6:.2f} M multiply-accumulates, {own.path} after it "
                 f"{own.macs / 1e6:.2f} M. Expected the smallest network first."

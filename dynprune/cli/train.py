@@ -100,16 +100,17 @@ def gate(
         str,
         typer.Option(
             "--form",
-            help="What decides: gates (predictors inside the network, which are trained), or cascade (a compact "
-            "network for every image, a larger one where it is unsure).",
+            help="What decides: gates (predictors inside the network, which are trained), cascade (a compact network "
+            "for every image, a larger one where it is unsure), or nested (the compact one lies inside of the larger "
+            "one, which goes on from it; of a trained network).",
         ),
     ] = "gates",
     max_drop: Annotated[
         float | None,
         typer.Option(
             "--max-drop",
-            help="With --form cascade, in place of --target: the cheapest that loses at most so many points of "
-            "validation accuracy beside the last network. [default: 0]",
+            help="With --form cascade or nested, in place of --target: the cheapest that loses at most so many points "
+            "of validation accuracy beside the last network. [default: 0]",
             show_default=False,
         ),
     ] = None,
@@ -117,8 +118,8 @@ def gate(
         float | None,
         typer.Option(
             "--min-accuracy",
-            help="With --form cascade, in place of --target: the cheapest with so many percent of the validation "
-            "images right.",
+            help="With --form cascade or nested, in place of --target: the cheapest with so many percent of the "
+            "validation images right.",
             show_default=False,
         ),
     ] = None,
@@ -126,21 +127,24 @@ def gate(
         str,
         typer.Option(
             "--shares",
-            help="With --form cascade and --weights: shares of the multiply-accumulates for which compact networks are "
-            "made, such as 0.2,0.4; which of them are used is chosen on validation images. [default: around --target]",
+            help="With --form cascade or nested and --weights: shares of the multiply-accumulates for which compact "
+            "networks are made, such as 0.2,0.4; which of them are used is chosen on validation images. [default: "
+            "around --target]",
             show_default=False,
         ),
     ] = "",
     search_time: Annotated[
         str,
         typer.Option(
-            "--search-time", help="With --form cascade and --weights: how long each network's widths are searched for."
+            "--search-time",
+            help="With --form cascade or nested and --weights: how long each network's widths are searched for.",
         ),
     ] = "30s",
     tune: Annotated[
         str,
         typer.Option(
-            "--tune", help="With --form cascade and --weights: how long each network learns from the untouched one."
+            "--tune",
+            help="With --form cascade or nested and --weights: how long each network learns from the untouched one.",
         ),
     ] = "1m",
     out: Annotated[
@@ -148,7 +152,7 @@ def gate(
         typer.Option(
             "--out",
             "-o",
-            help="Run directory to write. [default: runs/MODEL-DATA-gate, or -cascade]",
+            help="Run directory to write. [default: runs/MODEL-DATA-gate, -cascade or -nested]",
             show_default=False,
         ),
     ] = None,
@@ -161,7 +165,7 @@ def gate(
 
     Gates are trained with the network; then `dynprune export RUN --onnx` and `dynprune bench RUN`. With `--target 1`
     nothing is closed: what to compare with. `--form cascade` trains no gates and writes one ONNX file, of networks that
-    are given or that it makes compact itself.
+    are given or that it makes compact itself; so does `--form nested`, where the small network is a part of the large.
 
     Examples: `dynprune gate runs/mine --target 0.33 --epochs 10`,
     `dynprune gate --form cascade runs/quarter runs/dense --target 0.4`,
@@ -169,10 +173,12 @@ def gate(
     """
     bases = base or []
     made = Made(shares, search_time, tune)
-    if form == "cascade":
-        return cascade(given, bases, made, max_drop, min_accuracy, out, overwrite, resume, json_output)
+    if form in ("cascade", "nested"):
+        return cascade(
+            given, bases, made, max_drop, min_accuracy, out, overwrite, resume, json_output, form == "nested"
+        )
     if form != "gates":
-        raise DynpruneError(f'--form got "{form}". Expected gates or cascade.')
+        raise DynpruneError(f'--form got "{form}". Expected gates, cascade or nested.')
     if max_drop is not None or min_accuracy is not None:
         raise DynpruneError("--max-drop and --min-accuracy are of --form cascade. Gates have --target.")
     if made != Made():
@@ -227,9 +233,14 @@ def cascade(
     overwrite: bool,
     resume: bool,
     json_output: bool,
+    nested: bool,
 ) -> None:
-    """`gate --form cascade`, of networks that are given, or of a trained one."""
+    """`gate --form cascade`, of networks that are given, or of a trained one; `--form nested`, of a trained one."""
     making = not networks and "weights" in given
+    if nested and not making:
+        raise DynpruneError(
+            "--form nested makes its networks of a trained one: pass --model, --weights and --data, and no runs."
+        )
     known = {"target", *(OF_TRAINED if making else OF_A_CASCADE)}
     foreign = sorted(set(not_of_file(given)) - known) + ["resume"] * (resume and not making)
     if foreign:
@@ -260,6 +271,7 @@ def cascade(
             shares=numbers_in(made.shares),
             threads=given.get("threads", 1),
             data=data,
+            nested=nested,
             overwrite=overwrite,
             resume=resume,
             listener=listener,

@@ -1,4 +1,5 @@
-"""`dynprune gate --form cascade`: a compact network for every image, a larger one where it is unsure."""
+"""`dynprune gate --form cascade`: a compact network for every image, a larger one where it is unsure. With `--form
+nested` the compact one lies inside of the larger one, which goes on from it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dynprune.cascades.build import CascadeResult, make
 from dynprune.cascades.choice import Asked
-from dynprune.cascades.networks import MOST, Network, check_alike, open_network
+from dynprune.cascades.networks import MOST, Network, check_alike, nested_in, open_network
 from dynprune.commands.train import run_name
 from dynprune.data.loading import Data, Source, load_data
 from dynprune.deploy.several import compact_several
@@ -22,6 +23,7 @@ from dynprune.runs.config import CompactConfig
 
 PAGE, NETWORKS = "report.html", "networks"
 PARTS = (0.45, 0.75, 1.0, 1.5, 2.0)  # of the target: budgets of the compact networks
+PARTS_NESTED = (0.45, 0.65, 1.0)  # where the first two lie in a wide network each, and the last is to compare with
 SHARES = (0.15, 0.25, 0.4, 0.6)  # without a target
 
 
@@ -34,6 +36,7 @@ def cascade(
     shares: Sequence[float] = (),
     threads: int = 1,
     data: str | Data | Source = "",
+    nested: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     listener: Listener = SILENT,
@@ -47,8 +50,10 @@ def cascade(
     (mean multiply-accumulates of an image, over those of the last network), max_drop (points of validation accuracy
     below the last network) and min_accuracy (percent of the validation images); as accurate as the last network if none
     is given. shares: of the multiply-accumulates, for which compact networks are made; without them some around the
-    target. resume: those of them that are in `out` already stay. threads: of onnxruntime, for the times. data: where
-    the runs' data lie now, or the data themselves; files without a run need them.
+    target. nested: for each of them that is below the target, a network of all channels is made too in which it lies,
+    and which computes, where the compact one is unsure, only what that has not; one of these pairs is used. resume:
+    those of them that are in `out` already stay. threads: of onnxruntime, for the times. data: where the runs' data lie
+    now, or the data themselves; files without a run need them.
 
     Raises DynpruneError, before anything is written, for networks of other classes or inputs, and where one of them
     alone does as well; networks that were made here stay then.
@@ -61,16 +66,17 @@ def cascade(
     asked = Asked(target, max_drop, min_accuracy).validate()
     first, *others = networks or ("",)
     if not isinstance(first, CompactConfig):
-        if shares or resume:
+        if shares or resume or nested:
             raise DynpruneError(
-                "--shares and --resume are for a trained network that is compacted here. Leave them out."
+                "--shares, --resume and nested networks are for a trained network that is compacted here. Leave them "
+                "out."
             )
         return of_networks([str(network) for network in networks], out, asked, threads, data, overwrite, listener)
     if others or data:
         raise DynpruneError(
             "A cascade of a trained network got other networks or data too. Expected its settings alone."
         )
-    return of_trained(first, out, asked, shares, threads, overwrite, resume, listener)
+    return of_trained(first, out, asked, shares, threads, nested, overwrite, resume, listener)
 
 
 def of_networks(
@@ -83,7 +89,7 @@ def of_networks(
     listener: Listener,
 ) -> CascadeResult:
     found = [open_network(network) for network in networks]
-    check_alike(found)
+    check_alike(found, {outer for _, outer in nested_in(found)})
     folder = Path(out) if out else Path("runs") / f"{found[0].name}-{found[-1].name}-cascade"
     refuse_folder(folder, overwrite)
     try:
@@ -99,42 +105,57 @@ def of_trained(
     asked: Asked,
     shares: Sequence[float],
     threads: int,
+    nested: bool,
     overwrite: bool,
     resume: bool,
     listener: Listener,
 ) -> CascadeResult:
     config = config.validate()
-    shares = check_shares(shares or shares_for(asked.target), asked.target)
-    folder = Path(out) if out else run_name(config, "cascade")
+    shares = check_shares(shares or shares_for(asked.target, nested), asked.target)
+    inside = [share for share in shares if asked.target is None or share < asked.target] if nested else []
+    if len(shares) + len(inside) >= MOST:
+        raise DynpruneError(
+            f"--shares got {len(shares)}, of which {len(inside)} lie in a wide network each, so there would be "
+            f"{len(shares) + len(inside)} networks beside the untouched one. Expected {MOST - 1} at most."
+        )
+    folder = Path(out) if out else run_name(config, "nested" if nested else "cascade")
     refuse_folder(folder, overwrite or resume)
     kept = folder / NETWORKS
     try:
-        several = compact_several(config, shares, kept, resume=resume, listener=listener)
+        several = compact_several(config, shares, kept, inside=inside, resume=resume, listener=listener)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was written
     found = [open_network(run) for run in several.runs]
     try:
-        return written(found, several.data, folder, asked, threads, listener)
+        return written(found, several.data, folder, asked, threads, listener, nested)
     except DynpruneError as error:
         given = " ".join(str(run) for run in several.runs)
         raise DynpruneError(f"{error} The networks stay: dynprune gate --form cascade {given}") from error
 
 
 def written(
-    networks: Sequence[Network], data: Data, folder: Path, asked: Asked, threads: int, listener: Listener
+    networks: Sequence[Network],
+    data: Data,
+    folder: Path,
+    asked: Asked,
+    threads: int,
+    listener: Listener,
+    nested: bool = False,
 ) -> CascadeResult:
     """The cascade of these networks with its files."""
-    result, sights = make(networks, data, folder, asked, threads=threads, report=listener.work)
+    result, sights = make(networks, data, folder, asked, threads=threads, nested=nested, report=listener.work)
     result = dataclasses.replace(result, page=str(folder / PAGE))
     write_cascade_page(folder / PAGE, result, sights, data)
     write_text(folder / "cascade.json", json.dumps(dataclasses.asdict(result), indent=2))
     return result
 
 
-def shares_for(target: float | None) -> tuple[float, ...]:
+def shares_for(target: float | None, nested: bool = False) -> tuple[float, ...]:
     """Budgets of the compact networks that a cascade chooses from."""
-    return tuple(round(target * part, 3) for part in PARTS if target * part < 1) if target else SHARES
+    if not target:
+        return SHARES[:3] if nested else SHARES  # there are twice as many networks then
+    return tuple(round(target * part, 3) for part in (PARTS_NESTED if nested else PARTS) if target * part < 1)
 
 
 def check_shares(shares: Sequence[float], target: float | None) -> list[float]:

@@ -7,31 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
+from onnx import inliner
 from torch import nn
 
 from dynprune.budgets.fit import Fit
 from dynprune.data.loading import Data
-from dynprune.data.scores import evaluate
+from dynprune.data.scores import Scores, evaluate
 from dynprune.deploy.export import export
+from dynprune.deploy.modules import export_module
 from dynprune.deploy.trained import (
     Bench,
     Timer,
+    TrainedResult,
     cut_and_write,
     find_widths,
     made,
     prepare,
+    prove_cut,
     right_answers,
+    tuned,
     with_budget,
     write,
 )
 from dynprune.errors import DynpruneError
 from dynprune.files import artifact
+from dynprune.files.nested import wider
 from dynprune.listener import SILENT, Listener
+from dynprune.repair.nested import Nested, refit_wide
 from dynprune.repair.widths import Found
 from dynprune.runs.config import CompactConfig, seconds_in
 from dynprune.runs.directory import CompactRun
@@ -124,27 +133,39 @@ def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
     return str(path)
 
 
+WIDE = "-wide"  # how the name of a run ends whose network holds another, which is named so far
+
+
 @dataclass(frozen=True)
 class Several:
-    """runs: directories with an ONNX file for every share, the smallest first, and one of the network as it is. data:
-    as they take it."""
+    """runs: directories with an ONNX file for every share, the smallest first, then those that hold another, and last
+    the network as it is. data: as they take it."""
 
     runs: list[Path]
     data: Data
 
 
 def compact_several(
-    config: CompactConfig, shares: Sequence[float], folder: Path, *, resume: bool = False, listener: Listener = SILENT
+    config: CompactConfig,
+    shares: Sequence[float],
+    folder: Path,
+    *,
+    inside: Collection[float] = (),
+    resume: bool = False,
+    listener: Listener = SILENT,
 ) -> Several:
     """The network of `config` compacted to each share of its multiply-accumulates, searched and tuned for as long as
     `config` says at each, and the network as it is; exported, in run directories in `folder`.
 
-    resume: networks that are there are kept. Raises DynpruneError where they are of other weights or settings.
+    inside: shares for which the compact network lies inside of a wide one, which is made with it. resume: networks that
+    are there are kept. Raises DynpruneError where they are of other weights or settings.
     """
     with threads(config.threads), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         first = dataclasses.replace(config, budget=(f"macs={max(shares)}",))
         bench = prepare(first, Timer(listener), listener)
+        if inside:
+            refuse_not_nestable(bench)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # of what is replaced, now that this can be made
         whole = CompactRun(folder / "untouched")
@@ -152,22 +173,74 @@ def compact_several(
             refuse_other(whole, bench.full, trust=runs_code(config.model))
         else:
             write_untouched(bench, whole.path, listener)
-        runs, wider = [whole], None
+        runs, outer, wider = [], [], None
         for number, share in enumerate(sorted(shares, reverse=True)):
             listener.say(f"compact network {number + 1} of {len(shares)}: {share:g} of the multiply-accumulates")
             trial, run = with_budget(bench, share, wider), CompactRun(folder / f"macs-{share:g}")
-            if resume and run.compact_file.is_file():
+            wide = CompactRun(folder / (run.path.name + WIDE)) if share in inside else None
+            if resume and run.compact_file.is_file() and (wide is None or wide.compact_file.is_file()):
                 widths = kept_widths(run, trial.config)
                 listener.say(f"{run.path} is there: it stays")
             else:
-                widths = one_of_several(trial, run.path, listener)
+                widths = two_nested(trial, run, wide, listener) if wide else one_of_several(trial, run.path, listener)
             wider = dataclasses.replace(trial, fit=Fit(widths))
             runs.append(run)
-    for run in runs:
+            outer += [wide] if wide else []
+    everything = [*reversed(runs), *reversed(outer), whole]
+    for run in everything:
         if not run.onnx_file.is_file():
             listener.note(f"exporting {run.path.name} to ONNX and comparing with torch")
             export(run, data=bench.data)
-    return Several([run.path for run in [*reversed(runs[1:]), whole]], bench.data)
+    return Several([run.path for run in everything], bench.data)
+
+
+def refuse_not_nestable(bench: Bench) -> None:
+    """Raises DynpruneError for a network of which no part can lie in another, before anything is searched for or tuned:
+    seen on one that is cut and not repaired."""
+    head, widths = bench.compaction.head, bench.fit.widths
+    if head is not None:
+        narrow = bench.compaction.cut(widths)
+        nested = Nested(bench.full, narrow, bench.graph.kept(bench.compaction.selection(widths)), head)
+        example = bench.data.example.to(bench.device)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / "narrow.onnx", Path(folder) / "wide.onnx"]
+            for path, model in zip(files, (narrow, nested.wide)):
+                export_module(Scores(model), (example,), path)
+            flat = [inliner.inline_local_functions(onnx.load(path)) for path in files]
+        if wider(flat[0], flat[1], "trial"):
+            return
+    raise DynpruneError(
+        f"{bench.config.model} cannot lie in a wider one of its kind: its layers mix channels in other ways than "
+        "convolutions, linear layers, pooling and BatchNorm do. Use --form cascade."
+    )
+
+
+def two_nested(bench: Bench, run: CompactRun, wide: CompactRun, listener: Listener) -> dict[str, int]:
+    """Make a compact network and the wide one that it lies in, tuned in the same steps. Returns the compact one's
+    widths."""
+    timer, compaction = Timer(listener), bench.compaction
+    found = find_widths(bench, seconds_in(bench.config.search_time), timer, listener)
+    timer("repair", "cutting and repairing both networks")
+    difference, unproven = prove_cut(bench, found.widths)
+    narrow, kept = made(bench, found.widths), bench.graph.kept(compaction.selection(found.widths))
+    nested = Nested(bench.full, narrow, kept, str(compaction.head))
+    if not bench.config.no_repair:
+        refit_wide(nested, compaction)
+    told = []
+    for model in (narrow, nested.wide):
+        repaired = evaluate(model, bench.data, bench.data.test, bench.device)
+        told.append(dict(accuracy_repaired=repaired, distance=compaction.distance(model)))
+    steps = tuned(bench, nested, timer, listener)
+    narrow = nested.hand_over()
+    timer("write", "writing, and proving that what was written is what was made")
+    same = dict(accuracy_before=bench.before, tune_steps=steps, max_rel_diff=difference, mixed_groups=unproven)
+    result = write(CompactRun.create(run.path, bench.config, True), bench, narrow.cpu(), found, told[0] | same, timer)
+    outer = write_whole(bench, wide.path, nested.wide, told[1] | same | {"max_rel_diff": 0.0}, timer)
+    listener.say(
+        f"{100 * result.accuracy:.2f} % on {result.test_data} inside of {100 * outer.accuracy:.2f} % "
+        f"({100 * result.accuracy_before:.2f} % before)"
+    )
+    return result.widths
 
 
 def one_of_several(bench: Bench, path: Path, listener: Listener) -> dict[str, int]:
@@ -214,9 +287,6 @@ def write_untouched(bench: Bench, path: Path, listener: Listener) -> None:
     """A run directory of the network as it is."""
     timer = Timer(listener)
     timer("write", "writing the network as it is")
-    config = dataclasses.replace(bench.config, budget=("macs=1",), search="none", tune="0", no_repair=True)
-    cost = bench.fitter.cost
-    found = Found(dict(zip(cost.names, map(int, cost.arms))), 0.0, [(0.0, 0.0)])
     told = dict(
         accuracy_before=bench.before,
         accuracy_repaired=bench.before,
@@ -225,6 +295,15 @@ def write_untouched(bench: Bench, path: Path, listener: Listener) -> None:
         max_rel_diff=0.0,
         mixed_groups=[],
     )
+    write_whole(bench, path, copied(bench.full), told, timer)
+
+
+def write_whole(bench: Bench, path: Path, model: nn.Module, told: dict, timer: Timer) -> TrainedResult:
+    """A run directory of a network of all channels."""
+    config = dataclasses.replace(bench.config, budget=("macs=1",), search="none", tune="0", no_repair=True)
+    cost = bench.fitter.cost
+    found = Found(dict(zip(cost.names, map(int, cost.arms))), 0.0, [(0.0, 0.0)])
     whole = dataclasses.replace(bench, config=config)
-    write(CompactRun.create(path, config, True), whole, copied(bench.full).cpu(), found, told, timer)
-    bench.full.to(bench.device)
+    result = write(CompactRun.create(path, config, True), whole, model.cpu(), found, told, timer)
+    bench.full.to(bench.device)  # writing took it to the CPU
+    return result

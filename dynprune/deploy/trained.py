@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from dynprune.files.disk import kind_of
 from dynprune.listener import SILENT, Listener
 from dynprune.repair.distill import Lesson, Memory, of_labels, tune
 from dynprune.repair.images import enough, sample_images
+from dynprune.repair.nested import Nested
 from dynprune.repair.shares import Share
 from dynprune.repair.trained import FEWEST, Compaction
 from dynprune.repair.widths import Found
@@ -208,20 +209,26 @@ def made(bench: Bench, widths: dict[str, int]) -> nn.Module:
 
 
 def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> int:
-    """Let the narrow network learn from the untouched one for as long as the settings say. Returns the steps."""
+    """Let the narrow network learn from the untouched one for as long as the settings say. Returns the steps. Two
+    networks of which one lies in the other learn in the same steps."""
     config, seconds = bench.config, seconds_in(bench.config.tune)
     if not seconds:
         return 0
     timer("tune", f"tuning for {config.tune}")
+    both = isinstance(narrow, Nested)  # and each is to say what the untouched network says
+
+    def run(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        said = logits(model(batch[0]))
+        return torch.cat([said, said]) if both and model is not narrow else said
+
+    def of_batch(output: object, batch: Sequence[Tensor]) -> Tensor | None:
+        return of_labels(logits(output), torch.cat([batch[1], batch[1]]) if both else batch[1])
+
+    once = bench.data.augment == "none" and not both
     with learning_together(narrow, bench.ranks) as equal_gradients:
         return tune(
             narrow,
-            Lesson(
-                bench.full,
-                lambda model, batch: model(batch[0]),
-                own=lambda output, batch: of_labels(logits(output), batch[1]),
-                memory=Memory(len(bench.data.train)) if bench.data.augment == "none" else None,
-            ),
+            Lesson(bench.full, run, own=of_batch, memory=Memory(len(bench.data.train)) if once else None),
             endless(bench.data, config, bench.device, bench.ranks),
             seconds,
             lr=config.tune_lr,
@@ -229,6 +236,7 @@ def tuned(bench: Bench, narrow: nn.Module, timer: Timer, listener: Listener) -> 
             report=lambda now, loss, step: listener.detail(f"tuning: {now:.0f} of {seconds:.0f} s, loss {loss:.3f}"),
             clock=bench.compaction.images.share.clock(bench.device),
             average=equal_gradients,
+            settle=narrow.settle if isinstance(narrow, Nested) else lambda: None,
         )
 
 

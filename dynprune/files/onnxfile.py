@@ -141,9 +141,8 @@ def constants_in(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from constants_in(inner)
 
 
-def macs_in(proto: onnx.ModelProto) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image, weights in int8 included. Raises
-    DynpruneError where shapes are not known."""
+def shapes_of(proto: onnx.ModelProto) -> dict[str, list[int]]:
+    """Of one image's tensors, by name, as far as they are known: 0 stands for a size that is not."""
     one = onnx.ModelProto()
     one.CopyFrom(proto)
     for value in [*one.graph.input, *one.graph.output]:
@@ -153,8 +152,15 @@ def macs_in(proto: onnx.ModelProto) -> int:
     shapes = {entry.name: list(entry.dims) for entry in graph.initializer}
     for value in [*graph.value_info, *graph.input, *graph.output]:
         shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    return shapes
+
+
+def macs_in(proto: onnx.ModelProto) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image, weights in int8 included. Raises
+    DynpruneError where shapes are not known."""
+    shapes = shapes_of(proto)
     total = 0
-    for node in graph.node:
+    for node in proto.graph.node:
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
         taken, weight, made = (shapes.get(name, []) for name in (*node.input[:2], node.output[0]))

@@ -160,6 +160,7 @@ def tune(
     report: Callable[[float, float, int], None] = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
     average: Callable[[], object] = lambda: None,
+    settle: Callable[[], object] = lambda: None,
 ) -> int:
     """Train `narrow` in place, SGD with Nesterov momentum, until the seconds are over. Returns the number of steps.
 
@@ -167,7 +168,8 @@ def tune(
 
     batches: endless; on the networks' device; of several processes, each one's part. lr: peak rate; without one `most`,
     or less where few steps fit into the time, which the steps so far tell. report: seconds so far, loss, steps.
-    average: called after each backward pass, so that several processes can make their gradients equal.
+    average: called after each backward pass, so that several processes can make their gradients equal. settle: after
+    each step, to put back what is not to change.
     """
     device = next(narrow.parameters()).device
     optimizer = torch.optim.SGD(
@@ -197,6 +199,7 @@ def tune(
         if not bounded:  # a squared difference has no bound on its slope, as a divergence has
             torch.nn.utils.clip_grad_norm_(narrow.parameters(), STEEPEST)
         optimizer.step()
+        settle()
         steps += 1
         if not math.isfinite(now := float(loss.detach())):
             raise DynpruneError(

@@ -196,11 +196,13 @@ def repair(
     ridge: float = RIDGE,
     sums: bool = True,
     rounds: int = ROUNDS,
+    settle: Callable[[], object] = lambda: None,
 ) -> None:
     """Refit every layer of `narrow`, which is in eval mode, in place.
 
     kept: the positions of the untouched tensors that it holds. sums: let the last layer of a branch aim at the sum.
-    rounds: of the regression behind a rectifier; 0 fits also what it cuts off.
+    rounds: of the regression behind a rectifier; 0 fits also what it cuts off. settle: called after each layer, to put
+    back what is not to change.
     """
     wanted = {own.added for own in targets.following.values() if own.added is not None}
     seen = {-1 - i: value for i, value in enumerate(tensors_in(targets.inputs))}
@@ -227,9 +229,11 @@ def repair(
         norm = norm_at(narrow, own.norm) if own.norm else None
         rows = patches(layer, x, target.size, target.rows)
         solve(layer, rows, wanted, ridge, norm, edge, rounds, targets.share)
+        settle()
 
     for name, own in targets.shared.items():
         refit_shared(layer_at(narrow, name), own, kept, name, ridge)
+        settle()
     run_hooked(narrow, targets.inputs, Numbered(tell), before={name: refit for name in targets.layers})
 
 

@@ -238,8 +238,8 @@ def timm_factory(name: str, options: dict[str, Any], size: Sequence[int] | None)
         raise DynpruneError(f'timm has no model "{name}". Close to it: {close}.')
     usual, sized = timm.get_pretrained_cfg(name), {}
     chosen = any("img_size" in option for option in options)  # img_size=96, or dynamic_img_size=True
-    fixed = usual and usual.fixed_input_size and not chosen
-    if size and fixed and tuple(size[1:]) != tuple(usual.input_size[1:]):
+    fixed = usual if usual and usual.fixed_input_size and not chosen else None
+    if size and fixed and tuple(size[1:]) != tuple(fixed.input_size[1:]):
         sized["img_size"] = tuple(size[1:])
 
     def built(classes: int) -> nn.Module:

@@ -272,7 +272,7 @@ def test_what_cannot_be_joined_is_refused(files, data, tmp_path):
     [
         (["--form", "cascade", "a", "b", "--epochs", "3"], "--epochs"),
         (["--form", "cascade", "a", "b", "--resume"], "--resume"),
-        (["--form", "cascades"], "gates or cascade"),
+        (["--form", "cascades"], "gates, cascade or nested"),
         (["a", "b"], "gate got 2 runs"),
         (["a", "--max-drop", "1"], "--form cascade"),
     ],

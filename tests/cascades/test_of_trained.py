@@ -16,7 +16,7 @@ from dynprune.errors import DynpruneError
 from dynprune.listener import Listener
 from dynprune.runs.directory import open_any
 from tests.cascades.test_cascades import invented
-from tests.models import learned_tiny
+from tests.models import learned_tiny, normed
 
 NET = ["--model", "tests.models:tiny", "--image-size", "8", "--data", "digits"]
 
@@ -39,13 +39,8 @@ def weights(model, tmp_path_factory):
 
 
 def settings(weights, **more):
-    return dynprune.CompactConfig(
-        data="digits",
-        model="tests.models:tiny",
-        weights=weights,
-        image_size="8",
-        **{"search": "none", "tune": "0", **more},
-    )
+    usual = {"model": "tests.models:tiny", "image_size": "8", "search": "none", "tune": "0"}
+    return dynprune.CompactConfig(data="digits", weights=weights, **{**usual, **more})
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +122,23 @@ def test_a_stopped_one_goes_on_with_the_networks_that_are_there(weights, model, 
     assert [row.name for row in result.rows] == ["macs-0.2", "macs-0.5", "untouched", "cascade"]
 
 
-def test_a_compact_file_can_be_what_is_made_smaller(made, tmp_path):
+def test_a_compact_file_can_be_what_is_made_smaller(weights, tmp_path):
     """What was cut before is no other network when it is taken up again."""
-    start = str(made[1] / "networks" / "macs-0.6" / "compact.safetensors")
-    asked = {"out": tmp_path / "out", "shares": (0.3, 0.6), "max_drop": 30.0}
-    first = dynprune.cascade(settings(start, no_repair=True), **asked)
-    again = dynprune.cascade(settings(start, no_repair=True), **asked, resume=True)
+    start = dynprune.compact(settings(weights, budget=("0.6",)), out=tmp_path / "start").path
+    asked = {"out": tmp_path / "out", "shares": (0.15, 0.3), "target": 0.9}
+    first = dynprune.cascade(settings(start), **asked)
+    again = dynprune.cascade(settings(start), **asked, resume=True)
     assert [row.macs for row in again.rows[:-1]] == [row.macs for row in first.rows[:-1]]
 
 
 def test_the_command_makes_them_too(weights, tmp_path):
     out = tmp_path / "out"
-    asked = ["gate", "--form", "cascade", *NET, "--weights", weights, "--shares", "0.15,0.5", "--max-drop", "1"]
+    asked = ["gate", "--form", "cascade", *NET, "--weights", weights, "--shares", "0.08,0.12", "--target", "0.9"]
     done = CliRunner().invoke(app, [*asked, "--search-time", "1s", "--tune", "0", "--out", str(out), "--json"])
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads(done.stdout)
-    assert [row["name"] for row in result["rows"]] == ["macs-0.15", "macs-0.5", "untouched", "cascade"]
-    assert result["val_accuracy"] >= result["rows"][2]["val_accuracy"] - 0.01
+    assert [row["name"] for row in result["rows"]] == ["macs-0.08", "macs-0.12", "untouched", "cascade"]
+    assert result["val_share"] <= 0.9 and result["val_accuracy"] > result["rows"][0]["val_accuracy"]
     assert "compact network 2 of 2" in done.stderr and "search" in done.stderr
 
 
@@ -198,3 +193,54 @@ def test_of_many_networks_chains_of_up_to_three_are_weighed():
     found = list(plans(invented(8), tuple(range(10, 90, 10))))
     assert {len(plan.chain) for plan in found} == {1, 2, 3} and len(found) < 100_000
     assert len({plan.chain for plan in found}) == 8 + 28 + 56
+
+
+NESTED = {"target": 0.85, "shares": (0.1, 0.2), "nested": True}
+
+
+@pytest.fixture(scope="module")
+def nested(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nested") / "out"
+    return dynprune.cascade(settings(weights, tune="1s", tune_lr=1e-4), out=out, **NESTED), out
+
+
+def test_a_network_goes_on_from_the_one_that_lies_in_it(nested, data):
+    result, out = nested
+    names = ["macs-0.1", "macs-0.2", "macs-0.1-wide", "macs-0.2-wide", "untouched"]
+    assert [row.name for row in result.rows] == [*names, "cascade"]
+    inner = result.chain.index(result.goes_on_from)
+    assert result.chain[inner + 1] == f"{result.goes_on_from}-wide"
+    rows = {row.name: row for row in result.rows}
+    assert rows["macs-0.2-wide"].macs == rows["untouched"].macs
+    passes = sum(rows[name].macs * share_reached(result, rows, name) for name in result.chain)
+    assert rows["cascade"].macs < passes  # the wide network computes less than all of itself
+    assert result.agreement >= 0.99 and result.verdict
+    again = dynprune.cascade(*(out / "networks" / name for name in names), out=out.parent / "again", target=0.85)
+    assert again.rows[0].accuracy == result.rows[0].accuracy
+
+
+def share_reached(result, rows, name):
+    """Of the images, those that reach a network of the chain."""
+    later = result.chain[result.chain.index(name) :]
+    return sum(rows[own].images_share for own in later)
+
+
+def test_networks_that_lie_in_others_stay_when_it_goes_on(nested, weights):
+    result, out = nested
+    before = {path.name: (path / "compact.safetensors").stat().st_mtime_ns for path in (out / "networks").iterdir()}
+    again = dynprune.cascade(settings(weights, tune="1s", tune_lr=1e-4), out=out, **NESTED, overwrite=True, resume=True)
+    after = {path.name: (path / "compact.safetensors").stat().st_mtime_ns for path in (out / "networks").iterdir()}
+    assert after == before and again.chain == result.chain
+
+
+def test_what_cannot_be_nested_is_refused_before_anything_is_made(weights, tmp_path):
+    error = CliRunner().invoke(app, ["gate", "--form", "nested", "runs/a", "runs/b"]).exception
+    assert isinstance(error, DynpruneError) and "--form nested makes its networks of a trained one" in str(error)
+    with pytest.raises(DynpruneError, match="--shares got 4, of which 4 lie in a wide network"):
+        dynprune.cascade(settings(weights), out=tmp_path / "out", shares=(0.1, 0.2, 0.3, 0.4), nested=True)
+    torch.manual_seed(0)
+    torch.save(normed(10).state_dict(), tmp_path / "normed.pt")
+    other = settings(str(tmp_path / "normed.pt"), model="tests.models:normed")
+    with pytest.raises(DynpruneError, match="cannot lie in a wider one"):
+        dynprune.cascade(other, out=tmp_path / "out", shares=(0.5,), target=0.8, nested=True)
+    assert not (tmp_path / "out").exists()
