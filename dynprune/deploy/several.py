@@ -26,6 +26,7 @@ from dynprune.deploy.trained import (
     Bench,
     Timer,
     TrainedResult,
+    better_of,
     cut_and_write,
     find_widths,
     made,
@@ -230,12 +231,17 @@ def two_nested(bench: Bench, run: CompactRun, wide: CompactRun, listener: Listen
     for model in (narrow, nested.wide):
         repaired = evaluate(model, bench.data, bench.data.test, bench.device)
         told.append(dict(accuracy_repaired=repaired, distance=compaction.distance(model)))
+    before = copied(narrow), copied(nested.wide)
     steps = tuned(bench, nested, timer, listener)
-    narrow = nested.hand_over()
+    narrow, whole = nested.hand_over(), nested.wide
+    if steps:
+        far = told[1]["distance"], compaction.distance(whole)
+        whole, steps = better_of(bench, (before[1], far[0]), (whole, far[1]), steps, listener)
+        narrow = narrow if steps else before[0]
     timer("write", "writing, and proving that what was written is what was made")
     same = dict(accuracy_before=bench.before, tune_steps=steps, max_rel_diff=difference, mixed_groups=unproven)
     result = write(CompactRun.create(run.path, bench.config, True), bench, narrow.cpu(), found, told[0] | same, timer)
-    outer = write_whole(bench, wide.path, nested.wide, told[1] | same | {"max_rel_diff": 0.0}, timer)
+    outer = write_whole(bench, wide.path, whole, told[1] | same | {"max_rel_diff": 0.0}, timer)
     listener.say(
         f"{100 * result.accuracy:.2f} % on {result.test_data} inside of {100 * outer.accuracy:.2f} % "
         f"({100 * result.accuracy_before:.2f} % before)"

@@ -37,8 +37,6 @@ class Nested(nn.Module):
         assert isinstance(last, nn.Linear), head
         self.reads = torch.from_numpy(kept.get((f"{head}.weight", 1), np.arange(last.in_features)))
         self.reads = self.reads.to(last.weight.device)
-        self.features: list[Tensor] = []
-        last.register_forward_pre_hook(self.note)
         outputs = {f"{name}.weight": 1 for name, layer in self.wide.named_modules() if transposed(layer)}
         self.shared: list[Shared] = []
         inner = named_tensors(narrow)
@@ -48,13 +46,15 @@ class Nested(nn.Module):
                 self.shared.append(Shared(value, inner[name], at, outputs.get(name, 0)))
         self.hold()
 
-    def note(self, _layer: nn.Module, given: tuple) -> None:
-        self.features = [given[0]]
-
     def forward(self, images: Tensor) -> Tensor:
-        wide = logits(self.wide(images))
-        last = self.narrow.get_submodule(self.head)
-        return torch.cat([wide, last(self.features.pop()[:, self.reads])])
+        heard: list[Tensor] = []
+        last = self.wide.get_submodule(self.head)
+        hook = last.register_forward_pre_hook(lambda _layer, given: heard.append(given[0]))
+        try:
+            wide = logits(self.wide(images))
+        finally:
+            hook.remove()
+        return torch.cat([wide, self.narrow.get_submodule(self.head)(heard[0][:, self.reads])])
 
     @torch.no_grad()
     def hold(self) -> None:
