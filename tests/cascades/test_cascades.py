@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dynprune
-from dynprune.cascades.choice import Goal, Plan, choose, cost_at, plans, quantiles, steps_taken, weigh
+from dynprune.cascades.choice import Goal, Plan, choose, cost_at, costs_of, plans, quantiles, steps_taken, weigh
 from dynprune.cascades.networks import Said, margin_of, open_network
 from dynprune.cli.program import app
 from dynprune.data.loading import Source, load_data
@@ -83,6 +83,17 @@ def test_weighing_counts_every_pass():
                 chosen, cost = 2, cost + 100
         right += int(said.said[chosen, image] == said.labels[image])
     assert plan.macs == pytest.approx(cost / 400) and plan.accuracy == pytest.approx(right / 400)
+
+
+def test_a_network_that_goes_on_from_another_costs_what_it_adds():
+    said, macs = invented(3), (10, 30, 100)
+    reached = weigh((0, 2), (0.5,), said, macs)
+    part = (reached.macs - 10) / 100  # of the images
+    assert weigh((0, 2), (0.5,), said, macs, {(0, 2): 60}).macs == pytest.approx(10 + 60 * part)
+    assert weigh((0, 2), (0.5,), said, macs, {(1, 2): 60}) == reached
+    both = {(0, 1): 12, (1, 2): 60}  # of three, the second goes on from the first, and the third begins anew
+    assert costs_of((0, 1, 2), macs, both) == [10, 12, 100]
+    assert costs_of((0, 1, 2), macs, {(1, 2): 60}) == [10, 30, 60]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
