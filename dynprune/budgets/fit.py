@@ -77,6 +77,10 @@ class Fitter:
     def allocate(self, limits: Sequence[str], loss: np.ndarray | None) -> dict[str, int]:
         return allocate(self.graph, limits, self.budget.allocation, self.allowed, cost=self.cost, loss=loss)
 
+    def balanced(self) -> dict[str, int]:
+        """Widths that use several limits at once; only of limits that need arithmetic alone."""
+        return allocate(self.graph, self.budget.limits, "balanced", self.allowed, cost=self.cost)
+
     def narrower(self, widths: Mapping[str, int], share: float) -> dict[str, int]:
         """Widths of the same proportions at a share of the MACs."""
         own = np.array([widths[name] for name in self.cost.names], dtype=np.int64)

@@ -107,9 +107,13 @@ def searched(
 ) -> tuple[Fit, Found]:
     """Better widths than those that were allocated, and how they were found.
 
-    Where a budget is in milliseconds, they were predicted; widths that turn out to take longer are not used.
+    Where a budget is in milliseconds, they were predicted; widths that turn out to take longer are not used. Of several
+    limits uniform widths meet one and are far below the others, so balanced ones may be the better start.
     """
-    found = compaction.find_widths(fit.widths, budget, seconds, cost=fitter.cost, policy=policy, report=report)
+    start = fit.widths
+    if len(budget.limits) > 1 and not fitter.in_ms:
+        start = min((start, fitter.balanced()), key=compaction.pull)
+    found = compaction.find_widths(start, budget, seconds, cost=fitter.cost, policy=policy, report=report)
     if not fitter.in_ms:
         return Fit(found.widths), found
     timed = fitter.time(found.widths)

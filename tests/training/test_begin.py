@@ -1,19 +1,23 @@
 """What training begins with where a network is trained, but not on these classes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from dynprune import zoo
+from dynprune.budgets.fit import Fitter
+from dynprune.budgets.limits import Budget
 from dynprune.data.loading import Source, load_data
 from dynprune.data.scores import evaluate
 from dynprune.repair.scores import fit_to_labels
 from dynprune.repair.shares import Share
+from dynprune.repair.widths import Found
 from dynprune.runs.config import TrainConfig
 from dynprune.structure.tracing import trace
-from dynprune.training.begin import probed
+from dynprune.training.begin import probed, searched
 from dynprune.training.session import Session
 from tests.models import perturb
 
@@ -90,3 +94,29 @@ def test_a_linear_probe_finds_what_separates_classes_and_each_share_counts():
     again = nn.Sequential(nn.Linear(5, 3))
     fit_to_labels(again, "0", rows[:60], labels[:60], Halved(0, 2))
     torch.testing.assert_close(again[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_search_within_several_limits_begins_where_the_network_is_nearer(more):
+    """more: whether more multiply-accumulates bring it nearer."""
+    example = torch.randn(2, 3, 32, 32)
+    full = zoo.build("vgg16", 10).eval()
+    budget, graph = Budget(("macs=0.25", "params=0.11")), trace(full, example)
+    fitter = Fitter(full, graph, example, budget)
+    fit = fitter.fit()
+    begun = []
+
+    def find_widths(start, *_given, **_named):
+        begun.append(start)
+        return Found(start, 0.0)
+
+    compaction = SimpleNamespace(pull=lambda widths: (-1) ** more * graph.macs(widths), find_widths=find_widths)
+    searched(compaction, fitter, fit, budget, 1.0)
+    macs = graph.macs({})
+    assert graph.macs(fit.widths) < 0.2 * macs and graph.params(fit.widths) <= 0.11 * graph.params({})
+    assert (graph.macs(begun[0]) > 0.2 * macs) == more
+    assert graph.macs(begun[0]) <= 0.25 * macs and graph.params(begun[0]) <= 0.11 * graph.params({})
+    one = Budget(("macs=0.25",))
+    fitter = Fitter(full, graph, example, one)
+    searched(compaction, fitter, fitter.fit(), one, 1.0)
+    assert begun[1] == fitter.fit().widths  # of one limit the allocation is the start
