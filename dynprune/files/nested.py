@@ -30,7 +30,8 @@ ALONE = {
 }  # fmt: skip
 BETWEEN = {"Add", "Sub", "Mul", "Div", "Max", "Min", "Pow"}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-FLAT = {"Flatten", "Reshape", "Squeeze"}
+FLAT = {"Flatten", "Reshape"}
+IN_PLACES = {"ReduceMean", "Pad", "Resize", "Squeeze", "Unsqueeze"}  # as a rule; `spatial` looks
 
 
 class NotNestedError(Exception):
@@ -113,7 +114,7 @@ class Widening:
         given = [self.values[name] for name in node.input if name in self.values]
         if not given:  # of constants alone
             raise NotNestedError
-        if any(name for name in node.output[1:]):
+        if any(name for name in node.output[1:]) or settings(inner) != settings(node):
             raise NotNestedError
         if all(not len(value.held) for value in given):
             made = self.whole(node)
@@ -123,7 +124,7 @@ class Widening:
             made = self.each(inner, node, given[0], range(1, 5))
         elif node.op_type == "PRelu":
             made = self.slope(inner, node, given[0])
-        elif node.op_type in ALONE or node.op_type in ("ReduceMean", "Pad", "Resize") and self.spatial(node):
+        elif node.op_type in ALONE or node.op_type in IN_PLACES and self.spatial(node):
             made = self.emit_like(inner, node, given[0], [given[0].own, *self.other(node)])
         elif node.op_type in BETWEEN:
             made = self.between(inner, node)
@@ -143,6 +144,8 @@ class Widening:
         ours, wide = self.constant("narrow", inner.input[1]), self.constant("wide", node.input[1])
         if taken is None or ours is None or wide is None or attribute(node, "transA", 0):
             raise NotNestedError
+        if node.op_type in ("Gemm", "MatMul") and self.rank(node.input[0]) != 2:
+            raise NotNestedError  # channels stand at the end of its rows
         if (groups := attribute(node, "group", 1)) != 1:
             if groups != taken.size or node.op_type != "Conv":
                 raise NotNestedError
@@ -204,11 +207,12 @@ class Widening:
         ours, wide = self.constant("narrow", inner.input[1]), self.constant("wide", node.input[1])
         if ours is None or wide is None:
             raise NotNestedError
-        return self.emit_like(inner, node, taken, [taken.own, self.of_channels(ours, wide, taken)])
+        return self.emit_like(inner, node, taken, [taken.own, self.of_channels(ours, wide, taken, node.input[0])])
 
     def between(self, inner: onnx.NodeProto, node: onnx.NodeProto) -> Value:
         """Of two tensors of the same channels, or of one and a constant."""
-        given = [self.values[name] for name in node.input if name in self.values]
+        names = [name for name in node.input if name in self.values]
+        given = [self.values[name] for name in names]
         first = given[0]
         if any(value.size != first.size or not np.array_equal(value.held, first.held) for value in given):
             raise NotNestedError
@@ -220,16 +224,19 @@ class Widening:
             ours, wide = self.constant("narrow", own), self.constant("wide", name)
             if ours is None or wide is None:
                 raise NotNestedError
-            inputs.append(self.of_channels(ours, wide, first) if first.own else "")
+            inputs.append(self.of_channels(ours, wide, first, names[0]) if first.own else "")
         return self.emit_like(inner, node, first, inputs)
 
-    def of_channels(self, ours: np.ndarray, wide: np.ndarray, taken: Value) -> str:
-        """A constant beside the rest of a tensor's channels, which stand three dimensions from the end."""
+    def of_channels(self, ours: np.ndarray, wide: np.ndarray, taken: Value, name: str) -> str:
+        """A constant beside the rest of a tensor's channels. name: the tensor's, whose second dimension they are."""
         if wide.size == 1 and np.array_equal(ours, wide):
             return self.put(wide)
-        if wide.ndim < 3 or wide.shape[-3] != taken.size or not np.array_equal(np.take(wide, taken.held, -3), ours):
+        place = self.rank(name) - 1  # from the end
+        if not 0 < place <= wide.ndim or wide.shape[-place] != taken.size:
             raise NotNestedError
-        return self.put(np.take(wide, taken.rest, -3))
+        if not np.array_equal(np.take(wide, taken.held, -place), ours):
+            raise NotNestedError
+        return self.put(np.take(wide, taken.rest, -place))
 
     def concat(self, inner: onnx.NodeProto, node: onnx.NodeProto) -> Value:
         parts = [self.values.get(name) for name in node.input]
@@ -342,8 +349,8 @@ class Widening:
 
     def spatial(self, node: onnx.NodeProto) -> bool:
         """Whether it leaves batch and channels alone."""
-        rank = self.rank(node.input[0])
-        if node.op_type == "ReduceMean":
+        rank = self.rank(node.output[0] if node.op_type == "Unsqueeze" else node.input[0])
+        if node.op_type in ("ReduceMean", "Squeeze", "Unsqueeze"):
             axes = self.constant("wide", node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)
             return axes is not None and all(axis % rank > 1 for axis in np.asarray(axes).tolist())
         if node.op_type == "Pad":
@@ -382,6 +389,11 @@ def with_bias(weight: np.ndarray, added: np.ndarray | None) -> np.ndarray:
     """Each row with what is added to it, (channels, numbers); -0 and 0 are alike."""
     flat = weight.reshape(len(weight), -1)
     return (flat if added is None else np.column_stack([flat, added])) + 0.0
+
+
+def settings(node: onnx.NodeProto) -> dict[str, Any]:
+    """Its attributes but for the number of groups, which is that of a depthwise layer's channels."""
+    return {own.name: own.SerializeToString() for own in node.attribute if own.name != "group"}
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

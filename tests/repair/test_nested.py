@@ -61,6 +61,16 @@ class Odd(nn.Module):
         return self.classifier(F.relu(self.hidden(x.flatten(1))))
 
 
+def along(dimensions):
+    """Convolutions over so many dimensions, with a number for each channel between them."""
+    conv, pool = getattr(nn, f"Conv{dimensions}d"), getattr(nn, f"AdaptiveAvgPool{dimensions}d")
+    norm = getattr(nn, f"BatchNorm{dimensions}d")
+    layers = [conv(3, 12, 3), norm(12), nn.PReLU(12), conv(12, 12, 3, groups=12), nn.ELU(), conv(12, 10, 3), nn.ReLU()]
+    return nn.Sequential(
+        *layers, pool(1), nn.Flatten(), nn.Linear(10, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)
+    )
+
+
 def pair(model, images, seed=0, part=0.5):
     """A network, chosen at random, inside of a wide one."""
     graph, rng = trace(model, images[:2]), np.random.default_rng(seed)
@@ -122,6 +132,31 @@ def test_weights_alone_say_whether_one_lies_in_the_other(tmp_path):
         tensor = [own for own in other.graph.initializer if own.name in names][min(place, len(names) - 1)]
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.001), tensor.name))
         assert wider(protos[0], other, "p") is None
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_sequences_and_volumes_can_lie_in_one_another_too(dimensions, tmp_path):
+    torch.manual_seed(0)
+    values = torch.randn(6, 3, *[9] * dimensions)
+    nested, _ = pair(settled(along(dimensions)), values)
+    protos = [written(own, values, tmp_path / f"{i}.onnx") for i, own in enumerate((nested.narrow, nested.wide))]
+    session = open_session(joined(protos, [2.0], {}))  # all go on
+    scores, step = run_all(session, {session.get_inputs()[0].name: values.numpy()})
+    assert wider(*(inliner.inline_local_functions(proto) for proto in protos), "p") and step.all()
+    expected = nested.wide(values).detach().numpy()
+    assert np.abs(scores - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_other_settings_are_another_network(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    nested, _ = pair(settled(build("resnet20", 10, 0, size=(3, 16, 16))), images)
+    protos = [written(own, images, tmp_path / f"{i}.onnx") for i, own in enumerate((nested.narrow, nested.wide))]
+    narrow, wide = (inliner.inline_local_functions(proto) for proto in protos)
+    assert wider(narrow, wide, "p")
+    convolution = next(node for node in wide.graph.node if node.op_type == "Conv")
+    next(own for own in convolution.attribute if own.name == "pads").ints[:] = [0, 0, 2, 2]
+    assert wider(narrow, wide, "p") is None
 
 
 def mixed(batches, nested, steps, rate=0.05):
