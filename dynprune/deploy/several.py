@@ -134,7 +134,7 @@ def plot_curve(points: list[CurvePoint], before: float, path: Path) -> str:
     return str(path)
 
 
-WIDE = "-wide"  # how the name of a run ends whose network holds another, which is named so far
+WIDE = "-wide"  # behind the name of a network: the one that holds it
 
 
 @dataclass(frozen=True)
@@ -174,17 +174,17 @@ def compact_several(
             refuse_other(whole, bench.full, trust=runs_code(config.model))
         else:
             write_untouched(bench, whole.path, listener)
-        runs, outer, wider = [], [], None
+        runs, outer, larger = [], [], None
         for number, share in enumerate(sorted(shares, reverse=True)):
             listener.say(f"compact network {number + 1} of {len(shares)}: {share:g} of the multiply-accumulates")
-            trial, run = with_budget(bench, share, wider), CompactRun(folder / f"macs-{share:g}")
+            trial, run = with_budget(bench, share, larger), CompactRun(folder / f"macs-{share:g}")
             wide = CompactRun(folder / (run.path.name + WIDE)) if share in inside else None
             if resume and run.compact_file.is_file() and (wide is None or wide.compact_file.is_file()):
                 widths = kept_widths(run, trial.config)
                 listener.say(f"{run.path} is there: it stays")
             else:
                 widths = two_nested(trial, run, wide, listener) if wide else one_of_several(trial, run.path, listener)
-            wider = dataclasses.replace(trial, fit=Fit(widths))
+            larger = dataclasses.replace(trial, fit=Fit(widths))
             runs.append(run)
             outer += [wide] if wide else []
     everything = [*reversed(runs), *reversed(outer), whole]
