@@ -199,21 +199,24 @@ def refuse_not_nestable(bench: Bench) -> None:
     """Raises DynpruneError for a network of which no part can lie in another, before anything is searched for or tuned:
     seen on one that is cut and not repaired."""
     head, widths = bench.compaction.head, bench.fit.widths
-    if head is not None:
-        narrow = bench.compaction.cut(widths)
-        nested = Nested(bench.full, narrow, bench.graph.kept(bench.compaction.selection(widths)), head)
-        example = bench.data.example.to(bench.device)
-        with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder) / "narrow.onnx", Path(folder) / "wide.onnx"]
-            for path, model in zip(files, (narrow, nested.wide)):
-                export_module(Scores(model), (example,), path)
-            flat = [inliner.inline_local_functions(onnx.load(path)) for path in files]
-        if wider(flat[0], flat[1], "trial"):
-            return
-    raise DynpruneError(
-        f"{bench.config.model} cannot lie in a wider one of its kind: its layers mix channels in other ways than "
-        "convolutions, linear layers, pooling and BatchNorm do. Use --form cascade."
-    )
+    if head is None:
+        raise DynpruneError(
+            f"{bench.config.model} cannot lie in a wider one of its kind: its scores are not made by one linear layer, "
+            "of which each of the two would have its own. Use --form cascade."
+        )
+    narrow = bench.compaction.cut(widths)
+    nested = Nested(bench.full, narrow, bench.graph.kept(bench.compaction.selection(widths)), head)
+    example = bench.data.example.to(bench.device)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / "narrow.onnx", Path(folder) / "wide.onnx"]
+        for path, model in zip(files, (narrow, nested.wide)):
+            export_module(Scores(model), (example,), path)
+        flat = [inliner.inline_local_functions(onnx.load(path)) for path in files]
+    if wider(flat[0], flat[1], "trial") is None:
+        raise DynpruneError(
+            f"{bench.config.model} cannot lie in a wider one of its kind: its layers mix channels in other ways than "
+            "convolutions, linear layers, pooling and BatchNorm do. Use --form cascade."
+        )
 
 
 def two_nested(bench: Bench, run: CompactRun, wide: CompactRun, listener: Listener) -> dict[str, int]:
