@@ -38,7 +38,7 @@ from dynprune.budgets.limits import parse_limit
 from dynprune.data.loading import Data, load_data
 from dynprune.data.scores import evaluate, fitting
 from dynprune.deploy.rivals import IMPORTANCES, prune, torch_pruning
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, Stopped
 from dynprune.files.disk import write_text
 from dynprune.machine import environment
 from dynprune.runs.config import TrainConfig
@@ -132,7 +132,7 @@ def compare(
     stop: Callable[[], bool] = lambda: False,
 ) -> Comparison:
     """Train every policy with every seed in OUT/POLICY-SEED. Raises DynpruneError for a comparison that makes no sense,
-    before any training.
+    before any training, and Stopped where it is asked to stop; the same call goes on then.
 
     equal: "images", every policy sees as many images, or "cost", every policy multiplies as often as the first does.
     Where the settings give a time, every policy has that, and chooses what fits into it.
@@ -150,7 +150,13 @@ def compare(
         reference: ComparedRun | None = None
         for policy in policies:
             length = config.epochs if equal == "images" or reference is None else reference
-            one = Trial(own, policy, out, data, report, stop, untrained).run(length)
+            try:
+                one = Trial(own, policy, out, data, report, stop, untrained).run(length)
+            except Stopped as stopped:  # it names train --resume, which knows neither the rivals nor what was cut
+                raise Stopped(
+                    f"Stopped while {policy}, seed {own.seed}, was trained. Everything so far is kept in {out}: "
+                    "give the same command again to go on there."
+                ) from stopped
             reference = reference or one
             found.append(one)
             say(

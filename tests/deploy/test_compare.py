@@ -13,7 +13,7 @@ from dynprune.data.loading import load_data
 from dynprune.deploy import compare as comparing
 from dynprune.deploy.compare import ComparedRun, compare, summarise, verdict
 from dynprune.deploy.rivals import IMPORTANCES, estimate_norms, prune
-from dynprune.errors import DynpruneError
+from dynprune.errors import DynpruneError, Stopped
 from dynprune.runs.config import TrainConfig
 from dynprune.runs.directory import Run
 from dynprune.structure.tracing import trace
@@ -76,6 +76,20 @@ def test_finished_runs_are_not_repeated_and_stopped_ones_go_on(tmp_path, monkeyp
     assert [run.accuracy for run in again.runs] == [run.accuracy for run in first.runs]
     with pytest.raises(DynpruneError, match="cucb-0 was trained with other settings"):
         compare(dataclasses.replace(CONFIG, lr=0.05), ["cucb", "static"], 1, tmp_path / "all")
+
+
+@pytest.mark.parametrize("asked", [5, 90])  # in the first run, in the second
+def test_a_stopped_comparison_says_how_to_go_on_and_does(tmp_path, asked):
+    steps = []
+    with pytest.raises(Stopped) as stopped:
+        compare(
+            CONFIG, ["static", "dense"], 1, tmp_path / "stopped", stop=lambda: steps.append(1) or len(steps) == asked
+        )
+    assert "same command" in str(stopped.value) and str(tmp_path / "stopped") in str(stopped.value)
+    assert "train --resume" not in str(stopped.value)
+    again = compare(CONFIG, ["static", "dense"], 1, tmp_path / "stopped")
+    whole = compare(CONFIG, ["static", "dense"], 1, tmp_path / "whole")
+    assert [run.accuracy for run in again.runs] == [run.accuracy for run in whole.runs]
 
 
 def test_each_run_is_what_train_makes_of_its_settings(tmp_path):
