@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from dynprune.budgets.latency import Report, run_ms, silent
+from dynprune.budgets.latency import Report, silent
 from dynprune.cascades.choice import (
     Added,
     Asked,
     Goal,
     Plan,
+    best_of,
     choose,
     cost_at,
-    costs_of,
     frontier,
     plans,
     static_at,
@@ -32,6 +32,7 @@ from dynprune.cascades.choice import (
     weigh,
 )
 from dynprune.cascades.graph import joined
+from dynprune.cascades.latency import latencies, timed
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of, nested_in
 from dynprune.data.loading import Data, image_name, some
 from dynprune.deploy.answers import normalised
@@ -43,7 +44,7 @@ from dynprune.machine import environment
 from dynprune.units import digits
 from dynprune.version import __version__
 
-PARITY_IMAGES, TIMED_IMAGES, REPEATS = 256, 200, 3
+PARITY_IMAGES, TIMED_IMAGES = 256, 200
 ALIKE = 0.99  # of the images are answered by the same network: one exactly at a threshold may fall to either side
 
 
@@ -64,26 +65,29 @@ class Row:
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """rows: every network given, then the cascade. share: mean MACs of a test image over the last network's.
-    static_accuracy: on test images, of a static network of this cost: on the straight lines between the networks given;
-    static_ms: mean of a static network of this accuracy, on the lines between their times; None where none is as
-    accurate. goes_on_from: the network that another goes on from, since it lies inside of it; "" where none does.
-    cascade_accuracy: then, on test images, of the best cascade of the others for the same goal; None where there is
-    none.
-    goes_on: of the test images of each class, the share that the first network is not trusted with. agreement: share
-    of the images for which the ONNX file's class and step are those of its parts. page: what the command writes on
-    top; "" before."""
+    """rows: every network given, then the cascade. cost: what was asked for in, macs or latency. share: mean MACs of a
+    test image over the last network's; ms_share: mean milliseconds so. static_accuracy: on test images, of a static
+    network of this cost: on the straight lines between the networks given; static_ms: mean of a static network of this
+    accuracy, on the lines between their times; None where none is as accurate; static_as_quick: accuracy, so, of one
+    that takes as long. goes_on_from: the network that another goes on from, since it lies inside of it; "" where none
+    does. cascade_accuracy: then, on test images, of the best cascade of the others for the same goal; None where there
+    is none. goes_on: of the test images of each class, the share that the first network is not trusted with.
+    agreement: share of the images for which the ONNX file's class and step are those of its parts. page: what the
+    command writes on top; "" before."""
 
     path: str
     chain: list[str]
     left_out: list[str]
     thresholds: list[float]
+    cost: str
     share: float
     val_share: float
+    ms_share: float
     accuracy: float
     val_accuracy: float
     static_accuracy: float
     static_ms: float | None
+    static_as_quick: float
     goes_on_from: str
     cascade_accuracy: float | None
     rows: list[Row]
@@ -134,19 +138,21 @@ def make(
     val = answers(networks, data, data.val, "validation images", report)
     report("weighing thresholds", 0, 0)
     goal = asked.goal(float(val.right[-1].mean()))
-    every = list(plans(val, macs, added))
-    found = [plan for plan in every if len(plan.chain) == 1 or goes_on(plan, macs, added)] if nested else every
-    best = choose(found, goal, macs, names)
+    costs, more = (macs, added) if asked.cost == "macs" else latencies(networks, data, threads, report)
+    every = list(plans(val, costs, more))
+    found = [plan for plan in every if len(plan.chain) == 1 or goes_on(plan, added)] if nested else every
+    best = choose(found, goal, costs, names)
     chosen = [networks[number] for number in best.chain]
     content = joined([own.proto for own in chosen], best.thresholds, facts_of(chosen, names, best, macs))
     difference, agreement = parity(content, best.thresholds, chosen, data, report)
     test = answers(networks, data, data.test, "test images", report)
     reached = weigh(best.chain, best.thresholds, test, macs, added)
-    inner = goes_on(best, macs, added)
-    others = [plan for plan in every if not goes_on(plan, macs, added)]
-    rival = rival_of(others, goal, macs, names) if inner else None
+    inner = goes_on(best, added)
+    others = [plan for plan in every if not goes_on(plan, added)]
+    rival = rival_of(others, goal, costs, names) if inner else None
     step = steps_taken(best.chain, best.thresholds, test)
-    times = timed([open_session(own.path, threads) for own in networks], open_session(content, threads), data, report)
+    sessions = [*(open_session(own.path, threads) for own in networks), open_session(content, threads)]
+    times = timed(sessions, data, some(data.test, TIMED_IMAGES), report, "timing single test images in turn")
     rows = [
         Row(
             name,
@@ -158,11 +164,13 @@ def make(
         )
         for number, name in enumerate(names)
     ]
-    rows.append(Row("cascade", reached.macs, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
+    rows.append(Row("cascade", reached.cost, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
     alone = [row for number, row in enumerate(rows[:-1]) if number not in wide]
     accuracies = [row.accuracy for row in alone]
-    static = static_at(reached.macs, [row.macs for row in alone], accuracies)
-    static_ms = cost_at(reached.accuracy, [row.mean_ms for row in alone], accuracies)
+    times_alone, own = [row.mean_ms for row in alone], rows[-1]
+    static = static_at(reached.cost, [row.macs for row in alone], accuracies)
+    static_ms = cost_at(reached.accuracy, times_alone, accuracies)
+    as_quick = static_at(own.mean_ms, *best_of(times_alone, accuracies))
     cascade = weigh(rival.chain, rival.thresholds, test, macs).accuracy if rival else None
     path = folder / "cascade.onnx"
     on = {
@@ -175,12 +183,15 @@ def make(
         [names[number] for number in best.chain],
         [name for number, name in enumerate(names) if number not in best.chain],
         list(best.thresholds),
-        reached.macs / macs[-1],
-        best.macs / macs[-1],
+        asked.cost,
+        reached.cost / macs[-1],
+        weigh(best.chain, best.thresholds, val, macs, added).cost / macs[-1],
+        own.mean_ms / rows[-2].mean_ms,
         reached.accuracy,
         best.accuracy,
         static,
         static_ms,
+        as_quick,
         names[inner[0]] if inner else "",
         cascade,
         rows,
@@ -190,27 +201,25 @@ def make(
         len(step),
         data.chooses,
         data.reports,
-        verdict(rows, reached.macs / macs[-1], static, static_ms, cascade),
+        verdict(rows, reached.cost / macs[-1], static, static_ms, as_quick, cascade, asked.cost),
         {**environment(), "threads": threads},
     )
     write_bytes(path, content)
     write_text(folder / "cascade.csv", table_of(data, test, best, names, step))
     write_text(folder / "cascade.json", json.dumps(asdict(result), indent=2))
-    curve = [weigh(plan.chain, plan.thresholds, test, macs, added) for plan in thinned(frontier(found))]
+    curve = [weigh(plan.chain, plan.thresholds, test, costs, more) for plan in thinned(frontier(found))]
     return result, Sights(curve, test, step, best.chain)
 
 
-def goes_on(plan: Plan, macs: Sequence[int], added: Added) -> tuple[int, int] | None:
+def goes_on(plan: Plan, added: Added) -> tuple[int, int] | None:
     """The first pair of networks of the chain of which the second goes on from the first."""
-    costs = costs_of(plan.chain, macs, added)
-    pairs = zip(plan.chain, plan.chain[1:], costs[1:])
-    return next(((inner, outer) for inner, outer, cost in pairs if cost != macs[outer]), None)
+    return next((pair for pair in itertools.pairwise(plan.chain) if pair in added), None)
 
 
-def rival_of(found: Sequence[Plan], goal: Goal, macs: Sequence[int], names: Sequence[str]) -> Plan | None:
+def rival_of(found: Sequence[Plan], goal: Goal, costs: Sequence[float], names: Sequence[str]) -> Plan | None:
     """The best cascade of these for the goal, if there is one."""
     try:
-        return choose(found, goal, macs, names)
+        return choose(found, goal, costs, names)
     except DynpruneError:
         return None
 
@@ -259,44 +268,39 @@ def parity(
     return difference, same / count
 
 
-def timed(
-    parts: Sequence[onnxruntime.InferenceSession], whole: onnxruntime.InferenceSession, data: Data, report: Report
-) -> np.ndarray:
-    """Milliseconds of single test images, every network in turn, the cascade last; (networks + 1, images)."""
-    sessions, images = [*parts, whole], some(data.test, TIMED_IMAGES)
-    samples: list[list[float]] = []
-    for feed, labels in normalised(whole, data, images):
-        pixels = next(iter(feed.values()))
-        for number in range(len(labels)):
-            report("timing single test images in turn", len(samples), len(images))
-            pairs = [(own, {own.get_inputs()[0].name: pixels[number : number + 1]}) for own in sessions]
-            turns = [[run_ms(*pair) for pair in pairs] for _ in range(REPEATS + 1)]
-            samples.append(np.median(turns[1:], axis=0).tolist())
-    return np.array(samples).T
-
-
 def spread(samples: np.ndarray) -> tuple[float, float, float]:
     """Mean, median and 95th percentile."""
     return float(samples.mean()), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
 
 
 def verdict(
-    rows: Sequence[Row], share: float, static: float, static_ms: float | None, cascade: float | None = None
+    rows: Sequence[Row],
+    share: float,
+    static: float,
+    static_ms: float | None,
+    as_quick: float,
+    cascade: float | None = None,
+    cost: str = "macs",
 ) -> str:
     """One honest line: beside the last network, beside static ones of this cost and of this accuracy, and, of networks
     that lie in one another, beside a cascade."""
     *parts, own = rows
     last = parts[-1]
+    at, alike, static = (
+        (f"{share:.3f} of {last.name}'s multiply-accumulates", "of this cost", static)
+        if cost == "macs"
+        else (f"{own.mean_ms / last.mean_ms:.3f} of {last.name}'s milliseconds", "as quick", as_quick)
+    )
     gain = 100 * (own.accuracy - static)
     said = (
-        f"{100 * own.accuracy:.2f} % on test images at {share:.3f} of {last.name}'s multiply-accumulates "
-        f"({last.name}: {100 * last.accuracy:.2f} %); a static network of this cost: {100 * static:.2f} %, so the "
+        f"{100 * own.accuracy:.2f} % on test images at {at} "
+        f"({last.name}: {100 * last.accuracy:.2f} %); a static network {alike}: {100 * static:.2f} %, so the "
         f"cascade {'gains' if gain > 0 else 'loses'} {abs(gain):.2f} points"
     )
     if cascade is not None:
         said += f"; a cascade of networks that do not lie in one another: {100 * cascade:.2f} %"
-    alike = f"{digits(static_ms)} of a static network as accurate, " if static_ms else ""
-    return f"{said}; {digits(own.mean_ms)} ms in the mean, {alike}{digits(last.mean_ms)} of {last.name}"
+    beside = f"{digits(static_ms)} of a static network as accurate, " if static_ms else ""
+    return f"{said}; {digits(own.mean_ms)} ms in the mean, {beside}{digits(last.mean_ms)} of {last.name}"
 
 
 def table_of(data: Data, test: Said, best: Plan, names: Sequence[str], step: np.ndarray) -> str:

@@ -123,6 +123,15 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    cost: Annotated[
+        str,
+        typer.Option(
+            "--cost",
+            help="With --form cascade or nested: what --target and cheapest count: macs, or latency, milliseconds in "
+            "onnxruntime at batch 1 on --threads, measured first. Small networks are seldom as quick as their macs "
+            "say.",
+        ),
+    ] = "macs",
     shares: Annotated[
         str,
         typer.Option(
@@ -175,12 +184,12 @@ def gate(
     made = Made(shares, search_time, tune)
     if form in ("cascade", "nested"):
         return cascade(
-            given, bases, made, max_drop, min_accuracy, out, overwrite, resume, json_output, form == "nested"
+            given, bases, made, max_drop, min_accuracy, cost, out, overwrite, resume, json_output, form == "nested"
         )
     if form != "gates":
         raise DynpruneError(f'--form got "{form}". Expected gates, cascade or nested.')
-    if max_drop is not None or min_accuracy is not None:
-        raise DynpruneError("--max-drop and --min-accuracy are of --form cascade. Gates have --target.")
+    if max_drop is not None or min_accuracy is not None or cost != "macs":
+        raise DynpruneError("--max-drop, --min-accuracy and --cost are of --form cascade. Gates have --target.")
     if made != Made():
         raise DynpruneError("--shares, --search-time and --tune are of --form cascade. Gates have --epochs.")
     if len(bases) > 1:
@@ -229,6 +238,7 @@ def cascade(
     made: Made,
     max_drop: float | None,
     min_accuracy: float | None,
+    cost: str,
     out: Path | None,
     overwrite: bool,
     resume: bool,
@@ -268,6 +278,7 @@ def cascade(
             target=given.get("target"),
             max_drop=max_drop,
             min_accuracy=min_accuracy,
+            cost=cost,
             shares=numbers_in(made.shares),
             threads=given.get("threads", 1),
             data=data,

@@ -33,6 +33,7 @@ def cascade(
     target: float | None = None,
     max_drop: float | None = None,
     min_accuracy: float | None = None,
+    cost: str = "macs",
     shares: Sequence[float] = (),
     threads: int = 1,
     data: str | Data | Source = "",
@@ -47,13 +48,14 @@ def cascade(
     networks: compact or dense runs, or ONNX files that `export` wrote, up to eight to choose from; or one
     `CompactConfig` with a trained network, which is compacted to several budgets first. out: the folder to write, with
     cascade.onnx, cascade.csv, cascade.json and report.html, and the networks where they were made here. One of target
-    (mean multiply-accumulates of an image, over those of the last network), max_drop (points of validation accuracy
-    below the last network) and min_accuracy (percent of the validation images); as accurate as the last network if none
-    is given. shares: of the multiply-accumulates, for which compact networks are made; without them some around the
-    target. nested: for each of them that is below the target, a network of all channels is made too in which it lies,
-    and which computes, where the compact one is unsure, only what that has not; one of these pairs is used. resume:
-    those of them that are in `out` already stay. threads: of onnxruntime, for the times. data: where the runs' data lie
-    now, or the data themselves; files without a run need them.
+    (mean cost of an image, over that of the last network), max_drop (points of validation accuracy below the last
+    network) and min_accuracy (percent of the validation images); as accurate as the last network if none is given.
+    cost: "macs", multiply-accumulates, or "latency", milliseconds in onnxruntime at batch 1, which are measured first.
+    shares: of the multiply-accumulates, for which compact networks are made; without them some around the target.
+    nested: for each of them that is below the target, a network of all channels is made too in which it lies, and which
+    computes, where the compact one is unsure, only what that has not; one of these pairs is used. resume: those of them
+    that are in `out` already stay. threads: of onnxruntime, for the times. data: where the runs' data lie now, or the
+    data themselves; files without a run need them.
 
     Raises DynpruneError, before anything is written, for networks of other classes or inputs, and where one of them
     alone does as well; networks that were made here stay then.
@@ -63,7 +65,7 @@ def cascade(
     """
     if threads < 0:
         raise DynpruneError(f"--threads got {threads}. Expected a number of onnxruntime threads, 0 for its choice.")
-    asked = Asked(target, max_drop, min_accuracy).validate()
+    asked = Asked(target, max_drop, min_accuracy, cost).validate()
     first, *others = networks or ("",)
     if not isinstance(first, CompactConfig):
         if shares or resume or nested:

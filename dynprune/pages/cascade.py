@@ -77,28 +77,30 @@ def ranked(result: CascadeResult) -> list[tuple[str, float]]:
 
 def trade_off(result: CascadeResult, sights: Sights) -> Chart:
     """Test accuracy over mean cost: cascades of these networks as a line, the networks alone as another."""
-    statics, own = result.rows[:-1], result.rows[-1]
-    curve = sorted((plan.macs / 1e6, 100 * plan.accuracy) for plan in sights.curve if len(plan.chain) > 1)
+    unit, per, field = ("M", 1e6, "macs") if result.cost == "macs" else ("ms", 1.0, "mean_ms")
+    label = "million MACs of an image, in the mean" if unit == "M" else "ms of an image, in the mean"
+    dots = sorted((getattr(row, field) / per, 100 * row.accuracy, row.name) for row in result.rows[:-1])
+    costs, accuracies, names = zip(*dots)
+    own = getattr(result.rows[-1], field) / per, 100 * result.rows[-1].accuracy
+    curve = sorted((plan.cost / per, 100 * plan.accuracy) for plan in sights.curve if len(plan.chain) > 1)
 
     def draw(axes: Any) -> None:
-        axes.plot(
-            [row.macs / 1e6 for row in statics], [100 * row.accuracy for row in statics], "o-", color=ORANGE, ms=4
-        )
+        axes.plot(costs, accuracies, "o-", color=ORANGE, ms=4)
         axes.plot(*zip(*curve), "-", color=BLUE)
-        axes.scatter([own.macs / 1e6], [100 * own.accuracy], color=GREEN, s=36, zorder=3)
-        for row in statics:
-            axes.annotate(row.name, (row.macs / 1e6, 100 * row.accuracy), xytext=(4, -11), textcoords="offset points")
-        axes.annotate("this one", (own.macs / 1e6, 100 * own.accuracy), xytext=(-8, 7), textcoords="offset points")
-        axes.set_xlabel("million MACs of an image, in the mean")
+        axes.scatter(own[:1], own[1:], color=GREEN, s=36, zorder=3)
+        for cost, accuracy, name in dots:
+            axes.annotate(name, (cost, accuracy), xytext=(4, -11), textcoords="offset points")
+        axes.annotate("this one", own, xytext=(-8, 7), textcoords="offset points")
+        axes.set_xlabel(label)
         axes.set_ylabel("test accuracy, %")
         axes.margins(0.12)
         axes.grid(linewidth=0.6)
 
-    alone = "; ".join(f"{row.name} {100 * row.accuracy:.2f} % at {row.macs / 1e6:.2f} M" for row in statics)
+    alone = "; ".join(f"{name} {accuracy:.2f} % at {cost:.2f} {unit}" for cost, accuracy, name in dots)
     return drawn(
         "Accuracy over mean cost",
         f"Line: cascades of these networks, their thresholds chosen on validation images. Dots: the networks alone "
-        f"({alone}). This one: {100 * own.accuracy:.2f} % at {own.macs / 1e6:.2f} M.",
+        f"({alone}). This one: {own[1]:.2f} % at {own[0]:.2f} {unit}.",
         draw,
     )
 

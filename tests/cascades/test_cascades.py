@@ -12,7 +12,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dynprune
+from dynprune.cascades import build
 from dynprune.cascades.choice import Goal, Plan, choose, cost_at, costs_of, plans, quantiles, steps_taken, weigh
+from dynprune.cascades.latency import latencies
 from dynprune.cascades.networks import Said, margin_of, open_network
 from dynprune.cli.program import app
 from dynprune.data.loading import Source, load_data
@@ -81,14 +83,14 @@ def test_weighing_counts_every_pass():
             if said.margin[1, image] < 0.3:
                 chosen, cost = 2, cost + 100
         right += int(said.said[chosen, image] == said.labels[image])
-    assert plan.macs == pytest.approx(cost / 400) and plan.accuracy == pytest.approx(right / 400)
+    assert plan.cost == pytest.approx(cost / 400) and plan.accuracy == pytest.approx(right / 400)
 
 
 def test_a_network_that_goes_on_from_another_costs_what_it_adds():
     said, macs = invented(3), (10, 30, 100)
     reached = weigh((0, 2), (0.5,), said, macs)
-    part = (reached.macs - 10) / 100  # of the images
-    assert weigh((0, 2), (0.5,), said, macs, {(0, 2): 60}).macs == pytest.approx(10 + 60 * part)
+    part = (reached.cost - 10) / 100  # of the images
+    assert weigh((0, 2), (0.5,), said, macs, {(0, 2): 60}).cost == pytest.approx(10 + 60 * part)
     assert weigh((0, 2), (0.5,), said, macs, {(1, 2): 60}) == reached
     both = {(0, 1): 12, (1, 2): 60}  # of three, the second goes on from the first, and the third begins anew
     assert costs_of((0, 1, 2), macs, both) == [10, 12, 100]
@@ -100,8 +102,8 @@ def test_the_most_accurate_within_the_target_is_taken(target):
     said, macs = invented(), (10, 40, 100)
     found = list(plans(said, macs))
     best = choose(found, Goal(target=target), macs, "abc")
-    assert best.macs <= target * 100
-    assert best.accuracy == max(plan.accuracy for plan in found if plan.macs <= 0.99 * target * 100)
+    assert best.cost <= target * 100
+    assert best.accuracy == max(plan.accuracy for plan in found if plan.cost <= 0.99 * target * 100)
 
 
 def test_the_cheapest_that_is_accurate_enough_is_taken():
@@ -110,7 +112,33 @@ def test_the_cheapest_that_is_accurate_enough_is_taken():
     wanted = float(said.right[2].mean())
     best = choose(found, Goal(accuracy=wanted), macs, "abc")
     assert best.accuracy >= wanted
-    assert not [plan for plan in found if plan.accuracy >= wanted and plan.macs < best.macs]
+    assert not [plan for plan in found if plan.accuracy >= wanted and plan.cost < best.cost]
+
+
+def test_milliseconds_are_those_of_one_file(data, tmp_path):
+    """Of a network that takes much longer than asking for it, going on costs what it takes alone."""
+    paths = [write(network(data, width, 0), data, tmp_path / f"{width}.onnx") for width in (2, 16, 384)]
+    costs, added = latencies([open_network(path) for path in paths], data, 1, lambda *_: None)
+    assert set(added) == {(0, 1), (0, 2), (1, 2)} and 0 < costs[0] < costs[2]
+    for pair in ((0, 2), (1, 2)):
+        assert 0.5 * costs[2] < added[pair] < 2 * costs[2]
+
+
+def test_what_is_small_but_slow_is_left_out(files, tmp_path, monkeypatch):
+    """Networks that are chosen by time, where the middle one takes as long as the large one."""
+    slow = [1.0, 9.9, 10.0], {(0, 1): 9.9, (0, 2): 10.0, (1, 2): 10.0}
+    monkeypatch.setattr(build, "latencies", lambda *_: slow)
+    paths = list(files.values())
+    result = dynprune.cascade(*paths, out=tmp_path / "out", target=0.6, cost="latency", data="digits")
+    assert result.chain == ["small", "large"] and result.cost == "latency"
+    on = sum(row.images_share for row in result.rows[1:-1])  # of the test images
+    assert 0 < on and 0.1 + on < 0.65  # other images than those that the target was met on
+    assert result.ms_share == pytest.approx(result.rows[-1].mean_ms / result.rows[-2].mean_ms)
+    words = result.verdict
+    assert f"{result.ms_share:.3f} of large's milliseconds" in words and "multiply" not in words
+    assert f"a static network as quick: {100 * result.static_as_quick:.2f} %" in words
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"at {result.rows[-1].mean_ms:.2f} ms" in page
 
 
 def test_three_networks_only_where_two_are_not_enough():
@@ -275,6 +303,8 @@ def test_what_cannot_be_joined_is_refused(files, data, tmp_path):
     assert "one of them" in refused(tmp_path, small, large, min_accuracy=50.0, target=0.5)
     assert "--max-drop" in refused(tmp_path, small, large, max_drop=-1.0)
     assert "--target" in refused(tmp_path, small, large, target=float("nan"))
+    assert "macs, latency" in refused(tmp_path, small, large, target=0.5, cost="ms")
+    assert "large's milliseconds at least" in refused(tmp_path, small, large, target=0.001, cost="latency")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +315,8 @@ def test_what_cannot_be_joined_is_refused(files, data, tmp_path):
         (["--form", "cascades"], "gates, cascade or nested"),
         (["a", "b"], "gate got 2 runs"),
         (["a", "--max-drop", "1"], "--form cascade"),
+        (["a", "--cost", "latency"], "--form cascade"),
+        (["--form", "cascade", "a", "b", "--cost", "seconds"], "macs, latency"),
     ],
 )
 def test_options_of_the_other_form_are_refused(arguments, said):
