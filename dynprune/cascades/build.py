@@ -22,7 +22,6 @@ from dynprune.cascades.choice import (
     Asked,
     Goal,
     Plan,
-    best_of,
     choose,
     cost_at,
     frontier,
@@ -34,7 +33,7 @@ from dynprune.cascades.choice import (
 from dynprune.cascades.graph import joined
 from dynprune.cascades.latency import latencies, timed
 from dynprune.cascades.networks import Network, Said, answers, check_alike, margin_of, nested_in
-from dynprune.data.loading import Data, image_name, some
+from dynprune.data.loading import Data, image_name, some, some_of
 from dynprune.deploy.answers import normalised
 from dynprune.deploy.modules import TOLERANCE
 from dynprune.errors import DynpruneError
@@ -51,7 +50,8 @@ ALIKE = 0.99  # of the images are answered by the same network: one exactly at a
 @dataclass(frozen=True)
 class Row:
     """One network of the cascade, or the whole. accuracy: on test images. images_share: of the test images, those that
-    it has the last word on. Milliseconds: over single test images, each the median of its repeats."""
+    it has the last word on. Milliseconds: over single test images, each the median of its repeats; mean_ms of the
+    medians of all that end at one network."""
 
     name: str
     macs: float
@@ -126,8 +126,7 @@ def make(
     """Choose, write and measure. nested: a network that holds another must go on from it. Raises DynpruneError before
     anything is written where no cascade does what is asked, and leaves no file where it and its parts disagree."""
     added = nested_in(networks)
-    wide = {outer for _, outer in added}
-    check_alike(networks, wide)
+    check_alike(networks, {outer for _, outer in added})
     for network in networks:
         if network.classes != data.classes:
             raise DynpruneError(
@@ -153,6 +152,7 @@ def make(
     step = steps_taken(best.chain, best.thresholds, test)
     sessions = [*(open_session(own.path, threads) for own in networks), open_session(content, threads)]
     times = timed(sessions, data, some(data.test, TIMED_IMAGES), report, "timing single test images in turn")
+    ends = step[some_of(len(step), TIMED_IMAGES).numpy()]
     rows = [
         Row(
             name,
@@ -160,17 +160,15 @@ def make(
             float(val.right[number].mean()),
             float(test.right[number].mean()),
             float((step == best.chain.index(number)).mean()) if number in best.chain else 0.0,
-            *spread(times[number]),
+            *spread(times[number], np.zeros_like(ends)),
         )
         for number, name in enumerate(names)
     ]
-    rows.append(Row("cascade", reached.cost, best.accuracy, reached.accuracy, 1.0, *spread(times[-1])))
-    alone = [row for number, row in enumerate(rows[:-1]) if number not in wide]
-    accuracies = [row.accuracy for row in alone]
-    times_alone, own = [row.mean_ms for row in alone], rows[-1]
-    static = static_at(reached.cost, [row.macs for row in alone], accuracies)
+    rows.append(Row("cascade", reached.cost, best.accuracy, reached.accuracy, 1.0, *spread(times[-1], ends)))
+    accuracies, times_alone, own = [row.accuracy for row in rows[:-1]], [row.mean_ms for row in rows[:-1]], rows[-1]
+    static = static_at(reached.cost, macs, accuracies)
     static_ms = cost_at(reached.accuracy, times_alone, accuracies)
-    as_quick = static_at(own.mean_ms, *best_of(times_alone, accuracies))
+    as_quick = static_at(own.mean_ms, times_alone, accuracies)
     cascade = weigh(rival.chain, rival.thresholds, test, macs).accuracy if rival else None
     path = folder / "cascade.onnx"
     on = {
@@ -268,9 +266,11 @@ def parity(
     return difference, same / count
 
 
-def spread(samples: np.ndarray) -> tuple[float, float, float]:
-    """Mean, median and 95th percentile."""
-    return float(samples.mean()), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
+def spread(samples: np.ndarray, ends: np.ndarray) -> tuple[float, float, float]:
+    """Mean, median and 95th percentile. ends: which network had the last word; images of one such network take as long
+    as each other, so the mean is that of their medians, which other work beside it does not spoil."""
+    medians = [(ends == own).mean() * np.median(samples[ends == own]) for own in np.unique(ends)]
+    return float(sum(medians)), float(np.percentile(samples, 50)), float(np.percentile(samples, 95))
 
 
 def verdict(

@@ -185,9 +185,9 @@ def best_of(costs: Sequence[float], accuracies: Sequence[float]) -> tuple[list[f
 
 
 def static_at(cost: float, costs: Sequence[float], accuracies: Sequence[float]) -> float:
-    """Accuracy of a static network of this cost, read off the straight lines between the networks given, in order of
-    cost; of the first or the last beyond them."""
-    return float(np.interp(cost, costs, accuracies))
+    """Accuracy of a static network of this cost, read off the straight lines between those of the networks given that
+    no other beats in both; of the first or the last beyond them."""
+    return float(np.interp(cost, *best_of(costs, accuracies)))
 
 
 def cost_at(accuracy: float, costs: Sequence[float], accuracies: Sequence[float]) -> float | None:

@@ -200,7 +200,12 @@ def image_name(images: Images, number: int) -> str:
 
 def some(images: Images, count: int) -> Images:
     """At most `count` of the images, chosen by chance but always the same: the first ones may be of one class."""
-    return images.take(torch.randperm(len(images), generator=generator(0))[:count])
+    return images.take(some_of(len(images), count))
+
+
+def some_of(total: int, count: int) -> Tensor:
+    """Which these are: their numbers."""
+    return torch.randperm(total, generator=generator(0))[:count]
 
 
 def augment_batch(pixels: Tensor, augment: str, rng: torch.Generator, part: slice = slice(None)) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from dynprune.files.onnxfile import shapes_of
+from dynprune.files.onnxfile import macs_in, shapes_of
 
 # what an operator with one input does to every channel alone
 ALONE = {
@@ -75,9 +75,10 @@ def wider(narrow: onnx.ModelProto, wide: onnx.ModelProto, prefix: str) -> Wider 
     """What the wide network adds; None where it does not hold the narrow one. Names of the nodes' tensors begin with
     the prefix. Both graphs: as `export` writes them, without functions."""
     try:
-        return Widening(narrow, wide, prefix).all()
+        found = Widening(narrow, wide, prefix).all()
     except NotNestedError:
         return None
+    return found if found.macs < macs_in(wide) else None  # two networks of one kind may have nothing in common
 
 
 class Widening:

@@ -15,7 +15,7 @@ import dynprune
 from dynprune.cascades import build
 from dynprune.cascades.choice import Goal, Plan, choose, cost_at, costs_of, plans, quantiles, steps_taken, weigh
 from dynprune.cascades.latency import latencies
-from dynprune.cascades.networks import Said, margin_of, open_network
+from dynprune.cascades.networks import Said, margin_of, nested_in, open_network
 from dynprune.cli.program import app
 from dynprune.data.loading import Source, load_data
 from dynprune.errors import DynpruneError
@@ -216,6 +216,27 @@ def test_three_steps_in_one_file(files, data):
     logits, found = session.run(None, {"input": pixels})
     assert (found == step).all()
     np.testing.assert_allclose(logits, scores[step, np.arange(100)], rtol=1e-4, atol=1e-4)
+
+
+def test_static_networks_of_its_cost_are_those_beside_it(files, tmp_path):
+    """Networks of one kind that have no weight in common do not lie in one another: all of them are static rivals."""
+    found = [open_network(path) for path in files.values()]
+    assert nested_in(found) == {}
+    result = dynprune.cascade(*files.values(), out=tmp_path / "out", target=0.5, data="digits")
+    rows, own = result.rows[:-1], result.rows[-1]
+    below, above = max(row.accuracy for row in rows if row.macs <= own.macs), rows[-1].accuracy
+    assert below <= result.static_accuracy <= above and below < above and not result.goes_on_from
+    kept = [row for row in rows if all(row.accuracy > other.accuracy for other in rows if other.macs < row.macs)]
+    line = np.interp(own.macs, [row.macs for row in kept], [row.accuracy for row in kept])
+    assert result.static_accuracy == pytest.approx(line)
+
+
+def test_the_mean_time_is_not_that_of_what_ran_beside_it():
+    times, ends = np.full(200, 1.0), np.zeros(200, int)
+    times[:50], ends[:50] = 5.0, 1
+    assert build.spread(times, ends)[0] == pytest.approx(2.0)
+    times[::40] += 100  # the processor was busy with something else
+    assert build.spread(times, ends)[0] == pytest.approx(2.0)
 
 
 def test_what_stays_costs_no_second_pass(files, data, tmp_path):
