@@ -56,28 +56,32 @@ class GateStats:
 
 @dataclass
 class Observed:
-    """Of every image: whether it was classified right, its label, its cost share, and per gate what was open, (images,
+    """Of every image: the class that was said, its label, its cost share, and per gate what was open, (images,
     units)."""
 
-    right: Tensor
+    said: Tensor
     labels: Tensor
     shares: Tensor
     opened: list[Tensor]
+
+    @property
+    def right(self) -> Tensor:
+        return self.said == self.labels
 
 
 @torch.no_grad()
 def observe(model: GatedNetwork, data: Data, images: Images, choose: Choose | None = None) -> Observed:
     """Run all images, in batches and in the model's own precision, on the device of the model."""
     device = next(model.parameters()).device
-    right, labels, shares, opened = [], [], [], []
+    said, labels, shares, opened = [], [], [], []
     model.eval()
     for batch, truth in data.eval_batches(images):
         output, choices = model.run(batch.to(device, memory_format=torch.channels_last), choose or model.threshold)
-        right.append(logits(output).argmax(1).cpu() == truth)
+        said.append(logits(output).argmax(1).cpu())
         labels.append(truth)
         shares.append(model.executed_share(choices))
         opened.append([value.cpu() for value in choices.open])
-    return Observed(torch.cat(right), torch.cat(labels), torch.cat(shares), [torch.cat(gate) for gate in zip(*opened)])
+    return Observed(torch.cat(said), torch.cat(labels), torch.cat(shares), [torch.cat(gate) for gate in zip(*opened)])
 
 
 def gate_stats(

@@ -19,7 +19,8 @@ def write_card(path: Path, survey: Survey) -> None:
 
 
 def card(survey: Survey) -> str:
-    name = f"{survey.model.split(':')[-1].split('.')[-1]}-{Path(survey.data).name}-compact"
+    kind = "gated" if survey.command == "gate" else "compact"
+    name = f"{survey.model.split(':')[-1].split('.')[-1]}-{Path(survey.data).name}-{kind}"
     front = [
         "---",
         "library_name: dynprune",
@@ -46,23 +47,36 @@ def text(value: str) -> str:
 
 def body(name: str, survey: Survey) -> list[str]:
     compact, bench = survey.results.get("compact", {}), survey.bench
+    gates, file = survey.results.get("gate", {}), "gated" if survey.command == "gate" else "compact"
     classes = survey.answers.classes if survey.answers else []
     lines = [f"# {name}", ""]
+    made_of = f"`{survey.model}`"
+    data = f"`{Path(survey.data).name}`"
     lines.append(
-        f"A compact `{survey.model}`, trained on `{Path(survey.data).name}` with dynamic channel execution "
-        "(Spasov & Liò, BMVC 2019)."
-        if survey.command == "train"
-        else f"A compact `{survey.model}`, made from a trained one on `{Path(survey.data).name}`: channels that the "
-        "rest can make up for were removed, the others refitted."
+        {
+            "train": f"A compact {made_of}, trained on {data} with dynamic channel execution (Spasov & Liò, "
+            "BMVC 2019).",
+            "gate": f"A {made_of} with gates, trained on {data}: for each image they decide which channels to compute.",
+        }.get(
+            survey.command,
+            f"A compact {made_of}, made from a trained one on {data}: channels that the rest can make up for were "
+            "removed, the others refitted.",
+        )
     )
     lines += ["", "| | |", "|---|---|"]
     if survey.accuracy is not None:
-        where = compact.get("test_data") or survey.results.get("train", {}).get("test_data", "")
+        told = (own.get("test_data") for own in (compact, gates, survey.results.get("train", {})))
+        where = next(filter(None, told), "")
         lines.append(f"| test accuracy | {100 * survey.accuracy:.2f} % ({where}) |")
     for label, key in (("multiply-accumulates", "macs"), ("parameters", "params")):
         if compact.get(key) and compact.get(f"dense_{key}"):
             share = compact[f"dense_{key}"] / compact[key]
             lines.append(f"| {label} | {digits(compact[key])} ({share:.2f}x fewer than dense) |")
+    if gates.get("dense_macs") and gates.get("macs"):
+        share = gates["macs"] / gates["dense_macs"]
+        lines.append(f"| multiply-accumulates | {digits(gates['macs'])} in the mean ({share:.3f} of without gates) |")
+    if gates.get("verdict"):
+        lines.append(f"| beside a static network | {gates['verdict']} |")
     if isinstance(bench.get("verdict"), str):
         where = bench.get("environment", {})
         processor, version = where.get("processor"), where.get("onnxruntime")
@@ -76,12 +90,12 @@ def body(name: str, survey: Survey) -> list[str]:
         "",
         "## Use",
         "",
-        "`compact.onnx` carries its class names and its preprocessing (metadata entry `preprocess`).",
+        f"`{file}.onnx` carries its class names and its preprocessing (metadata entry `preprocess`).",
         "",
         "```python",
         "import dynprune",
         "",
-        'print(dynprune.predict("compact.onnx", ["photo.jpg"])[0].classes)',
+        f'print(dynprune.predict("{file}.onnx", ["photo.jpg"])[0].classes)',
         "```",
         "",
         "Without dynprune, `dynprune guide predict` shows the ten lines of onnxruntime and numpy.",
@@ -98,7 +112,9 @@ def body(name: str, survey: Survey) -> list[str]:
         "",
         'api, name = HfApi(), "you/your-model"',
         "api.create_repo(name, exist_ok=True)",
-        'api.upload_folder(repo_id=name, folder_path=".", allow_patterns=["compact*.onnx", "compact.safetensors"])',
+        'api.upload_folder(repo_id=name, folder_path=".", allow_patterns=["FILE*.onnx", "FILE.safetensors"])'.replace(
+            "FILE", file
+        ),
         'api.upload_file(repo_id=name, path_or_fileobj="MODEL_CARD.md", path_in_repo="README.md")',
         "```",
         "",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from dynprune.deploy.compare import ComparedRun
-from dynprune.pages.survey import Answers, LayerCost, Picks, Survey
+from dynprune.pages.survey import Answers, GatedImages, LayerCost, Picks, Survey
 from dynprune.units import digits
 
 INK, FAINT = "#010203", "#040506"  # replaced by the page's own colours of text and of lines
@@ -287,6 +287,75 @@ def by_class(found: Answers) -> Chart:
         f"({found.classes[best]}).",
         draw,
         1.0 + 0.2 * len(shown),
+    )
+
+
+def image_costs(found: GatedImages) -> Chart:
+    """How many images cost how much, those that were taken for another class apart."""
+    shares, right = 100 * found.shares, found.right
+
+    def draw(axes: Any) -> None:
+        edges = np.linspace(shares.min(), max(shares.max(), shares.min() + 0.1), 31)
+        parts = [shares[right], shares[~right]]
+        axes.hist(parts, edges, stacked=True, color=[BLUE, ORANGE], label=["right", "wrong"])
+        axes.set_xlabel("% of the ungated network's MACs")
+        axes.set_ylabel("test images")
+        above(axes)
+
+    means = [f"{100 * found.shares[own].mean():.1f} %" if own.any() else "none" for own in (right, ~right)]
+    return drawn(
+        "Cost of each image",
+        f"From {shares.min():.1f} to {shares.max():.1f} % of the ungated network, in the mean {shares.mean():.1f} %: "
+        f"of images that are right {means[0]}, of others {means[1]}.",
+        draw,
+    )
+
+
+def class_costs(by_class: Mapping[str, float]) -> Chart:
+    """Mean cost of the images of every class, the most costly first; of many classes these. by_class: shares of the
+    ungated network's."""
+    order = sorted(by_class.items(), key=lambda item: -item[1])
+    shown = order[:25]
+
+    def draw(axes: Any) -> None:
+        at = np.arange(len(shown))
+        axes.barh(at, [100 * share for _, share in shown], color=BLUE, height=0.7)
+        axes.set_yticks(at, [name for name, _ in shown], fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel("% of the MACs" + (f", the most costly 25 of {len(order)} classes" if len(order) > 25 else ""))
+        axes.grid(axis="x", linewidth=0.6)
+
+    (most, much), (least, little) = order[0], order[-1]
+    return drawn(
+        "Cost by class",
+        f"From {100 * much:.1f} % ({most}) to {100 * little:.1f} % ({least}) in the mean.",
+        draw,
+        1.0 + 0.2 * len(shown),
+    )
+
+
+def gate_layers(lines: Sequence[Mapping[str, Any]]) -> Chart:
+    """What the gates of each layer open, and how much that tells. lines: as result.json holds them, in order."""
+    at = np.arange(len(lines))
+    shares, own_bits, of_class = (
+        [float(line[key]) for line in lines] for key in ("open_share", "entropy_bits", "information_bits")
+    )
+
+    def draw(axes: Any) -> None:
+        axes.bar(at, shares, color=GREY, width=0.8, label="open share")
+        axes.plot(at, own_bits, "o-", color=BLUE, ms=3, label="bits per gate")
+        axes.plot(at, of_class, "o-", color=ORANGE, ms=3, label="of them on the class")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("gated layers, from the input on")
+        above(axes)
+
+    counts = np.array([line["units"] for line in lines])
+    mean = [float(counts @ own / counts.sum()) for own in (own_bits, of_class)]
+    return drawn(
+        "What gates decide, layer by layer",
+        f"A gate carries {mean[0]:.2f} bits in the mean (1 if it is open for half of the images, 0 if it never "
+        f"changes), {mean[1]:.3f} of them on the class.",
+        draw,
     )
 
 

@@ -22,7 +22,7 @@ from dynprune.deploy.compare import Comparison
 from dynprune.files.disk import write_text
 from dynprune.pages import charts
 from dynprune.pages.charts import Chart
-from dynprune.pages.survey import Survey, WorstImage
+from dynprune.pages.survey import GatedImage, GatedImages, Survey, WorstImage
 from dynprune.units import digits
 from dynprune.version import __version__
 
@@ -113,6 +113,8 @@ def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
 def of_run(survey: Survey, alone: bool) -> list[str]:
     level = "" if alone else f"<h1>{escape(survey.path.name)}</h1>"
     parts = [level, verdict(survey), heading("In short"), table(summary(survey))]
+    if rows := gated_times(survey):
+        parts += [heading("Time in onnxruntime"), table(rows, head=True), *how_gated_were_timed(survey)]
     if rows := times(survey):
         parts += [heading("Time in onnxruntime"), table(rows, head=True), *how_measured(survey)]
     drawn = [*charts.training(survey)]
@@ -124,7 +126,11 @@ def of_run(survey: Survey, alone: bool) -> list[str]:
         drawn.append(charts.picks(survey.picks))
     if survey.answers:
         drawn += [charts.confusion(survey.answers), charts.by_class(survey.answers)]
+    if survey.gated:
+        drawn += gate_charts(survey)
     parts += [heading("Charts"), grid(drawn)] if drawn else []
+    if survey.gated:
+        parts += [*easy_and_hard(survey.gated), heading("Every gated layer"), folded("Numbers", gate_table(survey))]
     if survey.answers:
         parts += [heading("Images that were taken for another class"), *worst_images(survey)]
     if survey.widths:
@@ -147,8 +153,9 @@ def verdict(survey: Survey) -> str:
     said = []
     if survey.accuracy is not None:
         said.append(f"{100 * survey.accuracy:.2f} % right on the test images")
-    if isinstance(line := survey.bench.get("verdict"), str):
-        said.append(line)
+    for told in (survey.results.get("gate", {}), survey.bench):
+        if isinstance(line := told.get("verdict"), str) and line:
+            said.append(line)
     if not said:
         said.append("Not compacted and not benchmarked yet: only training is told here")
     return f'<p class="verdict">{escape("; ".join(said))}.</p>'
@@ -167,6 +174,8 @@ def summary(survey: Survey) -> list[tuple[str, ...]]:
         if compact.get(f"dense_{key}") and compact.get(key):
             dense, own = compact[f"dense_{key}"], compact[key]
             rows.append((name, f"{own / scale:,.2f} {unit} of {dense / scale:,.2f} {unit}, {dense / own:.2f}x fewer"))
+    if gates := survey.results.get("gate", {}):
+        rows += gate_rows(gates)
     for line in survey.bench.get("budgets") or compact.get("budgets") or []:
         met = "met" if line["met"] else "MISSED"
         rows.append((f"budget {line['budget']}", f"{digits(line['actual'])} of {digits(line['limit'])}, {met}"))
@@ -189,6 +198,96 @@ def times(survey: Survey) -> list[tuple[str, ...]]:
         both = f", in int8 {row['speedup_int8_p50']:.2f}x" if row.get("speedup_int8_p50") else ""
         lines.append((str(row["batch"]), *cells, f"{row['speedup_p50']:.2f}x{both}"))
     return lines
+
+
+def gate_rows(gates: dict) -> list[tuple[str, ...]]:
+    """What gates reached, as the command says it."""
+    stats = gates.get("stats")
+    if not isinstance(stats, dict):
+        return []
+    shares = stats.get("percentiles", {})
+    rows: list[tuple[str, ...]] = [
+        (
+            "gates",
+            f"{gates['units']:,}, {gates['estimator']}; {100 * stats['varying_share']:.0f} % vary with the image",
+        ),
+        ("test accuracy, gated", f"{100 * gates['accuracy']:.2f} % ({gates['test_data']})"),
+        (
+            "mean cost of an image",
+            f"{gates['macs'] / 1e6:,.2f} M of {gates['dense_macs'] / 1e6:,.2f} M MACs, {100 * stats['share']:.2f} % "
+            f"(target {100 * gates['target']:.2f} %, {'met' if gates['met'] else 'MISSED'})",
+        ),
+        ("cost, 5th to 95th percentile", f"{100 * shares['5']:.2f} to {100 * shares['95']:.2f} %"),
+        (
+            "accuracy with frozen gates",
+            f"{100 * stats['frozen_accuracy']:.2f} % at {100 * stats['frozen_share']:.2f} % of the MACs",
+        ),
+    ]
+    if isinstance(gates.get("static_accuracy"), float) and gates.get("static_macs"):
+        share = 100 * gates["static_macs"] / gates["dense_macs"]
+        rows.append(
+            ("a static network of this cost", f"{100 * gates['static_accuracy']:.2f} % at {share:.2f} % of the MACs")
+        )
+    return rows
+
+
+def gated_times(survey: Survey) -> list[tuple[str, ...]]:
+    """Milliseconds of single images, of every network that `bench` timed beside the gated one."""
+    rows = survey.bench.get("rows")
+    if not isinstance(rows, list) or not rows or "network" not in rows[0]:
+        return []
+    lines: list[tuple[str, ...]] = [("network", "MACs in the mean", "mean ms", "p50", "p95")]
+    for row in rows:
+        ms = [f"{row[key]:.3g}" for key in ("mean_ms", "p50_ms", "p95_ms")]
+        lines.append((row["network"], f"{row['macs'] / 1e6:,.2f} M", *ms))
+    return lines
+
+
+def how_gated_were_timed(survey: Survey) -> list[str]:
+    where = survey.bench.get("environment", {})
+    return [
+        f'<p class="soft">{survey.bench.get("images")} single test images, every network in turn, '
+        f"{survey.bench.get('threads') or 'default'} thread(s); {escape(str(where.get('processor', '')))}, onnxruntime "
+        f"{escape(str(where.get('onnxruntime', '')))}.</p>"
+    ]
+
+
+def gate_charts(survey: Survey) -> list[Chart]:
+    assert survey.gated is not None
+    stats = survey.results.get("gate", {}).get("stats") or {}
+    found = [charts.image_costs(survey.gated)]
+    if stats.get("by_class"):
+        found.append(charts.class_costs(stats["by_class"]))
+    if stats.get("layers"):
+        found.append(charts.gate_layers(stats["layers"]))
+    return found
+
+
+def easy_and_hard(found: GatedImages) -> list[str]:
+    """The test images that cost least, and those that cost most."""
+    looked = "all" if len(found.shares) == found.total else f"{len(found.shares):,} of {found.total:,}"
+
+    def shown(own: GatedImage) -> str:
+        words = own.label if own.said == own.label else f"{own.label}, taken for {own.said}"
+        return embedded(own.pixels, own.name, f"{words}: {100 * own.share:.1f} % of the MACs")
+
+    return [
+        heading("Easy images"),
+        f'<p class="soft">Of {looked} test images, those for which the gates open least.</p>',
+        f'<div class="worst">{"".join(map(shown, found.easiest))}</div>',
+        heading("Hard images"),
+        '<p class="soft">Those for which they open most.</p>',
+        f'<div class="worst">{"".join(map(shown, found.hardest))}</div>',
+    ]
+
+
+def gate_table(survey: Survey) -> str:
+    lines: list[tuple[str, ...]] = [("layer", "gates", "open", "vary with the image", "bits per gate", "on the class")]
+    for line in (survey.results.get("gate", {}).get("stats") or {}).get("layers", []):
+        shares = [f"{100 * line[key]:.1f} %" for key in ("open_share", "varying_share")]
+        bits = [f"{line[key]:.3f}" for key in ("entropy_bits", "information_bits")]
+        lines.append((line["group"], str(line["units"]), *shares, *bits))
+    return table(lines, True)
 
 
 def how_measured(survey: Survey) -> list[str]:

@@ -31,7 +31,9 @@ from dynprune.execution.explore import picked_in
 from dynprune.files import artifact
 from dynprune.files.onnxfile import open_session
 from dynprune.files.onnxfile import run as execute
-from dynprune.runs.directory import CompactDirectory, Run, RunDirectory
+from dynprune.gates.export import load_run
+from dynprune.gates.stats import observe
+from dynprune.runs.directory import CompactDirectory, GateRun, Run, RunDirectory
 from dynprune.runs.logs import metrics_of
 from dynprune.structure.channels import ChannelGraph
 from dynprune.structure.tracing import trace
@@ -106,6 +108,29 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class GatedImage:
+    """share: what it cost, over the ungated network's."""
+
+    name: str
+    pixels: Tensor  # uint8, (3, height, width)
+    label: str
+    said: str
+    share: float
+
+
+@dataclass(frozen=True)
+class GatedImages:
+    """What the gates of a network made of the test images. shares: cost of each over the ungated network's; right:
+    whether its class was said. easiest, hardest: those that cost least and most."""
+
+    shares: np.ndarray
+    right: np.ndarray
+    easiest: list[GatedImage]
+    hardest: list[GatedImage]
+    total: int
+
+
+@dataclass(frozen=True)
 class Survey:
     """What there is to tell of one run. results: of each command, as result.json holds them. bench: with all samples,
     as bench.json holds it; empty if the run was not benchmarked. widths: (group, full width, width)."""
@@ -124,6 +149,7 @@ class Survey:
     between_ms: tuple[float, float] | None = None
     picks: Picks | None = None
     answers: Answers | None = None
+    gated: GatedImages | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -149,6 +175,8 @@ def survey(run: RunDirectory, *, data: str | Data = "", report: Report = silent)
         metrics_of(run),
         read_json(run.path / "bench.json"),
     )
+    if isinstance(run, GateRun) and run.gated_file.is_file():
+        return replace(told, gated=gated_images(run, data, report))
     if not isinstance(run, CompactDirectory) or not run.compact_file.is_file():
         if not told.metrics and not results:
             raise DynpruneError(f"{run.path} has nothing to report yet. Let dynprune {run.command} finish first.")
@@ -269,6 +297,31 @@ def picks_of(run: Run, graph: ChannelGraph) -> Picks | None:
     if len(executed) != graph.arms or not found:
         return None
     return Picks(list(found), torch.stack(list(found.values())).numpy(), groups, executed)
+
+
+def gated_images(run: GateRun, moved: str | Data, report: Report) -> GatedImages:
+    """What each test image costs, and those that cost least and most."""
+    model, facts, _ = load_run(run)
+    data = run.images(moved)
+    check_classes(run.gated_file, facts, data.classes)
+    data = data.with_channels(facts.input_size[0])
+    images = some(data.test, MOST_IMAGES) if len(data.test) > MOST_IMAGES else data.test
+    report("running the test images through the gates", 0, len(images))
+    seen = observe(model, data, images)
+
+    def shown(number: int) -> GatedImage:
+        return GatedImage(
+            image_name(images, number),
+            picture(data, images, number),
+            data.classes[int(seen.labels[number])],
+            data.classes[int(seen.said[number])],
+            float(seen.shares[number]),
+        )
+
+    order = torch.argsort(seen.shares, stable=True).tolist()
+    shares, right = seen.shares.numpy(), seen.right.numpy()
+    easiest, hardest = ([shown(number) for number in own[:WORST]] for own in (order, order[::-1]))
+    return GatedImages(shares, right, easiest, hardest, len(data.test))
 
 
 def answers_of(run: CompactDirectory, model: torch.nn.Module, data: Data, report: Report) -> Answers:

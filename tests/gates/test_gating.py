@@ -272,7 +272,7 @@ def test_frozen_gates_cost_what_was_paid_and_do_not_look():
     with torch.no_grad():
         choices = model.run(images, half(draws))[1]
         seen = Observed(
-            torch.ones(5, dtype=torch.bool),
+            torch.zeros(5, dtype=torch.int64),
             torch.zeros(5, dtype=torch.int64),
             model.executed_share(choices),
             choices.open,
