@@ -166,7 +166,7 @@ def summary(survey: Survey) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("network", survey.model), ("data", survey.data)]
     train, compact = survey.results.get("train", {}), survey.results.get("compact", {})
     for name, result in (("after training", train), ("compact", compact)):
-        if isinstance(result.get("accuracy"), int | float):
+        if isinstance(result.get("accuracy"), int | float) and "gate" not in survey.results:
             rows.append((f"test accuracy, {name}", f"{100 * result['accuracy']:.2f} % ({result.get('test_data', '')})"))
     if isinstance(compact.get("accuracy_before"), int | float):
         rows.append(("test accuracy, untouched network", f"{100 * compact['accuracy_before']:.2f} %"))
