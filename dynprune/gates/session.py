@@ -4,7 +4,7 @@ Takes a GateConfig, data, and a network (new, or that of a finished run); trains
 by the chosen estimator, on a price per multiply-accumulate that steers the mean cost of an image to the target. The
 steps fall into phases:
 
-    warming   with `gates_first`: the weights rest while the gates learn
+    warming   with `gates_first`: the weights rest while the gates learn what each unit is worth
     gating    both learn; the target falls from 1 to the one asked for in the first half
     settled   the gates are set to the threshold that meets the target, and stay but for that threshold and the
               statistics that normalise what they see; the weights learn to live with them
@@ -32,7 +32,7 @@ from dynprune.deploy.export import check_classes, load_compact
 from dynprune.errors import DynpruneError
 from dynprune.execution.saliency import magnitude
 from dynprune.files import artifact
-from dynprune.gates import checkpoint, estimators, threshold
+from dynprune.gates import checkpoint, estimators, supervised, threshold
 from dynprune.gates.gating import Choices, Choose, GatedNetwork, statistics_kept
 from dynprune.gates.threshold import GatedByChance
 from dynprune.runs.config import GateConfig
@@ -127,8 +127,10 @@ class GateSession:
         self.weights = make_optimizer(config, list(self.network.parameters()), self.device)
         self.gates = torch.optim.Adam(self.model.predictors.parameters(), config.gate_lr)
         self.price, self.share = 0.0, 1.0
-        # a forward pass each
-        others = self.settled_at if config.estimator == "reinforce" and not self.ungated else 0
+        # passes of every gate open, or of another sample, in the steps in which gates learn
+        warming = round(config.gates_first * self.steps) if config.estimator != "random" else 0
+        others = {"reinforce": 1, "supervised": PASSES}.get(config.estimator, 0) * (self.settled_at - warming)
+        others = 0 if self.ungated else others + PASSES * warming
         self.train_macs = (
             config.batch_size * self.model.dense_macs * (PASSES * self.steps + others + self.steps * distills)
         )
@@ -209,7 +211,12 @@ class GateSession:
             )
         total = loss
         if phase in ("warming", "gating") and self.config.estimator != "random":
-            total = loss + self.loss_of_gates(choices, each, images, labels, taught)
+            told = phase == "warming" or self.config.estimator == "supervised"
+            total = loss + (
+                self.loss_of_told(choices, images, labels, taught)
+                if told
+                else self.loss_of_gates(choices, each, images, labels, taught)
+            )
         self.weights.zero_grad(set_to_none=True)
         self.gates.zero_grad(set_to_none=True)
         total.backward()
@@ -252,7 +259,8 @@ class GateSession:
             return self.model.threshold
         if phase == "settled":
             return lambda scores, site: self.model.threshold(scores, site).detach()
-        draw = estimators.straight_through if self.config.estimator == "gumbel" else estimators.sample
+        learns = self.config.estimator == "gumbel" and phase != "warming"
+        draw = estimators.straight_through if learns else estimators.sample
         temperature = self.temperature
         return lambda scores, _: draw(scores / temperature)
 
@@ -276,6 +284,13 @@ class GateSession:
         cooled_again = [own / self.temperature for own in again.logits]
         losses = each.detach(), self.loss_of(output, labels, taught).detach()
         return cost + estimators.leave_one_out((cooled, cooled_again), (choices.open, again.open), losses)
+
+    def loss_of_told(self, choices: Choices, images: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
+        """How far the gates are from what they are told: the units that are worth most at this step's cost."""
+        with self.autocast():
+            every, by_gate = supervised.worth(self.model, images, lambda output: self.loss_of(output, labels, taught))
+        wanted = supervised.answers(self.model, every, by_gate, self.target_at(self.step))
+        return supervised.loss([own / self.temperature for own in choices.logits], wanted)
 
     # -- checkpoint ----------------------------------------------------------------------------------------------------
 

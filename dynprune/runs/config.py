@@ -28,7 +28,7 @@ ENOUGH = 200  # steps with which a small network learns something; with fewer th
 LARGEST = 1e18  # of any number among the settings: the product of two still fits a float32
 AUTO = -1.0  # of a share that is chosen
 POLICIES = ("cucb", "random", "static", "dense")
-ESTIMATORS = ("reinforce", "gumbel", "random")
+ESTIMATORS = ("gumbel", "reinforce", "supervised", "random")
 LOGS = ("csv", "tensorboard")  # forms in which metrics are written beside metrics.jsonl
 SEARCHES = ("bandit", "greedy", "random", "none")  # ways to find widths on frozen weights
 CHOICES = ("repairable", "magnitude", "random")  # ways to choose arms of a trained network
@@ -654,7 +654,8 @@ class GateConfig(Recipe):
     estimator: str = setting(
         "gumbel",
         "How gates learn: gumbel (straight-through), reinforce (policy gradient, with a forward pass more per step), "
-        "or random (gates that learn nothing, to compare with).",
+        "supervised (told what each channel is worth to the loss of each image, with a forward and a backward pass "
+        "more), or random (gates that learn nothing, to compare with).",
         choices=ESTIMATORS,
     )
     block: int = setting(
@@ -677,7 +678,7 @@ class GateConfig(Recipe):
     )
     gates_first: float = setting(
         0.0,
-        "Share of the steps in which only the gates learn, before the weights join.",
+        "Share of the steps in which only the gates learn, supervised, before the weights join.",
         check=fraction,
         expected="a share in [0, 1)",
     )

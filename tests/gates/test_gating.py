@@ -7,7 +7,7 @@ import torch
 import dynprune
 from dynprune import zoo
 from dynprune.execution.saliency import magnitude
-from dynprune.gates import estimators
+from dynprune.gates import estimators, supervised
 from dynprune.gates.gating import OPEN, Choices, Gate, GatedNetwork, gateable, units_of
 from dynprune.gates.stats import Observed, bits, frozen_pattern, information
 from dynprune.structure.surgery import slim
@@ -264,6 +264,50 @@ def test_information_of_gates_by_hand():
     opened = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     assert information(opened, labels, 2).tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-9)
     assert bits(opened.mean(0)).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "densenet40", "resnet18", "mobilenet_v2"])
+def test_what_a_unit_is_worth_is_what_closing_it_a_little_changes(name):
+    model, images = gated(name)
+    model.network.double()
+    images = images.double()
+    scores_to_loss = lambda output: output.square().sum(1)  # noqa: E731
+    choices, by_gate = supervised.worth(model, images, scores_to_loss)
+    assert [own.shape for own in by_gate] == [(5, len(gate.sizes)) for gate in choices.gates]
+    number = max(range(len(by_gate)), key=lambda own: float(by_gate[own].max()))
+    unit = int(by_gate[number].max(0).values.argmax())
+    name, small = choices.gates[number].group, 2.0**-12  # 1 less it is exact in float32
+
+    def almost(scores, site):
+        opened = torch.ones_like(scores)
+        start = 0
+        for gate in site.decides:
+            if gate.group == name:
+                opened[:, start + unit] -= small
+            start += len(gate.sizes)
+        return opened
+
+    with torch.no_grad():
+        whole, less = (
+            scores_to_loss(model.run(images, choose)[0]) for choose in (lambda own, _: torch.ones_like(own), almost)
+        )
+    np.testing.assert_allclose(by_gate[number][:, unit], ((whole - less) / small).abs(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "densenet40", "resnet18"])
+@pytest.mark.parametrize("share", [0.8, 0.45])
+def test_answers_are_what_is_worth_most_within_the_share(name, share):
+    model, images = gated(name)
+    choices, by_gate = supervised.worth(model, images, lambda output: output.square().sum(1))
+    wanted = supervised.answers(model, choices, by_gate, share)
+    costs = supervised.unit_costs(model, choices)
+    reached = float(model.executed_share(choices, wanted).mean())
+    assert reached <= share and reached > share - 0.1
+    worth = torch.cat([own.double() / cost for own, cost in zip(by_gate, costs)], 1)
+    opened = torch.cat(wanted, 1) > 0
+    assert worth[opened].min() > worth[~opened].max()
+    # images may open as much as they need
+    assert len(set(opened.sum(1).tolist())) > 1
 
 
 def test_frozen_gates_cost_what_was_paid_and_do_not_look():

@@ -9,6 +9,7 @@ import torch
 import dynprune
 from dynprune.data.loading import load_data
 from dynprune.errors import DynpruneError
+from dynprune.gates import supervised
 from dynprune.gates.file import load_gated
 from dynprune.gates.session import GateSession
 from dynprune.gates.threshold import calibrate, mean_share
@@ -74,7 +75,7 @@ def test_the_file_gives_the_network_back(finished, data):
     assert gates.target == 0.7 and gates.share == result.stats.share and facts.classes == data.classes
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "gumbel"])
+@pytest.mark.parametrize("estimator", ["reinforce", "gumbel", "supervised"])
 def test_resumed_gates_equal_uninterrupted_ones(tmp_path, data, estimator):
     config = dataclasses.replace(CONFIG, estimator=estimator, epochs=2, checkpoint_every="7")
     whole = gate(config, GateRun.create(tmp_path / "whole", config, False), data=data)
@@ -112,6 +113,23 @@ def test_the_phases_follow_each_other(data):
     session.step = session.settled_at
     assert session.temperature == pytest.approx(0.2) and session.entropy_weight == 0
     assert session.target_at(0) == 1 and session.target_at(session.settled_at) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("estimator", ["supervised", "reinforce", "gumbel"])
+def test_gates_that_are_told_learn_it(data, estimator):
+    """Supervised throughout, or in the steps before the weights join: what is worth more opens more often."""
+    session = GateSession(
+        dataclasses.replace(CONFIG, estimator=estimator, gates_first=0.45, gate_lr=0.1, entropy=0.0), data
+    )
+    images, labels = next(iter(data.train_batches(64, 0, 0)))
+    session.step = round(0.4 * session.steps)  # the target is below 1 by then
+    for _ in range(12):
+        session.train_step(images, labels)
+        session.step = round(0.4 * session.steps)
+    every, by_gate = supervised.worth(session.model, images, lambda output: session.loss_of(output, labels, None))
+    wanted = torch.cat(supervised.answers(session.model, every, by_gate, session.target_at(session.step)), 1) > 0
+    scores = torch.cat(session.model.run(images, session.model.threshold)[1].logits, 1)
+    assert 0 < wanted.float().mean() < 1 and scores[wanted].mean() > scores[~wanted].mean() + 0.5
 
 
 def test_target_one_is_the_ungated_network(tmp_path, data):
@@ -194,7 +212,7 @@ def test_a_whole_journey_from_a_compact_run(tmp_path):
     "options, message",
     [
         (["--target", "0"], "--target got 0"),
-        (["--estimator", "guess"], "Choose one of: reinforce, gumbel, random"),
+        (["--estimator", "guess"], "Choose one of: gumbel, reinforce, supervised, random"),
         (["--settle", "0.6", "--gates-first", "0.4"], "leave no steps"),
         (["--precision", "float64"], "gate works in float32"),
         (["nowhere"], "is not a directory"),
